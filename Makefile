@@ -1,0 +1,35 @@
+# Everything runs in .venv, which the first target to need it makes.
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= out
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(STAMP)  ## train dense, 2:4 and STL on real images and compare them (about 6 minutes on 2 cores)
+	$(BIN)/strassen-tile compare --out $(OUT)/demo
+
+test: $(STAMP)  ## the whole fast test suite
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)  ## style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## time the operator against the dense product on this machine
+	$(BIN)/strassen-tile bench --out $(OUT)/bench
+
+# torch first and alone: with it there, nothing else can ask for another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,26 @@
+"""Strassen-Tile: a learnable bilinear operator with fewer FLOPs in place of matrix multiplication, for PyTorch."""
+
+from strassen_tile import bases, cost, models, reference
+from strassen_tile._version import __version__
+from strassen_tile.basis import Basis
+from strassen_tile.convert import Conversion, convert
+from strassen_tile.nn import STLConfig, STLLinear, param_groups
+from strassen_tile.ops import register_backend, stl_linear, stl_matmul
+
+# The fast path and its oracle do not know each other; they meet here.
+register_backend("reference", lambda x, w, e, d, bias, m: reference.stl_linear(x, w, e, d, bias, out_features=m))
+
+__all__ = [
+    "Basis",
+    "Conversion",
+    "STLConfig",
+    "STLLinear",
+    "__version__",
+    "bases",
+    "convert",
+    "cost",
+    "models",
+    "param_groups",
+    "stl_linear",
+    "stl_matmul",
+]

@@ -1,0 +1,61 @@
+"""Exact algorithms: the naive one for any tile, and Strassen's in a well-conditioned form."""
+
+from __future__ import annotations
+
+import torch
+
+from strassen_tile.basis import Basis
+from strassen_tile.errors import BasisError
+from strassen_tile.tiling import as_tile
+
+
+def naive(p: int, q: int, s: int) -> Basis:
+    """The pqs products x_ij·w_jl, each added to y_il: matrix multiplication as it is taught."""
+    p, q, s = as_tile((p, q, s))
+    i, j, m = (index.flatten() for index in torch.meshgrid(*map(torch.arange, (p, q, s)), indexing="ij"))
+    rank = p * q * s
+    term = torch.arange(rank)
+    encoder, weight_encoder, decoder = (torch.zeros(rank, *size) for size in ((p, q), (q, s), (p, s)))
+    encoder[term, i, j] = 1.0
+    weight_encoder[term, j, m] = 1.0
+    decoder[term, i, m] = 1.0
+    return Basis(encoder, weight_encoder, decoder, name=f"naive{p}x{q}x{s}")
+
+
+# Strassen (1969): product k is ⟨E_k, X⟩⟨F_k, W⟩ and enters the entries of Y that D_k marks.
+_STRASSEN_ENCODER = [
+    [[1, 0], [0, 1]], [[0, 0], [1, 1]], [[1, 0], [0, 0]], [[0, 0], [0, 1]],
+    [[1, 1], [0, 0]], [[-1, 0], [1, 0]], [[0, 1], [0, -1]],
+]  # fmt: skip
+_STRASSEN_WEIGHT_ENCODER = [
+    [[1, 0], [0, 1]], [[1, 0], [0, 0]], [[0, 1], [0, -1]], [[-1, 0], [1, 0]],
+    [[0, 0], [0, 1]], [[1, 1], [0, 0]], [[0, 0], [1, 1]],
+]  # fmt: skip
+_STRASSEN_DECODER = [
+    [[1, 0], [0, 1]], [[0, 0], [1, -1]], [[0, 1], [0, 1]], [[1, 0], [1, 0]],
+    [[-1, 1], [0, 0]], [[0, 0], [0, 1]], [[1, 0], [0, 0]],
+]  # fmt: skip
+
+
+def strassen(levels: int = 1) -> Basis:
+    """Strassen's algorithm for 2^levels-sided tiles, rank 7^levels, in a form that rounds better than the usual one.
+
+    Conjugating Strassen's factors by A = [[1, ½], [0, 1]] (E′ = AᵀEA⁻ᵀ, F′ = AᵀFA⁻ᵀ, D′ = A⁻¹DA) keeps the algorithm
+    exact with coefficients in {0, ±¼, ±½, ±1}, which bfloat16 holds, and brings kappa from 4 to 2.83 a level.
+
+    Raises:
+        BasisError: levels < 1.
+    """
+    if levels < 1:
+        raise BasisError(f"strassen takes levels >= 1; got {levels}")
+    a = torch.tensor([[1.0, 0.5], [0.0, 1.0]], dtype=torch.float64)
+    inverse = torch.tensor([[1.0, -0.5], [0.0, 1.0]], dtype=torch.float64)
+    encoder, weight_encoder, decoder = (
+        torch.tensor(factor, dtype=torch.float64)
+        for factor in (_STRASSEN_ENCODER, _STRASSEN_WEIGHT_ENCODER, _STRASSEN_DECODER)
+    )
+    level = Basis(a.mT @ encoder @ inverse.mT, a.mT @ weight_encoder @ inverse.mT, inverse @ decoder @ a)
+    basis = level
+    for _ in range(levels - 1):
+        basis = basis.kron(level)
+    return Basis(basis.encoder, basis.weight_encoder, basis.decoder, name=f"strassen{levels}")

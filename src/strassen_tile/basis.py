@@ -1,0 +1,242 @@
+"""Basis: the three factors of a bilinear algorithm for a tile product, and what can be said of them.
+
+A basis (E, F, D) of rank r for the tile ⟨p, q, s⟩ computes, from a p×q tile X and a q×s tile W,
+
+    Y = Σ_k D_k ⟨E_k, X⟩ ⟨F_k, W⟩,   k = 1 … r,
+
+a p×s tile which is X @ W if the basis is exact, and an approximation of it otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from strassen_tile.errors import BasisError, shape_text
+from strassen_tile.tiling import Tile, as_tile
+
+EXACT_BELOW = 1e-24  # relative squared error: 1e-12 in relative error, what float64 coefficients such as 1/3 allow
+_FACTORS = ("encoder", "weight_encoder", "decoder")
+_KEYS = {*_FACTORS, "name", "tile", "rank", "relative_squared_error", "kappa", "exact"}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Basis:
+    """Three factors: `encoder` E (r, p, q), `weight_encoder` F (r, q, s), `decoder` D (r, p, s).
+
+    Anything `torch.as_tensor` takes is accepted; inside they are float64 tensors on the CPU, not to be written to.
+
+    Raises:
+        BasisError: shapes that do not fit together, rank 0, complex or non-finite coefficients.
+    """
+
+    encoder: Tensor
+    weight_encoder: Tensor
+    decoder: Tensor
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for field in _FACTORS:
+            try:
+                factor = torch.as_tensor(getattr(self, field))
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise BasisError(f"{field} is not a rectangular array of numbers: {error}") from error
+            if factor.is_complex():
+                raise BasisError(f"{field} is complex; a Basis is real")
+            factor = factor.detach().to("cpu", torch.float64, copy=True).contiguous()
+            if factor.ndim != 3 or 0 in factor.shape:
+                raise BasisError(f"{field} must have three non-empty dimensions; got shape {shape_text(factor.shape)}")
+            if not bool(torch.isfinite(factor).all()):
+                raise BasisError(f"{field} holds a coefficient that is not finite")
+            object.__setattr__(self, field, factor)
+        (r, p, q), weight, decoder = self.encoder.shape, self.weight_encoder.shape, self.decoder.shape
+        if weight[0] != r or decoder[0] != r or weight[1] != q or decoder[1] != p or decoder[2] != weight[2]:
+            raise BasisError(
+                "factors do not fit together: encoder (r, p, q), weight_encoder (r, q, s), decoder (r, p, s) are wanted; "
+                f"got {shape_text(self.encoder.shape)}, {shape_text(weight)}, {shape_text(decoder)}"
+            )
+
+    @property
+    def tile(self) -> Tile:
+        """(p, q, s)."""
+        return self.encoder.shape[1], self.encoder.shape[2], self.weight_encoder.shape[2]
+
+    @property
+    def rank(self) -> int:
+        """r, the number of multiplications a tile product takes."""
+        return self.encoder.shape[0]
+
+    @property
+    def flop_ratio(self) -> float:
+        """FLOPs of the r products as a fraction of the dense product's: r/(pqs). Encoding and decoding not included."""
+        p, q, s = self.tile
+        return self.rank / (p * q * s)
+
+    @property
+    def param_ratio(self) -> float:
+        """Numbers in Ŵ as a fraction of those in W: r/(qs). Above 1 the layer has more parameters than a dense one."""
+        _, q, s = self.tile
+        return self.rank / (q * s)
+
+    @cached_property
+    def error(self) -> float:
+        """‖T − Σ_k E_k⊗F_k⊗D_k‖²/pqs, T the ⟨p,q,s⟩ matrix-multiplication tensor.
+
+        This is the expected relative squared error on independent Gaussian X and W; 0 for an exact basis.
+        """
+        p, q, s = self.tile
+        if p * q * q * s * p * s <= 2**24:  # the explicit residual loses no digits near zero
+            approximation = torch.einsum("kab,kcd,kef->abcdef", self.encoder, self.weight_encoder, self.decoder)
+            i, j, m = torch.meshgrid(torch.arange(p), torch.arange(q), torch.arange(s), indexing="ij")
+            approximation[i, j, j, m, i, m] -= 1.0
+            return float(approximation.square().sum()) / (p * q * s)
+        gram = self._gram("encoder") * self._gram("weight_encoder")
+        inner = torch.einsum("kab,kbc,kac->", self.encoder, self.weight_encoder, self.decoder)
+        norm = (gram * self._gram("decoder")).sum()
+        return max(0.0, float(1.0 + (norm - 2.0 * inner) / (p * q * s)))
+
+    @cached_property
+    def kappa(self) -> float:
+        """Σ_k ‖E_k‖²‖F_k‖²‖D_k‖²/pqs: the relative rms rounding error is about u·√(kappa·n) after n roundings to u."""
+        p, q, s = self.tile
+        norms = [getattr(self, field).square().sum(dim=(1, 2)) for field in _FACTORS]
+        return float((norms[0] * norms[1] * norms[2]).sum()) / (p * q * s)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the basis computes X @ W, to float64 rounding of its coefficients."""
+        return self.error <= EXACT_BELOW
+
+    def kron(self, other: Basis) -> Basis:
+        """The basis for tiles of tiles: `self` on the outer blocks, `other` inside; ranks and tile sides multiply."""
+        factors = []
+        for field in _FACTORS:
+            outer, inner = getattr(self, field), getattr(other, field)
+            product = torch.einsum("kab,lcd->klacbd", outer, inner)
+            rows, columns = outer.shape[1] * inner.shape[1], outer.shape[2] * inner.shape[2]
+            factors.append(product.reshape(self.rank * other.rank, rows, columns))
+        name = f"{self.name}*{other.name}" if self.name and other.name else ""
+        return Basis(factors[0], factors[1], factors[2], name=name)
+
+    def cycle(self) -> Basis:
+        """The basis for ⟨q, s, p⟩ that the cyclic symmetry of the trace tr(X W Z) gives; same error and kappa."""
+        return Basis(self.weight_encoder, self.decoder.mT, self.encoder.mT, name=self.name)
+
+    def transpose(self) -> Basis:
+        """The basis for ⟨s, q, p⟩ that (X W)ᵀ = Wᵀ Xᵀ gives; same error and kappa."""
+        return Basis(self.weight_encoder.mT, self.encoder.mT, self.decoder.mT, name=self.name)
+
+    def refit_decoder(self) -> Basis:
+        """The same encoders with the decoder of least error: D = argmin ‖T − Σ_k E_k⊗F_k⊗D_k‖ (least norm if several).
+
+        ⟨T, E_k⊗F_k⊗·⟩ = E_k F_k, and the Gram matrix of E_k⊗F_k is G_E ∘ G_F.
+        """
+        gram = self._gram("encoder") * self._gram("weight_encoder")
+        target = self.encoder @ self.weight_encoder
+        decoder = torch.linalg.lstsq(gram, target.flatten(1), driver="gelsd").solution
+        return Basis(self.encoder, self.weight_encoder, decoder.reshape(target.shape), name=self.name)
+
+    def refit_weight_encoder(self) -> Basis:
+        """The same E and D with the weight encoder of least error (least norm if several)."""
+        # By the cyclic symmetry F is the decoder of ⟨s, p, q⟩ transposed.
+        return self.cycle().cycle().refit_decoder().cycle()
+
+    def balance(self) -> Basis:
+        """Scale each term's three factors by powers of two towards equal norms: the same algorithm, bit for bit."""
+        logs = torch.stack([getattr(self, field).flatten(1).norm(dim=1).clamp_min(1e-300).log2() for field in _FACTORS])
+        shift = (logs.mean(dim=0) - logs).round()
+        shift[2] = -shift[0] - shift[1]
+        e, f, d = (torch.exp2(exponents)[:, None, None] for exponents in shift)
+        return Basis(self.encoder * e, self.weight_encoder * f, self.decoder * d, name=self.name)
+
+    def quantize(self, dtype: torch.dtype) -> Basis:
+        """E and F rounded to `dtype` after balancing, D refitted to them by least squares and kept in float32.
+
+        A basis whose coefficients `dtype` already holds comes back unchanged, so exact dyadic ones stay exact.
+        """
+        if not dtype.is_floating_point:
+            raise BasisError(f"quantize takes a floating-point dtype; got {dtype}")
+        if all(torch.equal(getattr(self, f), getattr(self, f).to(dtype).double()) for f in _FACTORS):
+            return self
+        balanced = self.balance()
+        rounded = Basis(
+            balanced.encoder.to(dtype).double(),
+            balanced.weight_encoder.to(dtype).double(),
+            balanced.decoder.float().double(),
+            name=self.name,
+        )
+        refitted = rounded.refit_decoder()
+        refitted = Basis(refitted.encoder, refitted.weight_encoder, refitted.decoder.float().double(), name=self.name)
+        return refitted if refitted.error < rounded.error else rounded
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON that `load` reads back exactly; the file appears whole or not at all."""
+        record: dict[str, Any] = {
+            "name": self.name,
+            "tile": list(self.tile),
+            "rank": self.rank,
+            "exact": self.is_exact,
+            "relative_squared_error": self.error,
+            "kappa": self.kappa,
+            **{field: getattr(self, field).tolist() for field in _FACTORS},
+        }
+        target = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(record, file)
+            Path(temporary).replace(target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | Path) -> Basis:
+        """Read a file written by `save`.
+
+        Raises:
+            BasisError: not such a file, factors that do not match the stated tile and rank, or a file that claims to
+                be exact and is not.
+        """
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BasisError(f"cannot read a basis from {path}: {error}") from error
+        return cls.from_record(record, source=str(path))
+
+    @classmethod
+    def from_record(cls, record: object, *, source: str) -> Basis:
+        """The basis in a parsed JSON `record`; `source` names it in errors. Raises as `load`."""
+        if not isinstance(record, dict) or not all(field in record for field in _FACTORS):
+            raise BasisError(f"{source} is not a basis file: it wants the keys {', '.join(_FACTORS)}")
+        if unknown := set(record) - _KEYS:
+            raise BasisError(f"{source} has unknown keys: {', '.join(sorted(map(str, unknown)))}")
+        try:
+            name = str(record.get("name", ""))
+            basis = cls(record["encoder"], record["weight_encoder"], record["decoder"], name=name)
+        except BasisError as error:
+            raise BasisError(f"{source}: {error}") from error
+        if "tile" in record and as_tile(record["tile"]) != basis.tile:
+            raise BasisError(f"{source} says tile {record['tile']}, but its factors are for {list(basis.tile)}")
+        if record.get("rank", basis.rank) != basis.rank:
+            raise BasisError(f"{source} says rank {record['rank']}, but its factors have {basis.rank} terms")
+        claims_exact = record.get("exact", record.get("relative_squared_error") == 0)
+        if claims_exact and not basis.is_exact:
+            raise BasisError(f"{source} claims to be exact, but its relative squared error is {basis.error:.3g}")
+        return basis
+
+    def _gram(self, field: str) -> Tensor:
+        flat: Tensor = getattr(self, field).flatten(1)
+        return flat @ flat.mT
+
+    def __repr__(self) -> str:
+        name = f"{self.name!r}, " if self.name else ""
+        return f"Basis({name}tile={self.tile}, rank={self.rank}, error={self.error:.4g}, kappa={self.kappa:.4g})"

@@ -1,0 +1,5 @@
+"""Which layers of a model to replace; swap, report, undo."""
+
+from strassen_tile.convert.swap import Conversion, convert, swap
+
+__all__ = ["Conversion", "convert", "swap"]

@@ -1,0 +1,174 @@
+"""Swap layers of a model in place, say what was done, and undo it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import nn
+
+from strassen_tile.convert.observe import Calls, behaves_causally, observe
+from strassen_tile.convert.select import Candidate, Filter, candidates, reasons
+from strassen_tile.errors import ConversionError
+from strassen_tile.nn import PaddingMask, STLConfig, STLLinear
+
+Replace = Callable[[nn.Linear], nn.Module | str]  # a replacement, or the reason why there is none
+
+
+@dataclass
+class Conversion:
+    """What a conversion did to a model.
+
+    Attributes:
+        converted: name → the layer now there.
+        skipped: name → why the linear layer of that name was left as it is.
+        calls: name → input shapes seen on the example inputs; empty without them.
+        padding: the mask that row-mixing layers share; `with conversion.padding(mask): model(…)` for models that do
+            not take `attention_mask`. None when rows do not mix.
+    """
+
+    converted: dict[str, nn.Module]
+    skipped: dict[str, str]
+    calls: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    padding: PaddingMask | None = None
+    _undo: list[Callable[[], object]] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Put the original layers back, with the weights they had. What the new ones learned is dropped."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __str__(self) -> str:
+        rows = [(name, _describe(layer), "") for name, layer in self.converted.items()]
+        rows += [(name, "left as it is", reason) for name, reason in self.skipped.items()]
+        widths = [max([len(row[column]) for row in rows] + [5]) for column in (0, 1)]
+        head = f"{len(self.converted)} converted, {len(self.skipped)} left as they are"
+        lines = [f"{name:<{widths[0]}}  {what:<{widths[1]}}  {why}".rstrip() for name, what, why in rows]
+        return "\n".join([head, *lines])
+
+
+def convert(
+    model: nn.Module,
+    config: STLConfig | None = None,
+    *,
+    example_inputs: object = None,
+    filter_fn: Filter | None = None,
+) -> Conversion:
+    """Replace the linear layers of `model`, in place, by `STLLinear`.
+
+    Left as they are, each with a reason: heads (layers that make the model's output), layers with tied weights,
+    subclasses of `nn.Linear`, and, where rows mix, layers fed 2-D inputs or rows of several samples. The last two, and
+    heads under unusual names, are found only by running `example_inputs` (with two samples or more).
+
+    A model called with `attention_mask` (B, N) has its padding rows zeroed before they can reach real rows.
+
+    Args:
+        model: any module that is not itself a linear layer.
+        config: `STLConfig()` by default. Whether Ŵ starts from the weight or from noise of its scale is in it.
+        example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments, run in eval mode.
+        filter_fn: filter_fn(module, name) → whether to replace it; given, it decides about heads too.
+
+    Returns:
+        A `Conversion`; `str()` of it is a table.
+
+    Raises:
+        ConversionError: nothing was converted, or rows would mix in a causal language model.
+    """
+    config = config or STLConfig()
+    config.load_basis()  # a basis that does not exist is said before anything is touched
+    if config.mixing == "sequence" and config.mixes_rows:
+        _refuse_causal(model, example_inputs)
+    padding = PaddingMask() if config.mixes_rows else None
+
+    def replace(linear: nn.Linear) -> nn.Module:
+        start = config if config.fits else STLConfig.from_dict({**config.to_dict(), "init": "random"})
+        layer = STLLinear.from_linear(linear, start)
+        layer.config = config
+        layer.padding = padding
+        return layer
+
+    conversion = swap(model, replace, example_inputs=example_inputs, filter_fn=filter_fn, mixes_rows=config.mixes_rows)
+    conversion.padding = padding
+    if padding is not None:
+        conversion._undo.extend(handle.remove for handle in padding.attach(model))
+    return conversion
+
+
+def swap(
+    model: nn.Module,
+    replace: Replace,
+    *,
+    example_inputs: object = None,
+    filter_fn: Filter | None = None,
+    mixes_rows: bool = False,
+) -> Conversion:
+    """Replace the layers that `replace` has a replacement for; the engine of `convert` and of its rivals."""
+    found = candidates(model)
+    if any("" in candidate.names for candidate in found):
+        raise ConversionError("the model is itself a linear layer; use STLLinear.from_linear on it")
+    layers = {candidate.name: candidate.layer for candidate in found}
+    calls: Mapping[str, Calls] | None = None if example_inputs is None else observe(model, layers, example_inputs)
+    skipped = reasons(model, found, filter_fn=filter_fn, calls=calls, mixes_rows=mixes_rows)
+    replacements: list[tuple[Candidate, nn.Module]] = []
+    for candidate in found:
+        if candidate.name not in skipped:
+            replacement = replace(candidate.layer)
+            if isinstance(replacement, str):
+                skipped[candidate.name] = replacement
+            else:
+                replacements.append((candidate, replacement))
+    if not replacements:
+        listing = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "it has no nn.Linear"
+        raise ConversionError(f"nothing to convert in {type(model).__name__}. {listing}")
+    conversion = Conversion(
+        converted={candidate.name: layer for candidate, layer in replacements},
+        skipped=skipped,
+        calls={name: call.shapes for name, call in (calls or {}).items()},
+    )
+    for candidate, replacement in replacements:
+        for name in candidate.names:
+            _put(model, name, replacement)
+            conversion._undo.append(partial(_put, model, name, candidate.layer))
+    conversion._undo.extend(_leave_fast_path(model))
+    return conversion
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def _leave_fast_path(model: nn.Module) -> list[Callable[[], object]]:
+    """PyTorch's encoder layer reads `linear1.weight` itself in eval mode; keep it from doing so where that is gone."""
+    undo: list[Callable[[], object]] = []
+    for module in model.modules():
+        if not isinstance(module, nn.TransformerEncoderLayer):
+            continue
+        parts: tuple[nn.Module, ...] = (module.linear1, module.linear2)
+        if not all(isinstance(part, nn.Linear) for part in parts):
+            undo.append(partial(setattr, module, "activation_relu_or_gelu", module.activation_relu_or_gelu))
+            module.activation_relu_or_gelu = 0
+    return undo
+
+
+def _refuse_causal(model: nn.Module, example_inputs: object) -> None:
+    settings = getattr(model, "config", None)
+    named = (
+        type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) or getattr(settings, "is_decoder", False) is True
+    )
+    if not named and example_inputs is not None:
+        layers = {candidate.name: candidate.layer for candidate in candidates(model)}
+        named = behaves_causally(model, layers, example_inputs)
+    if named:
+        raise ConversionError(
+            f"{type(model).__name__} is a causal language model, and mixing='sequence' would let a token see later ones in "
+            "its tile. Use STLConfig(mixing='none') (rows apart) or mixing='causal' (rows see earlier ones)"
+        )
+
+
+def _describe(layer: nn.Module) -> str:
+    if isinstance(layer, STLLinear):
+        tile = "×".join(map(str, layer.config.pqs))
+        return f"STL {layer.in_features}→{layer.out_features}, tile {tile}, rank {layer.config.rank}"
+    return f"{type(layer).__name__} {getattr(layer, 'in_features', '?')}→{getattr(layer, 'out_features', '?')}"

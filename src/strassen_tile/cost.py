@@ -1,0 +1,97 @@
+"""What a layer costs: FLOPs, bytes and parameters of the Strassen-Tile operator and of the dense product it replaces.
+
+A multiply-add is two FLOPs. Encoding and decoding are always included; the count of the products alone, which the
+paper quotes (pqs/r fewer), stands beside it under its own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from strassen_tile.errors import ShapeError
+from strassen_tile.tiling import as_tile, tile_count
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Costs of one application of a layer to `n` rows a sample, and of its dense counterpart.
+
+    Attributes:
+        flops: encode, r products and decode, on padded sizes.
+        product_flops: the r products alone.
+        bytes: least traffic of the three steps: X, X̂ (written and read), Ŵ, Ŷ (written and read), Y.
+        params: numbers in Ŵ, E and D; a bias is not counted, on either side.
+        dense_flops, dense_bytes, dense_params: the same for x @ w.
+    """
+
+    flops: int
+    product_flops: int
+    bytes: int
+    params: int
+    dense_flops: int
+    dense_bytes: int
+    dense_params: int
+
+    @property
+    def flop_ratio(self) -> float:
+        """FLOPs, all in, as a fraction of dense; its inverse bounds the speed-up of a compute-bound layer."""
+        return self.flops / self.dense_flops if self.dense_flops else 1.0
+
+    @property
+    def product_flop_ratio(self) -> float:
+        """FLOPs of the products alone as a fraction of dense: r/pqs when no side is padded."""
+        return self.product_flops / self.dense_flops if self.dense_flops else 1.0
+
+    @property
+    def param_ratio(self) -> float:
+        """Parameters as a fraction of dense."""
+        return self.params / self.dense_params if self.dense_params else 1.0
+
+
+def linear(
+    n: int,
+    k: int,
+    m: int,
+    tile: int | Sequence[int],
+    rank: int,
+    *,
+    batch: int = 1,
+    itemsize: int = 4,
+    encoder_scope: str = "layer",
+) -> Cost:
+    """Cost of (batch, n, k) → (batch, n, m).
+
+    Args:
+        n: rows of one sample; each sample is padded on its own.
+        k: input features.
+        m: output features.
+        tile: (p, q, s) or one side.
+        rank: r.
+        batch: samples.
+        itemsize: bytes a number, for the traffic.
+        encoder_scope: "layer", or "tile" for an encoder of each column tile and a decoder of each output tile.
+
+    Raises:
+        ShapeError: a negative size or a rank below 1.
+    """
+    p, q, s = as_tile(tile)
+    if min(n, k, m, batch) < 0 or rank < 1:
+        raise ShapeError(f"sizes must be >= 0 and rank >= 1; got n={n}, k={k}, m={m}, batch={batch}, rank={rank}")
+    i, j, l = batch * tile_count(n, p), tile_count(k, q), tile_count(m, s)  # noqa: E741 - the tile indices I, J, L
+    products = 2 * rank * i * j * l
+    encode, decode = 2 * rank * i * p * j * q, 2 * rank * i * p * l * s
+    encoded = rank * (i * j + i * l)
+    weight = rank * j * l
+    encoders, decoders = (j, l) if encoder_scope == "tile" else (1, 1)
+    factors = rank * (p * q * encoders + p * s * decoders)
+    dense_numbers = batch * n * (k + m) + k * m
+    return Cost(
+        flops=encode + products + decode,
+        product_flops=products,
+        bytes=itemsize * (batch * n * (k + m) + 2 * encoded + weight + factors),
+        params=weight + factors,
+        dense_flops=2 * batch * n * k * m,
+        dense_bytes=itemsize * dense_numbers,
+        dense_params=k * m,
+    )

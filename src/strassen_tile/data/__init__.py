@@ -1,0 +1,11 @@
+"""Data for training comparisons: bundled digits, IDX folders (MNIST, Fashion-MNIST) and image folders.
+
+Importing this imports torch only; scikit-learn, Pillow and numpy when a source first needs them.
+"""
+
+from __future__ import annotations
+
+from strassen_tile.data.images import collate
+from strassen_tile.data.sources import ImageSplits, load_images
+
+__all__ = ["ImageSplits", "collate", "load_images"]

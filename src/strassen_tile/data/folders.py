@@ -1,0 +1,158 @@
+"""Image folders, root/<class>/*, read lazily: only the file list is in memory, so that ImageNet fits.
+
+Needs Pillow. Images are decoded to RGB; 16-bit and float ones are refused, because Pillow would clip them to white.
+Crop and resize are one bicubic resampling of a box of the decoded image.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from strassen_tile.data.idx import need
+from strassen_tile.data.images import Sample, byte_histogram, channel_statistics, normalise
+from strassen_tile.errors import DataError
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+_CROP_TRIES = 10
+# Statistics come from this many training images: enough for a mean to within 0.01, and seconds even at ImageNet's size.
+_STATISTICS_IMAGES = 256
+
+Box = tuple[float, float, float, float]
+
+
+class FolderImages(Dataset[Sample]):
+    """Images decoded when fetched: "pixel_values" float32 (3, size, size), "labels" int64 ().
+
+    Args:
+        paths: n files.
+        labels: int64 (n,).
+        image_size: side of what comes out, in pixels.
+        mean: per channel, of pixels scaled to 0..1, (3,).
+        std: per channel, likewise (3,), positive.
+        augment: random resized crop and horizontal flip, from torch's global RNG; otherwise the central crop.
+
+    Raises:
+        DataError: on fetching an image that cannot be decoded, which it names.
+    """
+
+    def __init__(
+        self, paths: Sequence[str], labels: Tensor, *, image_size: int, mean: Tensor, std: Tensor, augment: bool
+    ) -> None:
+        self.paths, self.labels, self.image_size = paths, labels, image_size
+        self.mean, self.std, self.augment = mean, std, augment
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`: "pixel_values" float32 (3, size, size), "labels" int64 ()."""
+        pixels = read_pixels(self.paths[index], self.image_size, augment=self.augment)
+        return {"pixel_values": normalise(pixels, self.mean, self.std), "labels": self.labels[index]}
+
+    def __repr__(self) -> str:
+        return f"FolderImages({len(self)} files, image_size={self.image_size}, augment={self.augment})"
+
+
+def read_pixels(path: str, size: int, *, augment: bool) -> Tensor:
+    """Decode one image, cropped at random (and perhaps mirrored) or centrally: uint8 (3, size, size).
+
+    Raises:
+        DataError: the file is missing, is not an image, is cut short, or is not 8 bits a channel.
+    """
+    image_module = need("PIL.Image")
+    # Drawn before decoding, and as many whatever the image is: one bad or odd file does not change the others' crops.
+    draws = torch.rand(2 * _CROP_TRIES + 3).tolist() if augment else []
+    try:
+        with image_module.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise DataError(f"{path}: is of Pillow mode {image.mode}; expected 8 bits a channel")
+            box = random_box(image.width, image.height, size, draws) if augment else central_box(*image.size)
+            resized = image.convert("RGB").resize((size, size), image_module.Resampling.BICUBIC, box=box)
+    except DataError:
+        raise
+    # Pillow's decoders raise anything at malformed bytes: OSError, SyntaxError, ValueError, struct.error and others.
+    except Exception as error:
+        raise DataError(f"{path}: cannot be decoded ({error}); expected an image that Pillow reads") from error
+    pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(size, size, 3).movedim(-1, 0)
+    return pixels.flip(-1) if augment and draws[-1] < 0.5 else pixels
+
+
+def central_box(width: int, height: int) -> Box:
+    """The central square of 224/256 of the shorter side: resize that side to size·256/224, then crop size × size."""
+    side = min(width, height) * 224 / 256
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def random_box(width: int, height: int, size: int, draws: Sequence[float]) -> Box:
+    """A box of random area, aspect ratio in 3/4..4/3 and place (random resized crop, Szegedy et al. 2015, §6).
+
+    The area is 0.08 to 1 of the image's for outputs of 64 pixels and more; 0.6 to 1 for smaller ones, where an eighth
+    of a thumbnail shows nothing of its class.
+    """
+    smallest = 0.08 if size >= 64 else 0.6
+    across, down = draws[2 * _CROP_TRIES : 2 * _CROP_TRIES + 2]
+    for area_draw, ratio_draw in zip(draws[:_CROP_TRIES], draws[_CROP_TRIES : 2 * _CROP_TRIES], strict=True):
+        area = width * height * (smallest + (1 - smallest) * area_draw)
+        ratio = math.exp((2 * ratio_draw - 1) * math.log(4 / 3))
+        box_width, box_height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if box_width <= width and box_height <= height:
+            break
+    else:  # a banner, in which no such box fits: the largest one of an allowed ratio
+        box_width, box_height = min(width, height * 4 / 3), min(height, width * 4 / 3)
+    left, top = across * (width - box_width), down * (height - box_height)
+    # min: rounding must not put the far edge outside, which Pillow refuses.
+    return left, top, min(left + box_width, width), min(top + box_height, height)
+
+
+def folder_statistics(paths: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (3,) of pixels scaled to 0..1, over up to 256 images spread over `paths`."""
+    count = min(len(paths), _STATISTICS_IMAGES)
+    histogram = torch.zeros(3, 256, dtype=torch.int64)
+    for i in range(count):
+        histogram += byte_histogram(read_pixels(paths[i * len(paths) // count], size, augment=False)[None])
+    return channel_statistics(histogram)
+
+
+def list_classes(folder: Path) -> dict[str, list[str]]:
+    """Class name to image files, both sorted, for folder/<class>/**; names that start with a dot are passed over.
+
+    Raises:
+        DataError: there is no class folder, one of them holds no image, or one cannot be read.
+    """
+    classes = {name: _list_images(folder / name) for name in subfolders(folder)}
+    if not classes:
+        raise DataError(f"{folder}: holds no class folders; expected {folder}/<class>/<image>")
+    return classes
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Names of the folders in `folder`, sorted, without those that start with a dot."""
+    try:
+        return sorted(one.name for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror or error}); expected a folder") from error
+
+
+def _list_images(folder: Path) -> list[str]:
+    def fail(error: OSError) -> None:
+        # os.walk passes over what it cannot list unless told otherwise, and classes would lose images in silence.
+        raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); expected images") from error
+
+    files = []
+    for parent, _, names in os.walk(folder, onerror=fail):
+        files += [
+            os.path.join(parent, name)  # noqa: PTH118  a million Path objects are slow
+            for name in names
+            if name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+        ]
+    if not files:
+        raise DataError(f"{folder}: class folder without images; expected files ending in {' '.join(_SUFFIXES)}")
+    return sorted(files)

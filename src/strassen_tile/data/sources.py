@@ -1,0 +1,248 @@
+"""`load_images`: one name or path in, a training and a test set out, whichever way the images are stored."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from strassen_tile.data.folders import FolderImages, folder_statistics, list_classes, subfolders
+from strassen_tile.data.idx import idx_paths, is_idx_folder, need, read_idx_part
+from strassen_tile.data.images import (
+    InMemoryImages,
+    balanced_subset,
+    byte_histogram,
+    channel_statistics,
+    resize,
+    stratified_split,
+)
+from strassen_tile.errors import ConfigError, DataError
+
+_FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+_FOLDER_SIZE = 224
+_DIGITS_PARTS = 3
+_FOLDER_PARTS = 5
+_LAYOUTS = (
+    "holds train-images-idx3-ubyte[.gz] and the other three IDX files, or train/<class>/<image> with val/ or test/, "
+    "or <class>/<image>"
+)
+
+ImageDataset = InMemoryImages | FolderImages
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """A training and a test set that agree on classes, channels and size.
+
+    Both are torch Datasets of {"pixel_values": float32 (channels, image_size, image_size), "labels": int64 ()}.
+    Labels are 0..num_classes − 1 and index `class_names`. `name` is "digits" or the folder's.
+    """
+
+    train: ImageDataset
+    test: ImageDataset
+    name: str
+    num_classes: int
+    class_names: tuple[str, ...]
+    channels: int
+    image_size: int
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What `load_images` was asked for, besides the source."""
+
+    image_size: int | None
+    limit: int | None
+    seed: int
+    augment: bool
+
+    def kept(self, labels: Tensor) -> Tensor:
+        """Indices of the training samples that `limit` leaves."""
+        return torch.arange(len(labels)) if self.limit is None else balanced_subset(labels, self.limit, self.seed)
+
+
+def load_images(
+    source: str | os.PathLike[str] = "digits",
+    *,
+    image_size: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    augment: bool = True,
+) -> ImageSplits:
+    """Images to train and test on.
+
+    Args:
+        source: one of
+
+            - "digits": scikit-learn's 1797 digits of 8×8, a third of each class held out (always the same third);
+            - an IDX folder, as MNIST and Fashion-MNIST ship: {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz];
+            - an image folder, root/train/<class>/… with root/val (or, without that, root/test), or root/<class>/… of
+              which a fifth of each class is held out (always the same fifth). Decoded when fetched; three channels.
+
+            A folder that is itself called digits is "./digits".
+        image_size: side in pixels. None: as stored for digits and IDX, 224 for image folders. Digits and IDX images
+            are resized once, in memory (bilinear, antialiased); folders when read (bicubic).
+        limit: train on this many only, as evenly over the classes as they allow. None or more than there are: all.
+        seed: which ones `limit` keeps. It changes neither the split nor the augmentation.
+        augment: augment the training set, from torch's global RNG. Digits and IDX: shifts by up to
+            max(1, image_size // 8) pixels; folders: random resized crops. Horizontal flips for image folders and for
+            IDX folders called *fashion*: digits do not survive them. The test set is never augmented.
+
+    Returns:
+        The splits. Pixels are normalised by the mean and standard deviation, in each channel, of the training samples
+        that are kept, for image folders estimated on up to 256 of them.
+
+    Raises:
+        DataError: the source is unknown, or a file is missing or malformed; the message names it.
+        ConfigError: `image_size` or `limit` is less than 1.
+        ImportError: scikit-learn, Pillow or numpy is needed and missing; the message names the extra.
+    """
+    for name, value in (("image_size", image_size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value!r}; expected None or at least 1")
+    options = _Options(image_size, limit, seed, augment)
+    if isinstance(source, str) and source == "digits":
+        return _digits(options)
+    folder = Path(source).expanduser()
+    # An empty string is the current folder to Path, and a mistake to everybody else.
+    if not os.fspath(source) or not folder.is_dir():
+        given = "is not a folder" if folder.exists() else "does not exist"
+        raise DataError(
+            f"source {os.fspath(source)!r} {given}; expected 'digits' or a path to a folder that {_LAYOUTS}"
+        )
+    return _idx_folder(folder, options) if is_idx_folder(folder) else _image_folder(folder, options)
+
+
+def _digits(options: _Options) -> ImageSplits:
+    bunch = need("sklearn.datasets").load_digits()
+    # Stored as 0..16; rounded, not truncated, so that 16 is 255 and steps are even.
+    images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)
+    labels = torch.from_numpy(bunch.target).to(torch.int64)
+    train, test = stratified_split(labels, _DIGITS_PARTS)
+    names = tuple(str(digit) for digit in range(10))
+    return _in_memory(
+        (images[train], labels[train]), (images[test], labels[test]), "digits", names, options, flip=False
+    )
+
+
+def _idx_folder(folder: Path, options: _Options) -> ImageSplits:
+    train, test = read_idx_part(folder, "train"), read_idx_part(folder, "test")
+    (train_path, _), (test_path, test_label_path) = idx_paths(folder, "train"), idx_paths(folder, "test")
+    height, width = train[0].shape[1:]
+    if test[0].shape[1:] != train[0].shape[1:]:
+        given = "×".join(map(str, test[0].shape[1:]))
+        raise DataError(f"{test_path}: images are {given}; expected {height}×{width} as in {train_path}")
+    if height != width and options.image_size is None:
+        raise DataError(f"{train_path}: images are {height}×{width}, not square; pass image_size to have them resized")
+    unknown = sorted(set(test[1].unique().tolist()) - set(train[1].unique().tolist()))
+    if unknown:
+        raise DataError(f"{test_label_path}: holds labels {unknown}; expected only labels that the training set has")
+    names = tuple(str(label) for label in range(int(train[1].max()) + 1))
+    name = _name(folder)
+    fashion = "fashion" in name.lower()
+    if fashion and len(names) == len(_FASHION):
+        names = _FASHION
+    return _in_memory(train, test, name, names, options, flip=fashion)
+
+
+def _name(folder: Path) -> str:
+    """The folder's name as given, a link's own name included; "." and ".." have none and are looked up."""
+    name = folder.absolute().name
+    return folder.resolve().name if name in ("", "..") else name
+
+
+def _in_memory(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    name: str,
+    class_names: tuple[str, ...],
+    options: _Options,
+    *,
+    flip: bool,
+) -> ImageSplits:
+    """Splits from grey images uint8 (n, H, W) with labels int64 (n,)."""
+    size = options.image_size or train[0].shape[-1]
+    kept = options.kept(train[1])
+    # The limit first: what is not trained on need not be resized.
+    pixels, held = resize(train[0][kept, None], size), resize(test[0][:, None], size)
+    mean, std = channel_statistics(byte_histogram(pixels))
+    shift = max(1, size // 8) if options.augment else 0
+    return ImageSplits(
+        train=InMemoryImages(
+            pixels, train[1][kept], mean=mean, std=std, max_shift=shift, flip=flip and options.augment
+        ),
+        test=InMemoryImages(held, test[1], mean=mean, std=std),
+        name=name,
+        num_classes=len(class_names),
+        class_names=class_names,
+        channels=1,
+        image_size=size,
+    )
+
+
+def _image_folder(folder: Path, options: _Options) -> ImageSplits:
+    train, test, names = _list_parts(folder)
+    if len(names) < 2:
+        raise DataError(f"{folder}: holds one class only ({names[0]}); expected a folder for each of several classes")
+    size = options.image_size or _FOLDER_SIZE
+    kept = options.kept(train[1])
+    paths = [train[0][i] for i in kept.tolist()]
+    mean, std = folder_statistics(paths, size)
+    return ImageSplits(
+        train=FolderImages(paths, train[1][kept], image_size=size, mean=mean, std=std, augment=options.augment),
+        test=FolderImages(test[0], test[1], image_size=size, mean=mean, std=std, augment=False),
+        name=_name(folder),
+        num_classes=len(names),
+        class_names=names,
+        channels=3,
+        image_size=size,
+    )
+
+
+Files = tuple[list[str], Tensor]
+
+
+def _list_parts(folder: Path) -> tuple[Files, Files, tuple[str, ...]]:
+    """Files and labels to train on, files and labels held out, and the classes; nothing is decoded."""
+    inside = subfolders(folder)
+    held_name = next((name for name in ("val", "test") if name in inside), None)
+    if "train" in inside:
+        if held_name is None:
+            raise DataError(f"{folder}: has train/ but neither val/ nor test/; expected one of them beside it")
+        train, held = list_classes(folder / "train"), list_classes(folder / held_name)
+        if train.keys() != held.keys():
+            raise DataError(
+                f"{folder / held_name}: its classes differ from those of {folder / 'train'}: "
+                f"missing {_some(train.keys() - held.keys())}, unexpected {_some(held.keys() - train.keys())}"
+            )
+        return _flat(train), _flat(held), tuple(train)
+    if held_name is not None and subfolders(folder / held_name):
+        raise DataError(f"{folder}: has {held_name}/ with class folders in it but no train/; expected train/ beside it")
+    if not inside:
+        raise DataError(f"{folder}: holds neither IDX files nor class folders; expected a folder that {_LAYOUTS}")
+    classes = list_classes(folder)
+    for name, files in classes.items():
+        if len(files) < 2:
+            raise DataError(f"{folder / name}: holds one image; expected two or more, to train and to test on")
+    paths, labels = _flat(classes)
+    train_index, test_index = stratified_split(labels, _FOLDER_PARTS)
+    return (
+        ([paths[i] for i in train_index.tolist()], labels[train_index]),
+        ([paths[i] for i in test_index.tolist()], labels[test_index]),
+        tuple(classes),
+    )
+
+
+def _flat(classes: dict[str, list[str]]) -> Files:
+    """Files in order of class, and the number of its class for each."""
+    counts = torch.tensor([len(files) for files in classes.values()])
+    return [path for files in classes.values() for path in files], torch.arange(len(classes)).repeat_interleave(counts)
+
+
+def _some(names: set[str]) -> str:
+    """Up to five names, and how many more."""
+    shown = ", ".join(sorted(names)[:5]) or "none"
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

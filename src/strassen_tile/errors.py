@@ -1,0 +1,41 @@
+"""What can go wrong. Every message names the argument, what was given, and the way out.
+
+All of them are `ValueError`s, so callers who do not know this package can still catch them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class STLError(ValueError):
+    """Base of the errors raised by strassen_tile."""
+
+
+class ShapeError(STLError):
+    """An argument has a shape, dtype or device the operator cannot take."""
+
+
+class BasisError(STLError):
+    """A basis is malformed, not what it claims to be, or not available."""
+
+
+class ConfigError(STLError):
+    """A configuration has an unknown key or a value that makes no sense."""
+
+
+class ConversionError(STLError):
+    """A model cannot be converted as asked."""
+
+
+class DataError(STLError):
+    """A data file is missing or malformed; the message names the file."""
+
+
+class BackendError(STLError):
+    """The backend asked for by name cannot run these arguments here."""
+
+
+def shape_text(shape: Sequence[object]) -> str:
+    """`(2, 3)` for any sequence of sizes, symbolic ones included."""
+    return "(" + ", ".join(str(size) for size in shape) + ")"

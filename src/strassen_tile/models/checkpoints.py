@@ -1,0 +1,95 @@
+"""Weights from files: safetensors, or torch files read without running any code in them.
+
+Requires torch; safetensors only when a .safetensors file is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from strassen_tile.errors import ConfigError, DataError, shape_text
+
+WRAPPERS = ("state_dict_ema", "state_dict")  # the averaged weights, where a file has both, are the evaluated ones
+PREFIX = "module."  # left by DistributedDataParallel
+NAMED = 8  # keys named in an error before "and N more"
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load weights into `model` in place: all of them, or none and an error.
+
+    Reads `.safetensors`, and any other suffix as a torch file with `weights_only=True`. A top-level "state_dict_ema" or
+    "state_dict" is entered and a leading "module." taken off the names, as the published T2T-ViT files need. Nothing is
+    resized: a checkpoint of other sizes is refused.
+
+    Raises:
+        DataError: the file is missing or unreadable, or names or shapes differ from the model's; both sides are named.
+        ConfigError: the model is on the meta device and has no storage to load into.
+        ImportError: a .safetensors file, and safetensors is not installed.
+    """
+    path = Path(path)
+    state = _state_dict(_read(path), path)
+    expected = model.state_dict()
+    if any(value.is_meta for value in expected.values()):
+        raise ConfigError(f"load_checkpoint({str(path)!r}): the model is on the meta device; call to_empty() first.")
+    problems = [
+        *_list("missing", expected.keys() - state.keys()),
+        *_list("unexpected", state.keys() - expected.keys()),
+        *_list(
+            "of another shape",
+            (
+                f"{key}: expected {shape_text(expected[key].shape)}, got {shape_text(state[key].shape)}"
+                for key in expected.keys() & state.keys()
+                if expected[key].shape != state[key].shape
+            ),
+        ),
+    ]
+    if problems:
+        raise DataError(f"{path} does not fit the model; keys {'; '.join(problems)}.")
+    model.load_state_dict(state)
+
+
+def _read(path: Path) -> object:
+    if not path.is_file():
+        raise DataError(f"{path}: no such checkpoint file.")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise ImportError(f"reading {path} needs safetensors: pip install safetensors") from error
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise DataError(f"{path} is not a safetensors file: {error}") from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of any kind: torch's unpickler raises what it trips over, down to KeyError
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(
+            f"{path} cannot be read as tensors alone ({reason}). A file that holds other objects has to be saved again "
+            "as a plain state dict by whoever trusts it."
+        ) from error
+
+
+def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
+    for key in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise DataError(f"{path} holds no state dict: expected names with tensors, at the top or under {WRAPPERS}.")
+    return {str(key).removeprefix(PREFIX): value for key, value in content.items()}
+
+
+def _list(what: str, keys: Iterable[str]) -> list[str]:
+    """["what (n): a, b, …"], or [] when there is nothing to say."""
+    names = sorted(keys)
+    if not names:
+        return []
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return [f"{what} ({len(names)}): {', '.join(names[:NAMED])}{more}"]

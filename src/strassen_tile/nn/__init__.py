@@ -1,0 +1,8 @@
+"""The operator as a layer, its configuration, its start, and its parameter groups."""
+
+from strassen_tile.nn.config import STLConfig
+from strassen_tile.nn.linear import STLLinear
+from strassen_tile.nn.optim import param_groups
+from strassen_tile.nn.padding import PaddingMask
+
+__all__ = ["PaddingMask", "STLConfig", "STLLinear", "param_groups"]

@@ -1,0 +1,101 @@
+"""Ŵ for a dense weight: in closed form from the factors, and by least squares on calibration inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from strassen_tile.basis import Basis
+from strassen_tile.ops.autograd import decode, encode
+from strassen_tile.tiling import to_tiles
+
+_RIDGE = 1e-6  # of the mean diagonal: keeps Ŵ bounded where random terms are nearly dependent
+_CHUNK = 2**24  # entries of Gram matrices at a time
+
+
+def encode_weight(weight: Tensor, encoder: Tensor, decoder: Tensor, basis: Basis | None = None) -> Tensor:
+    """Ŵ (r, J, L) that makes the layer closest to `weight` on Gaussian inputs.
+
+    With a `basis` it is Ŵ[k] = ⟨F_k, W_JL⟩. Otherwise the least-squares weight encoder for E_J and D_L is applied:
+    Ŵ_JL = (G_E ∘ G_D)⁻¹ h with h_k = ⟨E_kᵀ D_k, W_JL⟩, the normal equations of ‖W_JL − Σ_k Ŵ_k E_kᵀ D_k‖ summed over
+    the rows of a tile.
+
+    Args:
+        weight: (K, M) in maths, that is `linear.weight.T`.
+        encoder: (r, p, q) or (J, r, p, q).
+        decoder: (r, p, s) or (L, r, p, s).
+        basis: whose factors E and D are, if they are one's.
+    """
+    if basis is not None:
+        return encode(weight.unsqueeze(0), basis.weight_encoder.to(weight.device, weight.dtype))
+    r, _, q = encoder.shape[-3:]
+    s = decoder.shape[-1]
+    tiles = to_tiles(weight, q, s)  # (J, L, q, s)
+    columns, outputs = tiles.shape[:2]
+    e = encoder.expand(columns, *encoder.shape[-3:]) if encoder.ndim == 3 else encoder
+    d = decoder.expand(outputs, *decoder.shape[-3:]) if decoder.ndim == 3 else decoder
+    gram_d = d.flatten(2) @ d.flatten(2).mT
+    shared = encoder.ndim == 3 and decoder.ndim == 3
+    encoded = weight.new_empty(columns, outputs, r)
+    step = max(1, _CHUNK // max(1, outputs * r * r))
+    for start in range(0, columns, step):
+        part = slice(start, start + step)
+        target = torch.einsum("jkaq,lkas,jlqs->jlk", e[part], d, tiles[part])
+        gram_e = e[part].flatten(2) @ e[part].flatten(2).mT
+        gram = gram_e[:1] * gram_d[:1] if shared else gram_e[:, None] * gram_d[None]
+        ridge = _RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
+        gram = gram + ridge * torch.eye(r, dtype=gram.dtype, device=gram.device)
+        if shared:  # one system, many right-hand sides
+            encoded[part] = torch.linalg.solve(gram[0], target.flatten(0, 1).mT).mT.reshape(target.shape)
+        else:
+            encoded[part] = torch.linalg.solve(gram, target.unsqueeze(-1)).squeeze(-1)
+    return encoded.permute(2, 0, 1).contiguous()
+
+
+def calibrate(
+    inputs: Tensor, weight: Tensor, encoder: Tensor, decoder: Tensor, start: Tensor, *, iterations: int = 100
+) -> Tensor:
+    """Ŵ that minimises ‖layer(x) − x @ weight‖ over calibration inputs, from `start`, by conjugate gradients.
+
+    The columns of output tiles are separate least-squares problems with one matrix A: (r·J) unknowns each. A and its
+    transpose are the operator's own encode, products and decode, so no matrix is formed and any size fits; where the
+    inputs leave Ŵ undetermined it stays as close to `start` as it was (CGLS, Björck 1996, §7.4).
+
+    Args:
+        inputs: (…, N, K) calibration activations.
+        weight: (K, M) in maths.
+        encoder, decoder: fixed.
+        start: (r, J, L).
+        iterations: at most; fewer when every problem's gradient has fallen by 1e-6.
+    """
+    x = inputs.reshape(-1, *inputs.shape[-2:])
+    target = x @ weight
+    encoded_input = encode(x, encoder)
+
+    def apply(encoded_weight: Tensor) -> Tensor:
+        return decode(torch.bmm(encoded_input, encoded_weight), decoder, *target.shape)
+
+    def transposed(residual: Tensor) -> Tensor:
+        return torch.bmm(encoded_input.mT, encode(residual, decoder))
+
+    def energy(y: Tensor) -> Tensor:  # ‖·‖² of each output tile's problem, (L,)
+        return torch.stack([tile.square().sum() for tile in y.split(decoder.shape[-1], dim=-1)])
+
+    solution = start.clone()
+    residual = target - apply(solution)
+    gradient = transposed(residual)
+    direction = gradient
+    norm = gradient.square().sum(dim=(0, 1))
+    first = norm
+    for _ in range(iterations):
+        if bool((norm <= 1e-12 * first).all()):
+            break
+        image = apply(direction)
+        step = norm / energy(image).clamp_min(torch.finfo(norm.dtype).tiny)
+        solution = solution + step * direction
+        columns = step.repeat_interleave(decoder.shape[-1])[: image.shape[-1]]
+        residual = residual - columns * image
+        gradient = transposed(residual)
+        previous, norm = norm, gradient.square().sum(dim=(0, 1))
+        direction = gradient + norm / previous.clamp_min(torch.finfo(norm.dtype).tiny) * direction
+    return solution

@@ -1,0 +1,80 @@
+"""Where a layer starts: encoders, decoders and the scale of a random Ŵ.
+
+With Var(X) = 1 per entry, X̂[k] has variance ‖E_k‖² and Y variance Σ_k ‖D_k‖²/(ps) · (K/q) · Var(Ŵ) · ‖E_k‖², if Ŵ is
+independent noise. A dense layer has K·Var(W): equating the two gives Var(Ŵ).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from strassen_tile.basis import Basis
+from strassen_tile.errors import ConfigError
+from strassen_tile.nn.config import STLConfig
+
+
+def causal_masks(p: int, rank: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Where E and D may be non-zero if no row is to see a later one: two bool tensors (r, p, 1).
+
+    Term k has a split t_k = ⌊k·p/r⌋; E_k lives on rows ≤ t_k and D_k on rows ≥ t_k. With a free Ŵ this is every
+    causal operator of the rank.
+    """
+    split = (torch.arange(rank, device=device) * p).div(rank, rounding_mode="floor")[:, None, None]
+    row = torch.arange(p, device=device)[None, :, None]
+    return row <= split, row >= split
+
+
+def normalised(basis: Basis) -> Basis:
+    """The same algorithm with ‖E_k‖ = 1 and ‖F_k‖ = √q, so that X̂ and Ŵ have the scale that a random start gives them.
+
+    Terms of a best approximation can be large and cancel; left as they are they train badly (MATH.md §3 of the design).
+    """
+    _, q, _ = basis.tile
+    e = basis.encoder.flatten(1).norm(dim=1)[:, None, None].clamp_min(1e-12)
+    f = basis.weight_encoder.flatten(1).norm(dim=1)[:, None, None].clamp_min(1e-12) / q**0.5
+    return Basis(basis.encoder / e, basis.weight_encoder / f, basis.decoder * e * f, name=basis.name)
+
+
+def start_factors(config: STLConfig, basis: Basis | None, columns: int, outputs: int) -> tuple[Tensor, Tensor]:
+    """E and D in float64, for `columns` = ⌈K/q⌉ and `outputs` = ⌈M/s⌉ where the scope is "tile".
+
+    Random ones are drawn from torch's global generator, as `nn.Linear` draws its weight, with the variances of
+    `bases.random`; causal ones so that every row of Y gets the same variance.
+
+    Raises:
+        ConfigError: a given basis is not causal though the mixing is.
+    """
+    (p, q, s), r = config.pqs, config.rank
+    per_tile = config.encoder_scope == "tile"
+    masks = causal_masks(p, r) if config.mixing == "causal" else None
+    if basis is not None:
+        encoder, decoder = basis.encoder, basis.decoder
+        if masks is not None and not (
+            torch.equal(encoder * masks[0], encoder) and torch.equal(decoder * masks[1], decoder)
+        ):
+            raise ConfigError(
+                f"basis {config.basis!r} lets rows see later ones; mixing='causal' takes 'random' or 'naive'"
+            )
+        if per_tile:
+            encoder, decoder = encoder.expand(columns, -1, -1, -1), decoder.expand(outputs, -1, -1, -1)
+        return encoder.clone(), decoder.clone()
+    encoder = torch.randn(*((columns,) if per_tile else ()), r, p, q, dtype=torch.float64)
+    decoder = torch.randn(*((outputs,) if per_tile else ()), r, p, s, dtype=torch.float64)
+    if masks is None:
+        return encoder / (p * q) ** 0.5, decoder / r**0.5
+    rows_read = masks[0].sum(dim=1, keepdim=True)  # entries of E_k that are alive
+    terms_written = masks[1].sum(dim=0, keepdim=True)  # terms that reach a row of Y
+    return encoder * masks[0] / (rows_read * q) ** 0.5, decoder * masks[1] / terms_written**0.5
+
+
+def weight_deviation(encoder: Tensor, decoder: Tensor, in_features: int, columns: int, variance: float) -> float:
+    """Standard deviation of Ŵ that gives Y the variance a dense weight of `variance` would, averaged over rows."""
+    p, s = decoder.shape[-2:]
+    r = encoder.shape[-3]
+    energy_in = encoder.square().sum(dim=(-2, -1)).reshape(-1, r).mean(dim=0)
+    energy_out = decoder.square().sum(dim=(-2, -1)).reshape(-1, r).mean(dim=0)
+    per_tile_product = float(energy_in @ energy_out) / (p * s)
+    if per_tile_product == 0 or columns == 0:
+        return 0.0
+    return float((in_features * variance / (columns * per_tile_product)) ** 0.5)

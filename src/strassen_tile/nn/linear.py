@@ -1,0 +1,175 @@
+"""STLLinear: the operator as a layer, and how it takes over from an `nn.Linear`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from strassen_tile import cost
+from strassen_tile.errors import ShapeError, shape_text
+from strassen_tile.nn import fit, init
+from strassen_tile.nn.config import STLConfig
+from strassen_tile.nn.padding import PaddingMask
+from strassen_tile.ops import stl_linear
+from strassen_tile.tiling import tile_count
+
+
+class STLLinear(nn.Module):
+    """A linear layer whose product is the Strassen-Tile operator.
+
+    Parameters: `encoder` (r, p, q), `encoded_weight` (r, ⌈K/q⌉, ⌈M/s⌉), `decoder` (r, p, s), `bias` (M,); with
+    `encoder_scope="tile"` encoder and decoder have a leading dimension, one a column tile and one an output tile.
+
+    Input (…, N, K), output (…, N, M). Unless `mixing="none"`, the p rows of a tile depend on each other, so the input
+    must have the rows of one sample in dimension −2 and samples in the dimensions before it.
+
+    Args:
+        in_features: K.
+        out_features: M.
+        bias: whether there is one.
+        config: `STLConfig()` by default.
+        device, dtype: of the parameters.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        config: STLConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if min(in_features, out_features) < 0:
+            raise ShapeError(f"features must be >= 0; got in_features={in_features}, out_features={out_features}")
+        self.in_features, self.out_features = in_features, out_features
+        self.config = config = config or STLConfig()
+        (p, q, s), r = config.pqs, config.rank
+        columns, outputs = tile_count(in_features, q), tile_count(out_features, s)
+        per_tile = config.encoder_scope == "tile"
+
+        def parameter(*size: int, trained: bool = True) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, device=device, dtype=dtype), requires_grad=trained)
+
+        self.encoder = parameter(*((columns,) if per_tile else ()), r, p, q, trained=config.train_encoder)
+        self.encoded_weight = parameter(r, columns, outputs)
+        self.decoder = parameter(*((outputs,) if per_tile else ()), r, p, s, trained=config.train_decoder)
+        if bias:
+            self.bias = parameter(out_features)
+        else:
+            self.register_parameter("bias", None)
+        self.padding: PaddingMask | None = None  # set by `convert`: which rows of a batch are padding
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, weight: Tensor | None = None, inputs: Tensor | None = None) -> None:
+        """Start anew: as `nn.Linear` would in scale, or from a dense `weight` (K, M in maths), or its scale alone.
+
+        Args:
+            weight: fitted if the config says so (`STLConfig.fits`), else only its variance is taken.
+            inputs: calibration activations (…, N, K) for the fit.
+        """
+        if self.encoded_weight.is_meta:
+            return
+        bound = self.in_features**-0.5 if self.in_features else 0.0
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+        device = self.encoded_weight.device
+        dense = torch.empty(self.in_features, self.out_features, dtype=torch.float64, device=device)
+        dense = dense.uniform_(-bound, bound) if weight is None else weight.to(device, torch.float64)
+        columns, outputs = self.encoded_weight.shape[1:]
+        basis = self.config.load_basis()
+        basis = basis if basis is None else init.normalised(basis)
+        encoder, decoder = (f.to(device) for f in init.start_factors(self.config, basis, columns, outputs))
+        if self.config.fits:
+            encoded = fit.encode_weight(dense, encoder, decoder, basis)
+            if inputs is not None:
+                encoded = fit.calibrate(inputs.detach().to(device, torch.float64), dense, encoder, decoder, encoded)
+        else:
+            variance = float(dense.square().mean()) if dense.numel() else 0.0
+            deviation = init.weight_deviation(encoder, decoder, self.in_features, columns, variance)
+            encoded = torch.randn(self.encoded_weight.shape, dtype=torch.float64, device=device) * deviation
+        self.encoder.copy_(encoder)
+        self.decoder.copy_(decoder)
+        self.encoded_weight.copy_(encoded)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: STLConfig | None = None, inputs: Tensor | None = None) -> STLLinear:
+        """The layer that takes over from `linear`, with its device, dtype and bias.
+
+        Ŵ is fitted to the weight: Ŵ = F·W for a given basis, the least-squares F for a random one; with calibration
+        `inputs` (…, N, K) it is then the least-squares Ŵ on them. `init="random"` in the config takes only the scale.
+
+        Raises:
+            ShapeError: inputs do not have K features, or are 2-D though rows mix.
+        """
+        config = config or STLConfig()
+        fitted = config if config.init == "random" else STLConfig.from_dict({**config.to_dict(), "init": "fit"})
+        if inputs is not None and (inputs.ndim < 2 or inputs.shape[-1] != linear.in_features):
+            raise ShapeError(f"inputs must be (…, N, {linear.in_features}); got {shape_text(inputs.shape)}")
+        with torch.device("meta"):
+            layer = cls(
+                linear.in_features,
+                linear.out_features,
+                linear.bias is not None,
+                config=fitted,
+                dtype=linear.weight.dtype,
+            )
+        if linear.weight.is_meta:
+            return layer
+        layer = layer.to_empty(device=linear.weight.device)
+        if inputs is not None:
+            layer._check_rows(inputs)
+        layer.reset_parameters(linear.weight.mT, inputs)
+        if layer.bias is not None and linear.bias is not None:
+            with torch.no_grad():
+                layer.bias.copy_(linear.bias)
+        return layer.train(linear.training)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """E and D as the product uses them: masked where the mixing is causal."""
+        if self.config.mixing != "causal":
+            return self.encoder, self.decoder
+        read, written = init.causal_masks(self.config.pqs[0], self.config.rank, self.encoder.device)
+        return self.encoder * read, self.decoder * written
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, N, K) → (…, N, M). Raises ShapeError for a 2-D input if rows mix: its rows are a batch."""
+        if self.config.mixes_rows:
+            self._check_rows(x)
+            if self.padding is not None:
+                x = self.padding.zero(x)
+        encoder, decoder = self.factors()
+        return stl_linear(
+            x,
+            self.encoded_weight,
+            encoder,
+            decoder,
+            self.bias,
+            out_features=self.out_features,
+            backend=self.config.backend,
+        )
+
+    def cost(self, rows: int, batch: int = 1) -> cost.Cost:
+        """Cost of `batch` samples of `rows` rows."""
+        tile, scope = self.config.pqs, self.config.encoder_scope
+        size = self.encoded_weight.element_size()
+        features = self.in_features, self.out_features
+        return cost.linear(rows, *features, tile, self.config.rank, batch=batch, itemsize=size, encoder_scope=scope)
+
+    def _check_rows(self, x: Tensor) -> None:
+        if self.config.mixes_rows and x.ndim < 3:
+            raise ShapeError(
+                f"a 2-D input {shape_text(x.shape)} is a batch of rows, and this layer (mixing={self.config.mixing!r}, "
+                f"tile {self.config.tile}) mixes the {self.config.pqs[0]} rows of a tile: samples would leak into each "
+                "other. For one sequence pass x.unsqueeze(0); for independent rows use mixing='none' or keep the layer dense"
+            )
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments."""
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, config={self.config!r}"

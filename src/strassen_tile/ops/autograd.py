@@ -1,0 +1,149 @@
+"""Gradients and vmap rules of `encode`, `decode` and `correlate`, each made of the other two.
+
+With Y = decode(Ŷ, D) and X̂ = encode(X, E):  dX = decode(dX̂, E),  dE = correlate(X, dX̂),  dŶ = encode(dY, D),
+dD = correlate(dY, Ŷ). Since backwards are built from these same functions, gradients of any order exist. Complex
+arguments follow PyTorch's convention: the gradient of a·b in a is g·conj(b).
+
+Forward-mode differentiation is not offered here (a `jvp` would break `torch.compile(fullgraph=True)`); the reference
+backend has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from strassen_tile.ops import library
+
+
+def _map_samples(function: Callable[..., Tensor], info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+    """Vmap by a loop over samples: for a batch of factors, which no kernel takes."""
+    return torch.stack([
+        function(*(a.select(d, i) if d is not None else a for a, d in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]), 0  # fmt: skip
+
+
+class Encode(Function):
+    """(x (B, N, K), encoder (r, p, q) or (J, r, p, q)) → (r, B·I, J)."""
+
+    @staticmethod
+    def forward(x: Tensor, encoder: Tensor) -> Tensor:
+        return library.encode(x, encoder)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, encoder = ctx.saved_tensors
+        return (
+            decode(grad, encoder.conj(), *x.shape) if ctx.needs_input_grad[0] else None,
+            correlate(x.conj(), grad, encoder.shape[-2:], encoder.ndim == 4) if ctx.needs_input_grad[1] else None,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, encoder: Tensor) -> tuple[Tensor, int]:
+        if in_dims[1] is not None:
+            return _map_samples(encode, info, in_dims, x, encoder)
+        samples = x.movedim(in_dims[0], 0)
+        encoded = encode(samples.flatten(0, 1), encoder)
+        return encoded.unflatten(1, (info.batch_size, encoded.shape[1] // info.batch_size)), 1
+
+
+class Decode(Function):
+    """(encoded (r, B·I, L), decoder (r, p, s) or (L, r, p, s), B, N, M) → (B, N, M)."""
+
+    @staticmethod
+    def forward(encoded: Tensor, decoder: Tensor, batch: int, rows: int, columns: int) -> Tensor:
+        return library.decode(encoded, decoder, batch, rows, columns)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        encoded, decoder = ctx.saved_tensors
+        per_column = decoder.ndim == 4
+        return (
+            encode(grad, decoder.conj()) if ctx.needs_input_grad[0] else None,
+            correlate(grad, encoded.conj(), decoder.shape[-2:], per_column) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, encoded: Tensor, decoder: Tensor, batch: int, rows: int, columns: int
+    ) -> tuple[Tensor, int]:
+        if in_dims[1] is not None:
+            return _map_samples(decode, info, in_dims, encoded, decoder, batch, rows, columns)
+        samples = encoded.movedim(in_dims[0], 1).flatten(1, 2)
+        y = decode(samples, decoder, info.batch_size * batch, rows, columns)
+        return y.unflatten(0, (info.batch_size, batch)), 0
+
+
+class Correlate(Function):
+    """(x (B, N, K), encoded (r, B·I, J), (p, q), per_column) → (r, p, q) or (J, r, p, q)."""
+
+    @staticmethod
+    def forward(x: Tensor, encoded: Tensor, tile: tuple[int, int], per_column: bool) -> Tensor:
+        return library.correlate(x, encoded, tile, per_column)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, encoded = ctx.saved_tensors
+        return (
+            decode(encoded.conj(), grad, *x.shape) if ctx.needs_input_grad[0] else None,
+            encode(x.conj(), grad) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, x: Tensor, encoded: Tensor, tile: tuple[int, int], per_column: bool
+    ) -> tuple[Tensor, int]:
+        return _map_samples(correlate, info, (*in_dims[:2], None, None), x, encoded, tile, per_column)
+
+
+def encode(x: Tensor, encoder: Tensor) -> Tensor:
+    """X̂[k, I, J] = ⟨E_k, X_IJ⟩: x (B, N, K) → (r, B·I, J). Differentiable in both."""
+    return Encode.apply(x, encoder)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def decode(encoded: Tensor, decoder: Tensor, batch: int, rows: int, columns: int) -> Tensor:
+    """Y_IL = Σ_k Ŷ[k, I, L] D_k: encoded (r, B·I, L) → (batch, rows, columns). Differentiable in both tensors."""
+    return Decode.apply(encoded, decoder, batch, rows, columns)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def correlate(x: Tensor, encoded: Tensor, tile: tuple[int, int], per_column: bool) -> Tensor:
+    """C_k = Σ_IJ X̂[k, I, J] X_IJ: (r, p, q), or (J, r, p, q) if per column tile. Differentiable in both tensors."""
+    return Correlate.apply(x, encoded, tuple(tile), per_column)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _differentiable(function: type[Function], operator: Any) -> Callable[..., Tensor]:
+    """The operator's kernel under the Autograd key, so that calling it directly through `torch.ops` has gradients too."""
+
+    def kernel(*args: Any) -> Tensor:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return function.apply(*args)  # type: ignore[no-any-return]
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)  # type: ignore[no-any-return]
+
+    return kernel
+
+
+for _function, _operator in ((Encode, library.encode), (Decode, library.decode), (Correlate, library.correlate)):
+    library.register_kernel(_operator, _differentiable(_function, _operator), "Autograd")

@@ -1,0 +1,155 @@
+"""`stl_linear` and `stl_matmul`: validate, dispatch.
+
+Requires: all tensors on one device and of one dtype (under autocast, floating-point ones are cast as for `F.linear`).
+Backends: "cpu" (CPU tensors), "reference" (any device; the einsum definition, slow), "auto" (the fastest that can).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from strassen_tile.basis import Basis
+from strassen_tile.errors import BackendError, ShapeError, shape_text
+from strassen_tile.ops.autograd import decode, encode
+from strassen_tile.tiling import tile_count
+
+Backend = Literal["auto", "reference", "cpu", "triton"]
+Linear = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
+_backends: dict[str, Linear] = {}
+
+
+def register_backend(name: str, linear: Linear) -> None:
+    """Make `linear(x, encoded_weight, encoder, decoder, bias, out_features)` the backend called `name`."""
+    _backends[name] = linear
+
+
+def stl_linear(
+    x: Tensor,
+    encoded_weight: Tensor,
+    encoder: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_features: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Y_IL = Σ_k D_k · Σ_J ⟨E_k, X_IJ⟩ Ŵ[k, J, L] + bias: the Strassen-Tile operator on an encoded weight.
+
+    Args:
+        x: (…, N, K). Tiles are cut along N and K; every leading index is a sample of its own, padded on its own.
+        encoded_weight: Ŵ (r, ⌈K/q⌉, ⌈M/s⌉).
+        encoder: E (r, p, q), or (⌈K/q⌉, r, p, q) for one a column tile.
+        decoder: D (r, p, s), or (⌈M/s⌉, r, p, s) for one an output tile.
+        bias: (M,) or None.
+        out_features: M; by default a whole number of tiles, ⌈M/s⌉·s.
+        backend: "auto" chooses; any other runs or raises.
+
+    Returns:
+        (…, N, M), contiguous, of the dtype of x (of autocast's where that is on).
+
+    Raises:
+        ShapeError: shapes, dtypes or devices that do not fit together.
+        BackendError: the named backend does not exist or cannot run these arguments.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, encoded_weight, encoder, decoder = (a.to(dtype) for a in (x, encoded_weight, encoder, decoder))
+        bias = None if bias is None else bias.to(dtype)
+    columns = _check(x, encoded_weight, encoder, decoder, bias, out_features)
+    return _choose(backend, x)(x, encoded_weight, encoder, decoder, bias, columns)
+
+
+def stl_matmul(x: Tensor, w: Tensor, basis: Basis, *, backend: Backend = "auto") -> Tensor:
+    """X @ w by the bilinear algorithm of `basis`: equal if it is exact, an approximation otherwise.
+
+    Args:
+        x: (…, N, K); every leading index is a sample of its own.
+        w: (K, M).
+        basis: its factors are rounded to the dtype of x.
+        backend: as for `stl_linear`.
+
+    Returns:
+        (…, N, M). Differentiable in x and w. An exact basis agrees with x @ w to about u·√(3·kappa) in relative norm,
+        u the unit roundoff of the dtype.
+
+    Raises:
+        ShapeError: w is not a (K, M) matrix for this x, or dtypes or devices differ.
+    """
+    if w.ndim != 2 or x.ndim < 2 or x.shape[-1] != w.shape[0]:
+        raise ShapeError(
+            f"stl_matmul takes x (…, N, K) and w (K, M); got x {shape_text(x.shape)} and w {shape_text(w.shape)}"
+        )
+    if x.dtype != w.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ShapeError(f"x and w must have one dtype; got {x.dtype} and {w.dtype}: convert one with .to(…)")
+    if not (w.is_floating_point() or w.is_complex()):
+        raise ShapeError(f"stl_matmul takes floating-point or complex tensors; got {w.dtype}")
+    factors = (basis.encoder, basis.weight_encoder, basis.decoder)
+    encoder, weight_encoder, decoder = (factor.to(w.device, w.dtype) for factor in factors)
+    encoded_weight = encode(w.unsqueeze(0), weight_encoder)
+    return stl_linear(x, encoded_weight, encoder, decoder, out_features=w.shape[1], backend=backend)
+
+
+def _linear(x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, m: int) -> Tensor:
+    """Encode, multiply, decode by the registered operators."""
+    samples = x.reshape(-1, *x.shape[-2:]) if x.ndim != 3 else x
+    products = torch.bmm(encode(samples, encoder), encoded_weight)
+    y = decode(products, decoder, samples.shape[0], samples.shape[1], m)
+    y = y.view(*x.shape[:-1], m)
+    return y if bias is None else y + bias
+
+
+def _choose(backend: str, x: Tensor) -> Linear:
+    if backend == "auto":
+        return _linear
+    if backend == "cpu":
+        if x.device.type != "cpu":
+            raise BackendError(f"backend 'cpu' was asked for, but x is on {x.device}; move it or use backend='auto'")
+        return _linear
+    if backend in _backends:
+        return _backends[backend]
+    known = ", ".join(sorted({"auto", "cpu", *_backends}))
+    raise BackendError(f"backend {backend!r} is not available; available here: {known}")
+
+
+def _check(
+    x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, out_features: int | None
+) -> int:
+    """M, once everything fits together."""
+    if x.ndim < 2:
+        raise ShapeError(f"x must be (…, N, K) with at least two dimensions; got {shape_text(x.shape)}")
+    if encoded_weight.ndim != 3:
+        raise ShapeError(f"encoded_weight must be (r, ⌈K/q⌉, ⌈M/s⌉); got {shape_text(encoded_weight.shape)}")
+    r, j, l = encoded_weight.shape  # noqa: E741 - the tile index L
+    for name, factor, lead in (("encoder", encoder, j), ("decoder", decoder, l)):
+        if factor.ndim not in (3, 4) or factor.shape[-3] != r or (factor.ndim == 4 and factor.shape[0] != lead):
+            raise ShapeError(
+                f"{name} must be (r, ·, ·) or ({lead}, r, ·, ·) with r = {r} as in encoded_weight "
+                f"{shape_text(encoded_weight.shape)}; got {shape_text(factor.shape)}"
+            )
+    (p, q), (p_out, s), k = encoder.shape[-2:], decoder.shape[-2:], x.shape[-1]
+    if p != p_out:
+        raise ShapeError(f"encoder and decoder disagree on p: tiles of {p}×{q} in, {p_out}×{s} out")
+    if tile_count(k, q) != j:
+        raise ShapeError(
+            f"x {shape_text(x.shape)} has K = {k} features, {tile_count(k, q)} tiles of {q}, but encoded_weight "
+            f"{shape_text(encoded_weight.shape)} was made for {j}"
+        )
+    m = l * s if out_features is None else out_features
+    if m < 0 or tile_count(m, s) != l:
+        raise ShapeError(f"out_features = {m} needs {tile_count(m, s)} tiles of {s}, but encoded_weight has {l}")
+    if bias is not None and (bias.ndim != 1 or bias.shape[0] != m):
+        raise ShapeError(f"bias must be ({m},); got {shape_text(bias.shape)}")
+    others = {"encoded_weight": encoded_weight, "encoder": encoder, "decoder": decoder, "bias": bias}
+    for name, tensor in others.items():
+        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+            raise ShapeError(
+                f"x is {x.dtype} on {x.device}, but {name} is {tensor.dtype} on {tensor.device}; use .to(…), or autocast"
+            )
+    if not (x.is_floating_point() or x.is_complex()):
+        raise ShapeError(f"x must be floating-point or complex; got {x.dtype}")
+    return m

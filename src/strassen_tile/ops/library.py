@@ -1,0 +1,75 @@
+"""The operator's three primitives as `torch.library` operators: schemas, shapes for tracing, FLOP formulas.
+
+`encode`, `decode` and `correlate` are linear in each tensor argument and the gradient of each is made of the others
+(`ops/autograd.py`), so nothing else needs a kernel: the r products between them are `torch.bmm`. A device brings its
+own kernels by registering them under its dispatch key; `ops/generic.py` serves all others.
+
+The operators are raw `Library` ones: `custom_op` breaks `torch.func.grad`, and `triton_op` needs a driver. Gradients and
+vmap rules sit on top, in autograd functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from strassen_tile.ops import generic
+from strassen_tile.tiling import tile_count
+
+NAMESPACE = "strassen_tile"
+_library = torch.library.Library(NAMESPACE, "DEF")
+_tags = (torch.Tag.pt2_compliant_tag,)
+_library.define("encode(Tensor x, Tensor encoder) -> Tensor", tags=_tags)
+_library.define(
+    "decode(Tensor encoded, Tensor decoder, SymInt batch, SymInt rows, SymInt columns) -> Tensor", tags=_tags
+)
+_library.define("correlate(Tensor x, Tensor encoded, SymInt[] tile, bool per_column) -> Tensor", tags=_tags)
+for _kernel in (generic.encode, generic.decode, generic.correlate):
+    _library.impl(_kernel.__name__, _kernel, "CompositeExplicitAutograd")
+
+encode = torch.ops.strassen_tile.encode.default
+decode = torch.ops.strassen_tile.decode.default
+correlate = torch.ops.strassen_tile.correlate.default
+
+
+def register_kernel(operator: Any, kernel: Callable[..., Tensor], dispatch_key: str) -> None:
+    """Make `kernel` what `operator` runs under `dispatch_key`, such as "CPU", "CUDA" or "Autograd"."""
+    _library.impl(operator, kernel, dispatch_key)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::encode")  # type: ignore[untyped-decorator]
+def _encode_shape(x: Tensor, encoder: Tensor) -> Tensor:
+    r, p, q = encoder.shape[-3:]
+    return x.new_empty(r, x.shape[0] * tile_count(x.shape[1], p), tile_count(x.shape[2], q))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::decode")  # type: ignore[untyped-decorator]
+def _decode_shape(encoded: Tensor, decoder: Tensor, batch: int, rows: int, columns: int) -> Tensor:
+    return encoded.new_empty(batch, rows, columns)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::correlate")  # type: ignore[untyped-decorator]
+def _correlate_shape(x: Tensor, encoded: Tensor, tile: Sequence[int], per_column: bool) -> Tensor:
+    lead = (encoded.shape[2],) if per_column else ()
+    return x.new_empty(*lead, encoded.shape[0], *tile)
+
+
+@register_flop_formula(torch.ops.strassen_tile.encode)  # type: ignore[untyped-decorator, unused-ignore]
+def _encode_flops(x: Sequence[int], encoder: Sequence[int], *_: Any, **__: Any) -> int:
+    r, p, q = encoder[-3:]
+    return 2 * r * x[0] * tile_count(x[1], p) * p * tile_count(x[2], q) * q
+
+
+@register_flop_formula(torch.ops.strassen_tile.decode)  # type: ignore[untyped-decorator, unused-ignore]
+def _decode_flops(encoded: Sequence[int], decoder: Sequence[int], *_: Any, **__: Any) -> int:
+    r, p, s = decoder[-3:]
+    return 2 * r * encoded[1] * p * encoded[2] * s
+
+
+@register_flop_formula(torch.ops.strassen_tile.correlate)  # type: ignore[untyped-decorator, unused-ignore]
+def _correlate_flops(x: Sequence[int], encoded: Sequence[int], tile: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * encoded[0] * encoded[1] * encoded[2] * tile[0] * tile[1]

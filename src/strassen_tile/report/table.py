@@ -1,0 +1,214 @@
+"""Rows as a table: in the terminal (rich), in Markdown, and the formatters that both share with the HTML page.
+
+A `Column` is a title and either a field's name or a function from a row to text. Only `rich_table` needs rich, and
+imports it when called. A value that is not there is shown as "–", never as 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import statistics
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from strassen_tile.errors import DataError
+from strassen_tile.report.rows import Value
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MISSING = "–"
+
+
+@contextlib.contextmanager
+def report_extra() -> Iterator[None]:
+    """Around the import of an optional package: if it is missing, the error says which extra brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "a package").partition(".")[0]
+        raise ModuleNotFoundError(
+            f'{package} is not installed; tables and plots need it: pip install "strassen-tile[report]"',
+            name=error.name,
+        ) from error
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its title, where its text comes from, and how it is aligned.
+
+    Attributes:
+        title: the heading.
+        value: a field's name, shown as it is; or a function from a row to text, see `field`.
+        justify: "left", "center" or "right".
+    """
+
+    title: str
+    value: str | Callable[[Mapping[str, Value]], str]
+    justify: Literal["left", "center", "right"] = "right"
+
+    def text(self, row: Mapping[str, Value]) -> str:
+        """This column's cell for `row`."""
+        return plain(row.get(self.value)) if isinstance(self.value, str) else self.value(row)
+
+
+def field(key: str, form: Callable[[float | None], str]) -> Callable[[Mapping[str, Value]], str]:
+    """A column's value: the number in field `key`, through a formatter such as `count` or `ratio`."""
+    return lambda row: form(number(row, key))
+
+
+def number(row: Mapping[str, Value], key: str) -> float | None:
+    """The number in field `key`; None if absent or null. DataError if it is text."""
+    value = row.get(key)
+    if isinstance(value, str):
+        raise DataError(f"field {key!r} should be a number, it is the text {value!r}")
+    return value
+
+
+def cells(columns: Sequence[Column], rows: Iterable[Mapping[str, Value]]) -> list[list[str]]:
+    """The text of every cell, row by row.
+
+    Raises:
+        DataError: a column names a field that no row has: a misspelt name, not an empty column.
+    """
+    rows = list(rows)
+    for column in columns:
+        if isinstance(column.value, str) and rows and not any(column.value in row for row in rows):
+            raise DataError(
+                f"column {column.title!r} shows the field {column.value!r}, which no row has; "
+                f"the first row has {', '.join(rows[0])}"
+            )
+    return [[column.text(row) for column in columns] for row in rows]
+
+
+def rich_table(
+    title: str, columns: Sequence[Column], rows: Iterable[Mapping[str, Value]], caption: str | None = None
+) -> Table:
+    """The rows as a table for the terminal; needs rich. Nothing in it is taken for rich's markup."""
+    with report_extra():
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+        from rich.text import Text
+
+    table = Table(
+        title=Text(title, style="bold"),
+        caption=Text(caption, style="dim") if caption else None,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+    )
+    lines = cells(columns, rows)
+    for index, column in enumerate(columns):
+        if column.justify == "left":
+            table.add_column(Text(column.title), justify="left", overflow="fold")
+            continue
+        # Numbers never break, so that ten columns fit a narrow terminal; their heading breaks between words instead.
+        width = max([*(len(line[index]) for line in lines), *(len(word) for word in column.title.split())], default=1)
+        heading = "\n".join(textwrap.wrap(column.title, width, break_long_words=False, break_on_hyphens=False))
+        table.add_column(Text(heading), justify=column.justify, no_wrap=True)
+    for line in lines:
+        table.add_row(*(Text(cell) for cell in line))
+    return table
+
+
+def markdown_table(columns: Sequence[Column], rows: Iterable[Mapping[str, Value]]) -> str:
+    """The rows as a GitHub Markdown table, one line a row, ending in a newline."""
+    rules = {"left": ":---", "center": ":---:", "right": "---:"}
+    lines = [
+        [_markdown(column.title) for column in columns],
+        [rules[column.justify] for column in columns],
+        *([_markdown(cell) for cell in line] for line in cells(columns, rows)),
+    ]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def plain(value: Value) -> str:
+    """Any field as text: numbers to four significant digits, booleans as yes and no."""
+    if value is None:
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
+    return str(value)
+
+
+def count(n: float | None) -> str:
+    """A number of things, to one decimal: 640, 12.6 k, 4.3 M."""
+    return _scaled(n, lambda scaled: f"{scaled:.1f}")
+
+
+def flops(n: float | None) -> str:
+    """A number of floating-point operations, to three digits: 640, 12.6 M, 1.13 G."""
+    return _scaled(n, lambda scaled: f"{scaled:#.3g}".rstrip("."))
+
+
+def percent(fraction: float | None, digits: int = 1) -> str:
+    """A fraction of one as per cent: 0.834 is 83.4%."""
+    return MISSING if fraction is None else f"{100 * fraction:.{digits}f}%"
+
+
+def ratio(x: float | None, digits: int = 2) -> str:
+    """How many times: 2.67×."""
+    return MISSING if x is None else f"{x:.{digits}f}×"
+
+
+def seconds(s: float | None) -> str:
+    """A duration in seconds, in the unit that suits it: 850.0 µs, 12.3 ms, 4.2 s, 3 min 20 s, 2 h 05 min."""
+    if s is None:
+        return MISSING
+    if not math.isfinite(s) or s <= 0:
+        return f"{s:g} s"
+    for scale, unit, limit in ((1e6, "µs", 1000), (1e3, "ms", 1000), (1.0, "s", 60)):
+        if round(s * scale, 1) < limit:
+            return f"{s * scale:.1f} {unit}"
+    if round(s) < 3600:
+        return f"{round(s) // 60} min {round(s) % 60:02d} s"
+    minutes = round(s / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def mean_sd(values: Iterable[float], digits: int = 2) -> str:
+    """Mean and sample standard deviation (n − 1): 88.41 ± 0.12. One value alone shows no ±."""
+    values = list(values)
+    if not values:
+        return MISSING
+    return plus_minus(statistics.fmean(values), sample_sd(values), digits)
+
+
+def plus_minus(mean: float | None, sd: float | None, digits: int = 2) -> str:
+    """What `mean_sd` shows, from a mean and a standard deviation already known."""
+    if mean is None:
+        return MISSING
+    return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
+
+
+def sample_sd(values: Sequence[float]) -> float | None:
+    """Sample standard deviation (n − 1 in the denominator); None of fewer than two values."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _scaled(n: float | None, form: Callable[[float], str]) -> str:
+    if n is None:
+        return MISSING
+    if not math.isfinite(n):
+        return str(n)
+    if round(abs(n)) < 1000:
+        return f"{n:.0f}"
+    units = ["k", "M", "G", "T", "P"]
+    scaled, unit = n / 1000, units.pop(0)
+    # As it will be shown, not as it is: 999 960 is 1.0 M, not 1000.0 k.
+    while units and abs(float(form(scaled))) >= 1000:
+        scaled, unit = scaled / 1000, units.pop(0)
+    return f"{form(scaled)} {unit}"
+
+
+def _markdown(text: str) -> str:
+    # The backslash with the rest, or a cell that ends in one would swallow the bar after it.
+    return re.sub(r"([\\|`*<])", r"\\\1", " ".join(text.split()))

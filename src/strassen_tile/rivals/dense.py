@@ -1,0 +1,99 @@
+"""Rivals made of dense products: low rank, and a dense layer with a cheap mix of neighbouring rows.
+
+The second is a control. Part of what a row-mixing STL layer gains comes from the mixing, not from the encoding; a dense
+layer that may mix the p rows of a tile for a few FLOPs more shows how much.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from strassen_tile.cost import Cost
+from strassen_tile.errors import ConfigError, ShapeError, shape_text
+from strassen_tile.tiling import tile_count
+
+
+class LowRankLinear(nn.Module):
+    """y = (x A) B + bias with A (K, rank) and B (rank, M).
+
+    Raises:
+        ConfigError: rank < 1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ConfigError(f"rank must be >= 1; got {rank}")
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.first = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.second = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, flop_ratio: float) -> LowRankLinear:
+        """The best approximation of `linear` (truncated SVD, split evenly) with about `flop_ratio` of its FLOPs."""
+        k, m = linear.in_features, linear.out_features
+        rank = max(1, int(flop_ratio * k * m / (k + m)))
+        weight = linear.weight
+        layer = cls(k, m, linear.bias is not None, rank=rank, device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            u, sigma, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+            root = sigma[:rank].sqrt()
+            layer.first.weight.copy_(root[:, None] * vt[:rank])
+            layer.second.weight.copy_(u[:, :rank] * root)
+            if linear.bias is not None:
+                layer.second.bias.copy_(linear.bias)
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, K) → (…, M)."""
+        return self.second(self.first(x))  # type: ignore[no-any-return]
+
+    def cost(self, rows: int, batch: int = 1) -> Cost:
+        """2N·rank·(K + M) FLOPs."""
+        n, k, m, size = rows * batch, self.in_features, self.out_features, self.first.weight.element_size()
+        flops, params = 2 * n * self.rank * (k + m), self.rank * (k + m)
+        traffic = size * n * (k + m)
+        return Cost(flops, flops, traffic + size * (params + 2 * n * self.rank), params, 2 * n * k * m, traffic + size * k * m, k * m)
+
+
+class TokenMixLinear(nn.Module):
+    """A dense layer after a learned p×p mix of the rows of each tile, its own for every input feature.
+
+    x[I, a, k] becomes Σ_b mix[k, a, b] x[I, b, k]; `mix` (K, p, p) starts as the identity, so the layer starts dense.
+    """
+
+    def __init__(self, linear: nn.Linear, rows_mixed: int = 4) -> None:
+        super().__init__()
+        if rows_mixed < 1:
+            raise ConfigError(f"rows_mixed must be >= 1; got {rows_mixed}")
+        self.linear, self.in_features, self.out_features = linear, linear.in_features, linear.out_features
+        eye = torch.eye(rows_mixed, device=linear.weight.device, dtype=linear.weight.dtype)
+        self.mix = nn.Parameter(eye.expand(linear.in_features, -1, -1).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, N, K) → (…, N, M). Raises ShapeError for a 2-D input: its rows are a batch."""
+        if x.ndim < 3:
+            raise ShapeError(f"a 2-D input {shape_text(x.shape)} is a batch of rows, which this layer would mix")
+        n, p = x.shape[-2], self.mix.shape[-1]
+        tiles = F.pad(x, (0, 0, 0, -n % p)).unflatten(-2, (-1, p))
+        mixed = torch.einsum("...ibk,kab->...iak", tiles, self.mix).flatten(-3, -2)[..., :n, :]
+        return self.linear(mixed)  # type: ignore[no-any-return]
+
+    def cost(self, rows: int, batch: int = 1) -> Cost:
+        """The dense FLOPs and 2NKp for the mix."""
+        k, m, p, size = self.in_features, self.out_features, self.mix.shape[-1], self.mix.element_size()
+        n, padded = rows * batch, batch * tile_count(rows, p) * p
+        dense, traffic = 2 * n * k * m, size * (n * (k + m) + k * m)
+        mix = 2 * padded * k * p
+        return Cost(dense + mix, dense, traffic + size * (2 * n * k + k * p * p), k * m + k * p * p, dense, traffic, k * m)

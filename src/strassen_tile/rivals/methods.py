@@ -1,0 +1,165 @@
+"""One interface for everything that is compared: a method is a name and a way to convert a model.
+
+Exact multiplication is just another method of the roster; every conversion is priced by what its layers really do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from strassen_tile.convert import Conversion, convert, swap
+from strassen_tile.convert.observe import evaluating, run
+from strassen_tile.convert.select import Filter
+from strassen_tile.cost import Cost
+from strassen_tile.errors import ConfigError
+from strassen_tile.nn import STLConfig, STLLinear
+from strassen_tile.rivals.dense import LowRankLinear, TokenMixLinear
+from strassen_tile.rivals.sparse24 import Sparse24Linear
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make a network cheaper (or not).
+
+    Attributes:
+        name: "dense", "stl", "2:4", "low-rank", "dense+mix".
+        rank: of the tile basis; None for the others.
+        apply: (model, example_inputs, filter_fn) → Conversion, in place.
+    """
+
+    name: str
+    rank: int | None
+    apply: Callable[[nn.Module, object, Filter | None], Conversion]
+
+    @property
+    def label(self) -> str:
+        """Name and rank, as tables and plots show it."""
+        return self.name if self.rank is None else f"{self.name} r={self.rank}"
+
+
+def dense() -> Method:
+    """The network as it is. Its conversion lists the layers the others replace, so that costs line up."""
+    return Method("dense", None, lambda model, inputs, keep: swap(model, lambda linear: linear, example_inputs=inputs, filter_fn=keep))
+
+
+def stl(config: STLConfig) -> Method:
+    """Strassen-Tile with this configuration."""
+    return Method("stl", config.rank, lambda model, inputs, keep: convert(model, config, example_inputs=inputs, filter_fn=keep))
+
+
+def sparse_24() -> Method:
+    """2:4 sparsity, trained with SR-STE from the start."""
+
+    def replace(linear: nn.Linear) -> nn.Module | str:
+        if linear.in_features % 4:
+            return f"in_features {linear.in_features} is not a multiple of 4"
+        return Sparse24Linear.from_linear(linear)
+
+    return Method("2:4", None, lambda model, inputs, keep: swap(model, replace, example_inputs=inputs, filter_fn=keep))
+
+
+def low_rank(flop_ratio: float) -> Method:
+    """Two thin dense layers with this fraction of the FLOPs, from the SVD of the start."""
+
+    def replace(linear: nn.Linear) -> nn.Module:
+        return LowRankLinear.from_linear(linear, flop_ratio)
+
+    return Method("low-rank", None, lambda model, inputs, keep: swap(model, replace, example_inputs=inputs, filter_fn=keep))
+
+
+def token_mix(rows_mixed: int = 4) -> Method:
+    """Dense layers that first mix the rows of a tile: the control for row mixing."""
+
+    def replace(linear: nn.Linear) -> nn.Module:
+        return TokenMixLinear(linear, rows_mixed)
+
+    return Method(
+        "dense+mix", None, lambda model, inputs, keep: swap(model, replace, example_inputs=inputs, filter_fn=keep, mixes_rows=True)
+    )
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """FLOPs of one forward pass of a whole model, and of its converted layers.
+
+    Attributes:
+        flops: of the whole model, all in.
+        dense_flops: of the whole model had nothing been converted.
+        converted: summed costs of the converted layers (with their dense counterparts).
+        params: trainable parameters of the whole model as it stands.
+    """
+
+    flops: int
+    dense_flops: int
+    converted: Cost
+    params: int
+
+    @property
+    def share(self) -> float:
+        """Share of the dense model's FLOPs that lies in converted layers."""
+        return self.converted.dense_flops / self.dense_flops
+
+    @property
+    def flop_ratio(self) -> float:
+        """Whole model, all in, as a fraction of dense."""
+        return self.flops / self.dense_flops
+
+
+def model_cost(model: nn.Module, conversion: Conversion, example_inputs: object) -> ModelCost:
+    """Count a forward pass on `example_inputs`.
+
+    What lies outside the converted layers is counted by PyTorch's FlopCounterMode; converted layers by their own
+    `cost`, since the counter sees a masked weight as a dense one.
+
+    Raises:
+        ConfigError: the conversion was made without example inputs.
+    """
+    if not conversion.calls:
+        raise ConfigError("the conversion saw no inputs: pass example_inputs to it")
+    counted: dict[int, int] = {}
+    layers = {name: layer for name, layer in conversion.converted.items()}
+
+    def watch(layer: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+        def before(module: nn.Module, args: object) -> None:
+            counted[id(module)] = counted.get(id(module), 0) - counter.get_total_flops()
+
+        def after(module: nn.Module, args: object, output: object) -> None:
+            counted[id(module)] += counter.get_total_flops()
+
+        return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+
+    counter = FlopCounterMode(display=False)
+    handles = [handle for layer in layers.values() for handle in watch(layer)]
+    try:
+        with evaluating(model), counter:
+            run(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    rest = counter.get_total_flops() - sum(counted.values())
+    costs = [_cost(layer, shape) for name, layer in layers.items() for shape in conversion.calls[name]]
+    converted = Cost(*(sum(getattr(c, field) for c in costs) for field in Cost.__dataclass_fields__))
+    params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return ModelCost(rest + converted.flops, rest + converted.dense_flops, converted, params)
+
+
+def _cost(layer: nn.Module, shape: tuple[int, ...]) -> Cost:
+    batch, rows = 1, 1
+    for size in shape[:-2]:
+        batch *= size
+    if len(shape) > 1:
+        rows = shape[-2]
+    if isinstance(layer, STLLinear | Sparse24Linear | LowRankLinear | TokenMixLinear):
+        return layer.cost(rows, batch)
+    if isinstance(layer, nn.Linear):
+        n, k, m, size = rows * batch, layer.in_features, layer.out_features, layer.weight.element_size()
+        flops, traffic = 2 * n * k * m, size * (n * (k + m) + k * m)
+        return Cost(flops, flops, traffic, k * m, flops, traffic, k * m)
+    raise ConfigError(f"{type(layer).__name__} has no cost")
+
+

@@ -1,0 +1,124 @@
+"""2:4 structured sparsity: of every four consecutive weights of an output row, the two that matter least are zero.
+
+Hardware multiplies such matrices at half the FLOPs. Here the weight is masked in software, so quality is measured;
+speed is measured by `strassen-tile bench` where the hardware has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from strassen_tile.cost import Cost
+from strassen_tile.errors import ShapeError, shape_text
+
+Criterion = Literal["magnitude", "wanda"]
+SR_STE_DECAY = 2e-4  # λ_w of Zhou et al. 2021 (arXiv 2102.04010), for AdamW and SGD alike
+
+
+def mask_24(weight: Tensor, inputs: Tensor | None = None) -> Tensor:
+    """True for the two of every four consecutive input weights to keep: shape of `weight` (M, K), K a multiple of 4.
+
+    The score is |W_mk|, or |W_mk|·‖X_k‖₂ given calibration `inputs` (…, K): Wanda (Sun et al. 2024, arXiv 2306.11695).
+
+    Raises:
+        ShapeError: K is not a multiple of 4, or inputs have other features.
+    """
+    m, k = weight.shape
+    if k % 4:
+        raise ShapeError(f"2:4 sparsity needs in_features to be a multiple of 4; got {k}")
+    score = weight.detach().abs()
+    if inputs is not None:
+        if inputs.shape[-1] != k:
+            raise ShapeError(f"inputs must be (…, {k}); got {shape_text(inputs.shape)}")
+        score = score * inputs.detach().reshape(-1, k).norm(dim=0).to(score.dtype)
+    groups = score.view(m, k // 4, 4)
+    keep = groups.topk(2, dim=-1).indices
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, keep, True).view(m, k)
+
+
+class _SparseRefined(Function):
+    """SR-STE: the masked weight forward; backward the gradient goes straight through to every weight, and the pruned
+    ones are pulled to zero by λ·w, so that the mask settles (Zhou et al. 2021, eq. 7).
+    """  # noqa: D205
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor, decay: float) -> Tensor:
+        return weight * mask
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, mask, ctx.decay = inputs
+        ctx.save_for_backward(weight, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight, mask = ctx.saved_tensors
+        return grad + ctx.decay * weight * ~mask, None, None
+
+
+class Sparse24Linear(nn.Linear):
+    """`nn.Linear` whose weight is used through a 2:4 mask.
+
+    mask "dynamic" follows the magnitudes at every step (SR-STE training from scratch); "fixed" was chosen once
+    (`from_linear` with a criterion: one-shot pruning), the weights left are trained and the others stay zero.
+    """
+
+    fixed_mask: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        decay: float = SR_STE_DECAY,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.decay = decay
+        self.register_buffer("fixed_mask", None)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, one_shot: Criterion | None = None, inputs: Tensor | None = None
+    ) -> Sparse24Linear:
+        """Take over the parameters of `linear`; with `one_shot`, prune now and keep the mask ("wanda" needs inputs)."""
+        if one_shot == "wanda" and inputs is None:
+            raise ShapeError("one_shot='wanda' weighs weights by their inputs; pass calibration inputs (…, K)")
+        with torch.device("meta"):
+            layer = cls(linear.in_features, linear.out_features, linear.bias is not None, dtype=linear.weight.dtype)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        if one_shot is not None:
+            layer.fixed_mask = mask_24(linear.weight, inputs if one_shot == "wanda" else None)
+        return layer.train(linear.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, K) → (…, M) with the masked weight."""
+        if self.fixed_mask is not None:
+            return F.linear(input, self.weight * self.fixed_mask, self.bias)
+        weight = _SparseRefined.apply(self.weight, mask_24(self.weight), self.decay)
+        return F.linear(input, weight, self.bias)
+
+    def cost(self, rows: int, batch: int = 1) -> Cost:
+        """Half the dense FLOPs and parameters, as the hardware counts them (the positions, 2 bits each, are left out)."""
+        return _fraction(self.in_features, self.out_features, rows * batch, self.weight.element_size(), 0.5)
+
+
+def _fraction(k: int, m: int, n: int, itemsize: int, part: float) -> Cost:
+    flops, params = 2 * n * k * m, k * m
+    traffic = itemsize * n * (k + m)
+    return Cost(
+        flops=int(part * flops),
+        product_flops=int(part * flops),
+        bytes=traffic + int(part * params * itemsize),
+        params=int(part * params),
+        dense_flops=flops,
+        dense_bytes=traffic + params * itemsize,
+        dense_params=params,
+    )

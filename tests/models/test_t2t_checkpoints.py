@@ -1,0 +1,108 @@
+"""Checkpoints: round trips to the bit, the published files' wrapping, and what is refused."""
+
+import argparse
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from strassen_tile.errors import ConfigError, DataError
+from strassen_tile.models import load_checkpoint, t2t_vit
+
+
+def small(seed, **options):
+    torch.manual_seed(seed)
+    return t2t_vit("t2t_vit_micro", image_size=8, **{"num_classes": 5, "depth": 2, **options})
+
+
+def save_torch(state, path):
+    torch.save(state, path)
+
+
+def save_wrapped(state, path):
+    wrapped = {"module." + key: value for key, value in state.items()}
+    spoilt = {key: torch.zeros_like(value) for key, value in state.items()}
+    torch.save({"epoch": 3, "state_dict": spoilt, "state_dict_ema": wrapped}, path)
+
+
+def save_legacy(state, path):
+    torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=False)
+
+
+WRITERS = {
+    "plain.pt": save_torch,
+    "published.pth.tar": save_wrapped,
+    "old.pth": save_legacy,
+    "a.safetensors": save_file,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_round_trip_gives_the_same_bits(tmp_path, name):
+    saved, loaded = small(0).eval(), small(1).eval()
+    pixels = torch.randn(2, 3, 8, 8)
+    assert not torch.equal(loaded(pixels), saved(pixels))  # else the test below could not fail
+    WRITERS[name](saved.state_dict(), tmp_path / name)
+    load_checkpoint(loaded, tmp_path / name)
+    assert torch.equal(loaded(pixels), saved(pixels))
+    assert not loaded.pos_embed.requires_grad
+
+
+def refused(model, path, *fragments):
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(DataError) as caught:
+        load_checkpoint(model, path)
+    for fragment in (path.name, *fragments):
+        assert fragment in str(caught.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_missing_unexpected_and_reshaped_keys_are_named_and_nothing_is_loaded(tmp_path):
+    state = small(0).state_dict()
+    state["blocks.1.extra"] = state.pop("norm.weight")
+    state["head.weight"] = torch.zeros(7, 128)
+    torch.save(state, tmp_path / "other.pt")
+    refused(
+        small(1),
+        tmp_path / "other.pt",
+        "missing (1): norm.weight",
+        "unexpected (1): blocks.1.extra",
+        "of another shape (1): head.weight: expected (5, 128), got (7, 128)",
+    )
+
+
+def test_a_deeper_model_is_named_in_short(tmp_path):
+    torch.save(small(0).state_dict(), tmp_path / "shallow.pt")
+    refused(small(1, depth=4), tmp_path / "shallow.pt", "missing (22): blocks.2.attn.proj.bias", "and 14 more")
+
+
+def test_files_that_are_no_checkpoints_are_named(tmp_path):
+    model = small(0)
+    refused(model, tmp_path / "absent.pt", "no such")
+    (tmp_path / "text.pt").write_text("hello")
+    refused(model, tmp_path / "text.pt")
+    (tmp_path / "text.safetensors").write_text("hello")
+    refused(model, tmp_path / "text.safetensors", "not a safetensors file")
+    torch.save([torch.zeros(1)], tmp_path / "list.pt")
+    refused(model, tmp_path / "list.pt", "no state dict")
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    torch.save({"state_dict": small(0).state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "args.pt")
+    refused(small(1), tmp_path / "args.pt", "tensors alone")
+
+
+def test_a_model_without_storage_is_refused(tmp_path):
+    torch.save(small(0).state_dict(), tmp_path / "a.pt")
+    with torch.device("meta"):
+        model = small(1)
+    with pytest.raises(ConfigError, match="meta device"):
+        load_checkpoint(model, tmp_path / "a.pt")
+
+
+def test_missing_safetensors_says_what_to_install(tmp_path, monkeypatch):
+    save_file(small(0).state_dict(), tmp_path / "a.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"a\.safetensors needs safetensors: pip install safetensors"):
+        load_checkpoint(small(1), tmp_path / "a.safetensors")

@@ -1,0 +1,116 @@
+"""If these fail, a table shows a wrong number, hides a missing one, or breaks on its own content."""
+
+import io
+import math
+import re
+import sys
+
+import pytest
+
+from strassen_tile.errors import DataError
+from strassen_tile.report import table
+from strassen_tile.report.table import Column, markdown_table, mean_sd, number, rich_table
+
+ROWS = [{"name": "[bold]a|b", "n": 1_130_000_000, "x": 0.5}, {"name": "c\nd <i>*", "n": None, "x": None}]
+COLUMNS = (
+    Column("Name | it", "name", "left"),
+    Column("FLOPs per image", table.field("n", table.flops)),
+    Column("x", "x", "center"),
+)
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "text"),
+    [
+        (table.count, 640, "640"),
+        (table.count, 12_600, "12.6 k"),
+        (table.count, 4_300_000, "4.3 M"),
+        (table.count, 999_960, "1.0 M"),
+        (table.count, 999.7, "1.0 k"),
+        (table.count, -12_600, "-12.6 k"),
+        (table.count, 0, "0"),
+        (table.flops, 1_130_000_000, "1.13 G"),
+        (table.flops, 620_000_000, "620 M"),
+        (table.flops, 12_600_000, "12.6 M"),
+        (table.flops, 999_600, "1.00 M"),
+        (table.flops, 3.2e15, "3.20 P"),
+        (table.percent, 0.834, "83.4%"),
+        (table.ratio, 8 / 3, "2.67×"),
+        (table.seconds, 0, "0 s"),
+        (table.seconds, 8.5e-4, "850.0 µs"),
+        (table.seconds, 0.0123, "12.3 ms"),
+        (table.seconds, 4.2, "4.2 s"),
+        (table.seconds, 59.97, "1 min 00 s"),
+        (table.seconds, 200, "3 min 20 s"),
+        (table.seconds, 3599.7, "1 h 00 min"),
+        (table.seconds, 7500, "2 h 05 min"),
+        (table.plain, True, "yes"),
+        (table.plain, 12345.6, "12346"),
+        (table.plain, 3.14159, "3.142"),
+        (table.plain, "2:4", "2:4"),
+    ],
+)
+def test_formatters(form, value, text):
+    assert form(value) == text
+
+
+@pytest.mark.parametrize("form", [table.count, table.flops, table.percent, table.ratio, table.seconds, table.plain])
+def test_what_is_missing_is_never_zero(form):
+    assert form(None) == "–"
+    assert "nan" in form(math.nan)
+
+
+def test_sd_is_the_sample_sd():
+    # Of 1, 2, 3, 4 the population's is 1.118, the sample's sqrt(5/3) = 1.291.
+    assert mean_sd([1, 2, 3, 4], 3) == "2.500 ± 1.291"
+    assert mean_sd([88.41]) == "88.41"
+    assert mean_sd([]) == "–"
+    assert mean_sd(value for value in (1.0, 1.0)) == "1.00 ± 0.00"
+
+
+def test_markdown_keeps_its_shape_whatever_the_cells_hold():
+    lines = markdown_table(COLUMNS, [*ROWS, {"name": "ends in \\", "n": 1, "x": 2}]).splitlines()
+    assert lines[0] == r"| Name \| it | FLOPs per image | x |"
+    assert lines[1] == "| :--- | ---: | :---: |"
+    assert lines[2] == r"| [bold]a\|b | 1.13 G | 0.5 |"
+    assert lines[3] == r"| c d \<i>\* | – | – |"
+    assert lines[4] == r"| ends in \\ | 1 | 2 |"
+    for line in lines:  # A bar counts unless an odd number of backslashes stands before it.
+        assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 4
+
+
+def test_a_misspelt_field_is_no_empty_column():
+    with pytest.raises(DataError, match=r"'nmae'.*name, n, x"):
+        markdown_table((Column("Name", "nmae"),), ROWS)
+    assert markdown_table((Column("Name", "nmae"),), []).count("\n") == 2
+
+
+def test_number_refuses_text():
+    assert number({"a": 3}, "a") == 3
+    assert number({}, "a") is None
+    with pytest.raises(DataError, match="'a'"):
+        number({"a": "3"}, "a")
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_rich_table_shows_every_cell_as_it_is(width):
+    console = pytest.importorskip("rich.console")
+    buffer = io.StringIO()
+    console.Console(file=buffer, width=width).print(rich_table("A [red]title", COLUMNS, ROWS, "caption [x]"))
+    text = buffer.getvalue()
+    for part in ("A [red]title", "caption [x]", "[bold]a|b", "1.13 G", "0.5", "–"):
+        assert part in text
+
+
+def test_a_narrow_terminal_breaks_headings_before_numbers():
+    console = pytest.importorskip("rich.console")
+    columns = [Column("a rather long heading", "x")] * 8
+    buffer = io.StringIO()
+    console.Console(file=buffer, width=80).print(rich_table("t", columns, [{"x": "123.45 M"}]))
+    assert buffer.getvalue().count("123.45 M") == 8
+
+
+def test_a_missing_package_is_answered_with_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.box", None)
+    with pytest.raises(ModuleNotFoundError, match=r'rich is not installed.*pip install "strassen-tile\[report\]"'):
+        rich_table("t", COLUMNS, ROWS)
