@@ -12,7 +12,7 @@ from strassen_tile.report.figures import figure_accuracy_flops, figure_curves, p
 from strassen_tile.report.page import Section, figure_svg, html_table, write_page
 from strassen_tile.report.rows import Row, Value, environment_of, write_rows
 from strassen_tile.report.runs import Group, group_rows, summarise
-from strassen_tile.report.table import MISSING, Column, count, field, flops, number, percent, plus_minus, ratio
+from strassen_tile.report.table import MISSING, Column, count, fewer, field, flops, number, percent, plus_minus
 
 __all__ = [
     "Group",
@@ -28,7 +28,7 @@ __all__ = [
 
 # The two ways of counting stand side by side in the table; this says which is which.
 _COUNTS = (
-    "FLOP ratios are dense over this method: 2× is half the operations. Products counts, in the converted layers only, "
+    "FLOPs fewer is dense over this method: 2× is half the operations. Products counts, in the converted layers only, "
     "the operations of the products in the place of the dense one; all-in adds what encoding and decoding take; whole "
     "model is the FLOPs of a dense model's image over this one's, everything counted. Conv. share is the part of the "
     "dense model's FLOPs that lies in the layers converted; time is that of training."
@@ -48,9 +48,9 @@ def columns(state: bool = False) -> tuple[Column, ...]:
         Column("Params", field("params", count)),
         Column("FLOPs per image", field("flops_per_image", flops)),
         Column("Conv. share", field("share_converted", percent)),
-        Column("FLOP ratio, products", field("flop_ratio_products", ratio)),
-        Column("FLOP ratio, all-in", field("flop_ratio_all_in", ratio)),
-        Column("FLOP ratio, whole model", field("flop_ratio", ratio)),
+        Column("FLOPs fewer, products", field("flop_ratio_products", fewer)),
+        Column("FLOPs fewer, all-in", field("flop_ratio_all_in", fewer)),
+        Column("FLOPs fewer, whole model", field("flop_ratio", fewer)),
         Column("Time, s", field("train_seconds", lambda s: MISSING if s is None else f"{s:.0f}")),
     )
     return (*shown, Column("Epoch reached", "state", "left")) if state else shown

@@ -159,6 +159,11 @@ def ratio(x: float | None, digits: int = 2) -> str:
     return MISSING if x is None else f"{x:.{digits}f}×"
 
 
+def fewer(fraction: float | None, digits: int = 2) -> str:
+    """A fraction of dense as how many times fewer: 0.375 is 2.67×."""
+    return ratio(1 / fraction if fraction else None, digits)
+
+
 def seconds(s: float | None) -> str:
     """A duration in seconds, in the unit that suits it: 850.0 µs, 12.3 ms, 4.2 s, 3 min 20 s, 2 h 05 min."""
     if s is None:

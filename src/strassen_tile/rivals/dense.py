@@ -64,7 +64,15 @@ class LowRankLinear(nn.Module):
         n, k, m, size = rows * batch, self.in_features, self.out_features, self.first.weight.element_size()
         flops, params = 2 * n * self.rank * (k + m), self.rank * (k + m)
         traffic = size * n * (k + m)
-        return Cost(flops, flops, traffic + size * (params + 2 * n * self.rank), params, 2 * n * k * m, traffic + size * k * m, k * m)
+        return Cost(
+            flops,
+            flops,
+            traffic + size * (params + 2 * n * self.rank),
+            params,
+            2 * n * k * m,
+            traffic + size * k * m,
+            k * m,
+        )
 
 
 class TokenMixLinear(nn.Module):
@@ -96,4 +104,6 @@ class TokenMixLinear(nn.Module):
         n, padded = rows * batch, batch * tile_count(rows, p) * p
         dense, traffic = 2 * n * k * m, size * (n * (k + m) + k * m)
         mix = 2 * padded * k * p
-        return Cost(dense + mix, dense, traffic + size * (2 * n * k + k * p * p), k * m + k * p * p, dense, traffic, k * m)
+        return Cost(
+            dense + mix, dense, traffic + size * (2 * n * k + k * p * p), k * m + k * p * p, dense, traffic, k * m
+        )

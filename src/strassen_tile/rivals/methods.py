@@ -5,7 +5,7 @@ Exact multiplication is just another method of the roster; every conversion is p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,12 +44,18 @@ class Method:
 
 def dense() -> Method:
     """The network as it is. Its conversion lists the layers the others replace, so that costs line up."""
-    return Method("dense", None, lambda model, inputs, keep: swap(model, lambda linear: linear, example_inputs=inputs, filter_fn=keep))
+    return Method(
+        "dense",
+        None,
+        lambda model, inputs, keep: swap(model, lambda linear: linear, example_inputs=inputs, filter_fn=keep),
+    )
 
 
 def stl(config: STLConfig) -> Method:
     """Strassen-Tile with this configuration."""
-    return Method("stl", config.rank, lambda model, inputs, keep: convert(model, config, example_inputs=inputs, filter_fn=keep))
+    return Method(
+        "stl", config.rank, lambda model, inputs, keep: convert(model, config, example_inputs=inputs, filter_fn=keep)
+    )
 
 
 def sparse_24() -> Method:
@@ -69,7 +75,9 @@ def low_rank(flop_ratio: float) -> Method:
     def replace(linear: nn.Linear) -> nn.Module:
         return LowRankLinear.from_linear(linear, flop_ratio)
 
-    return Method("low-rank", None, lambda model, inputs, keep: swap(model, replace, example_inputs=inputs, filter_fn=keep))
+    return Method(
+        "low-rank", None, lambda model, inputs, keep: swap(model, replace, example_inputs=inputs, filter_fn=keep)
+    )
 
 
 def token_mix(rows_mixed: int = 4) -> Method:
@@ -79,7 +87,9 @@ def token_mix(rows_mixed: int = 4) -> Method:
         return TokenMixLinear(linear, rows_mixed)
 
     return Method(
-        "dense+mix", None, lambda model, inputs, keep: swap(model, replace, example_inputs=inputs, filter_fn=keep, mixes_rows=True)
+        "dense+mix",
+        None,
+        lambda model, inputs, keep: swap(model, replace, example_inputs=inputs, filter_fn=keep, mixes_rows=True),
     )
 
 
@@ -161,5 +171,3 @@ def _cost(layer: nn.Module, shape: tuple[int, ...]) -> Cost:
         flops, traffic = 2 * n * k * m, size * (n * (k + m) + k * m)
         return Cost(flops, flops, traffic, k * m, flops, traffic, k * m)
     raise ConfigError(f"{type(layer).__name__} has no cost")
-
-

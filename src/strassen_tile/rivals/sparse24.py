@@ -44,7 +44,7 @@ def mask_24(weight: Tensor, inputs: Tensor | None = None) -> Tensor:
 class _SparseRefined(Function):
     """SR-STE: the masked weight forward; backward the gradient goes straight through to every weight, and the pruned
     ones are pulled to zero by λ·w, so that the mask settles (Zhou et al. 2021, eq. 7).
-    """  # noqa: D205
+    """
 
     @staticmethod
     def forward(weight: Tensor, mask: Tensor, decay: float) -> Tensor:

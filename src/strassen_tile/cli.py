@@ -1,0 +1,92 @@
+"""The console script: parse, run, print. What the commands do is in `experiments`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from strassen_tile import __version__
+from strassen_tile.errors import STLError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `strassen-tile`; the exit status: 0, 1 for a bad input (said in one line), 130 when interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="strassen-tile", description="Strassen-Tile: cheaper products for deep networks."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _add_compare(commands)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (STLError, ImportError) as error:
+        print(f"strassen-tile: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("strassen-tile: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    numbers = _integers(text)
+    return tuple(range(numbers[0])) if len(numbers) == 1 and numbers[0] > 0 else numbers
+
+
+def _tile(text: str) -> tuple[int, int, int]:
+    from strassen_tile.tiling import as_tile
+
+    numbers = _integers(text.replace("x", ","))
+    return as_tile(numbers[0] if len(numbers) == 1 else numbers)
+
+
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "compare",
+        help="train the same network dense, 2:4 and STL on images",
+        description="Train the same network, with the same recipe and seeds, dense, 2:4 sparse and Strassen-Tile; show "
+        "accuracy beside FLOPs. An interrupted command goes on when it is repeated.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = command.add_argument
+    add("--data", default="digits", help="digits (bundled), or a folder: IDX files, or images by class")
+    add("--model", default=None, help="T2T-ViT size (default: by image size)")
+    add("--image-size", type=int, default=None, help="side in pixels (default: the data's)")
+    add("--methods", type=_names, default=("dense", "2:4", "stl"), help="of dense, 2:4, stl, low-rank, dense+mix")
+    add("--ranks", type=_integers, default=(16, 24, 32), help="of the STL runs")
+    add("--seeds", type=_seeds, default=(0, 1), help="how many seeds, or a list of them")
+    add("--epochs", type=int, default=None, help="(default: by data)")
+    add("--batch-size", type=int, default=None, help="(default: by data)")
+    add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
+    add("--init", choices=("random", "approximate"), default="random", help="where STL starts")
+    add(
+        "--mixing",
+        choices=("sequence", "none", "causal"),
+        default="sequence",
+        help="which rows of a tile see each other",
+    )
+    add("--encoder-scope", choices=("layer", "tile"), default="layer", help="one encoder a layer, or one a column tile")
+    add("--tile", type=_tile, default=(4, 4, 4), help="side, or p,q,s")
+    add("--limit", type=int, default=None, help="train on that many images only")
+    add("--out", type=Path, default=Path("out/compare"), help="folder for rows.json, report.html and plot.png")
+    command.set_defaults(run=_compare)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from strassen_tile.experiments.commands import run_compare
+
+    return run_compare(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""What a person sees while a command runs: live table, progress, and where the results are."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from strassen_tile.experiments import vision
+from strassen_tile.report.compare import columns, summarise, table_caption, write_report
+from strassen_tile.report.rows import Row
+from strassen_tile.report.table import rich_table
+
+# A comparison's recipe where the command does not say: (model, epochs, batch size) by data.
+_DIGITS = ("t2t_vit_nano", 8, 32)
+_SMALL = ("t2t_vit_micro", 3, 128)
+_LARGE = ("t2t_vit_7", 100, 128)
+
+
+def recipe_of(options: argparse.Namespace) -> vision.Recipe:
+    """The options of `strassen-tile compare`, defaults filled in by the data."""
+    from pathlib import Path
+
+    if options.data == "digits":
+        model, epochs, batch_size = _DIGITS
+    elif (options.image_size or 0) > 32 or not any(Path(options.data).glob("*ubyte*")):
+        model, epochs, batch_size = _LARGE
+    else:
+        model, epochs, batch_size = _SMALL
+    return vision.Recipe(
+        data=options.data,
+        model=options.model or model,
+        image_size=options.image_size,
+        methods=options.methods,
+        ranks=options.ranks,
+        seeds=options.seeds,
+        tile=options.tile,
+        mixing=options.mixing,
+        encoder_scope=options.encoder_scope,
+        init=options.init,
+        epochs=options.epochs if options.epochs is not None else epochs,
+        batch_size=options.batch_size if options.batch_size is not None else batch_size,
+        lr=options.lr,
+        limit=options.limit,
+    )
+
+
+def run_compare(options: argparse.Namespace) -> int:
+    """`strassen-tile compare`."""
+    recipe = recipe_of(options)
+    console = Console()
+    title = f"{recipe.model} on {recipe.data}, {recipe.epochs} epochs"
+    bars = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        console=console,
+    )  # fmt: skip
+    runs, steps = bars.add_task("runs", total=None), bars.add_task("steps", total=None)
+    with warnings.catch_warnings(), Live(bars, console=console, refresh_per_second=4) as live:
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+
+        def on_progress(at: vision.Progress) -> None:
+            bars.update(runs, completed=at.run - 1, total=at.runs)
+            bars.update(steps, description=at.label, completed=at.step, total=at.steps)
+
+        def on_rows(rows: list[Row]) -> None:
+            live.update(Group(rich_table(title, columns(state=True), summarise(rows)), bars))
+
+        rows = vision.compare(recipe, options.out, on_rows=on_rows, on_progress=on_progress)
+        live.update("")
+    summary = summarise(rows)
+    console.print(rich_table(title, columns(), summary, table_caption(summary)))
+    page = write_report(options.out, rows, f"Dense, 2:4 and Strassen-Tile: {title}", _notes(recipe))
+    console.print(f"{page}\n{options.out / 'plot.png'}\n{options.out / 'rows.json'}")
+    return 0
+
+
+def _notes(recipe: vision.Recipe) -> list[str]:
+    schedule = (
+        f"Every method trains the same {recipe.model} from the same start with the same recipe: AdamW at {recipe.lr:g}, "
+        f"weight decay {recipe.weight_decay:g} (none on encoders, decoders, biases and norms), {recipe.warmup:.0%} "
+        f"warm-up, cosine decay, label smoothing {recipe.label_smoothing:g}, batches of {recipe.batch_size}, "
+        f"{recipe.epochs} epochs, seeds {', '.join(map(str, recipe.seeds))}."
+    )
+    converted = (
+        "The linear layers of the transformer blocks are converted; the token module and the head are not. STL: tile "
+        f"{'×'.join(map(str, recipe.tile))}, mixing {recipe.mixing}, encoder scope {recipe.encoder_scope}, start {recipe.init}."
+    )
+    return [schedule, converted]
