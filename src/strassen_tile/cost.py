@@ -7,7 +7,7 @@ paper quotes (pqs/r fewer), stands beside it under its own name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from strassen_tile.errors import ShapeError
 from strassen_tile.tiling import as_tile, tile_count
@@ -49,6 +49,12 @@ class Cost:
         return self.params / self.dense_params if self.dense_params else 1.0
 
 
+def dense(n: int, k: int, m: int, *, itemsize: int = 4) -> Cost:
+    """Cost of x @ w for x (n, k) and w (k, m): its own dense counterpart."""
+    flops, traffic, params = 2 * n * k * m, itemsize * (n * (k + m) + k * m), k * m
+    return Cost(flops, flops, traffic, params, flops, traffic, params)
+
+
 def linear(
     n: int,
     k: int,
@@ -85,13 +91,10 @@ def linear(
     weight = rank * j * l
     encoders, decoders = (j, l) if encoder_scope == "tile" else (1, 1)
     factors = rank * (p * q * encoders + p * s * decoders)
-    dense_numbers = batch * n * (k + m) + k * m
-    return Cost(
+    return replace(
+        dense(batch * n, k, m, itemsize=itemsize),
         flops=encode + products + decode,
         product_flops=products,
         bytes=itemsize * (batch * n * (k + m) + 2 * encoded + weight + factors),
         params=weight + factors,
-        dense_flops=2 * batch * n * k * m,
-        dense_bytes=itemsize * dense_numbers,
-        dense_params=k * m,
     )

@@ -23,6 +23,7 @@ from strassen_tile.errors import ConfigError
 from strassen_tile.models import t2t_vit
 from strassen_tile.nn import STLConfig
 from strassen_tile.report.rows import Row, environment, read_rows, write_rows, write_text
+from strassen_tile.report.table import number
 
 METHODS = ("dense", "2:4", "stl", "low-rank", "dense+mix")
 
@@ -131,37 +132,58 @@ def compare(
     """
     splits = load_images(recipe.data, image_size=recipe.image_size, limit=recipe.limit)
     _claim(folder, recipe)
-    path = folder / "rows.json"
-    rows: list[Row] = read_rows(path) if path.exists() else []
+    log = _Log(folder / "rows.json")
     where = environment()
     todo = [(method, seed) for seed in recipe.seeds for method in recipe.roster()]
-    for number, (method, seed) in enumerate(todo):
+    for index, (method, seed) in enumerate(todo):
         run: Row = {"method": method.name, "rank": method.rank, "seed": seed}
-        checkpoints = folder / "runs" / f"{method.label.replace(' ', '-').replace(':', '')}-{seed}"
-        if recipe.epochs in [row["epoch"] for row in rows if run.items() <= row.items()]:
+        if recipe.epochs in [row["epoch"] for row in log.of(run)]:
             continue
-        resume = any(checkpoints.glob("checkpoint-*"))
-        if not resume:
-            rows = [row for row in rows if not run.items() <= row.items()]
         model, conversion = build(recipe, splits, method, seed)
         fixed = {**run, **cost_fields(model, conversion, splits), **where}
 
-        def step(at: int, steps: int, label: str = method.label, seed: int = seed, number: int = number) -> None:
-            on_progress(Progress(f"{label}, seed {seed}", number + 1, len(todo), at, steps))
+        def step(at: int, steps: int, label: str = method.label, seed: int = seed, index: int = index) -> None:
+            on_progress(Progress(f"{label}, seed {seed}", index + 1, len(todo), at, steps))
 
-        def epoch(record: dict[str, float], run: Row = run, fixed: Row = fixed) -> None:
-            # An epoch whose checkpoint was never written is trained again after an interruption: the new row stands.
-            at, seconds = int(record["epoch"]), record.pop("seconds")
-            earlier = [row for row in rows if run.items() <= row.items() and int(str(row["epoch"])) < at]
-            spent = float(str(earlier[-1]["train_seconds"])) if earlier else 0.0
-            others = [row for row in rows if not run.items() <= row.items()]
-            rows[:] = [*others, *earlier, {**fixed, **record, "train_seconds": round(spent + seconds, 3)}]
-            write_rows(path, rows)
-            on_rows(rows)
+        def epoch(record: Row, run: Row = run, fixed: Row = fixed) -> None:
+            on_rows(log.add(run, fixed, record))
 
-        _train(recipe, splits, model, seed, checkpoints, resume, step, epoch)
+        checkpoints = folder / "runs" / f"{method.label.replace(' ', '-').replace(':', '')}-{seed}"
+        _train(recipe, splits, model, seed, checkpoints, step, epoch)
         shutil.rmtree(checkpoints, ignore_errors=True)
-    return rows
+    return log.rows
+
+
+class _Log:
+    """The rows of a comparison, on disk as soon as they exist."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[Row] = read_rows(path) if path.exists() else []
+
+    def of(self, run: Row) -> list[Row]:
+        """The rows of one method, rank and seed."""
+        return [row for row in self.rows if run.items() <= row.items()]
+
+    def add(self, run: Row, fixed: Row, record: Row) -> list[Row]:
+        """Add an epoch's record and return all rows.
+
+        An epoch that ended after the last checkpoint is trained again when a comparison goes on: the new row replaces
+        the old one and those after it.
+        """
+        record = dict(record)
+        at, seconds = _real(record, "epoch"), _real(record, "seconds")
+        earlier = [row for row in self.of(run) if _real(row, "epoch") < at]
+        spent = _real(earlier[-1], "train_seconds") if earlier else 0.0
+        del record["seconds"]
+        others = [row for row in self.rows if not run.items() <= row.items()]
+        self.rows = [*others, *earlier, {**fixed, **record, "train_seconds": round(spent + seconds, 3)}]
+        write_rows(self.path, self.rows)
+        return self.rows
+
+
+def _real(row: Row, key: str) -> float:
+    return number(row, key) or 0.0
 
 
 def build(recipe: Recipe, splits: ImageSplits, method: rivals.Method, seed: int) -> tuple[nn.Module, Conversion]:
@@ -201,9 +223,8 @@ def _train(
     model: nn.Module,
     seed: int,
     checkpoints: Path,
-    resume: bool,
     on_step: Callable[[int, int], None],
-    on_epoch: Callable[[dict[str, float]], None],
+    on_epoch: Callable[[Row], None],
 ) -> None:
     # Imported late: transformers takes seconds, and options are checked before it is wanted.
     from strassen_tile.integrations.trainer import train_images
@@ -220,7 +241,7 @@ def _train(
         warmup=recipe.warmup,
         label_smoothing=recipe.label_smoothing,
         seed=seed,
-        resume=resume,
+        resume=any(checkpoints.glob("checkpoint-*")),
         on_step=on_step,
         on_epoch=on_epoch,
     )

@@ -15,6 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from strassen_tile.data import collate
 from strassen_tile.nn import param_groups
 
+Row = dict[str, str | int | float | bool | None]  # as in `report.rows`, which lies above
+
 
 class ImageClassifier(nn.Module):
     """What Trainer drives: pixels (B, C, H, W) and labels (B,) → {"loss", "logits"}."""
@@ -36,7 +38,7 @@ class ImageTrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; encoders, decoders, biases and norms without decay."""
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type, unused-ignore]
             arguments = self.args
             groups = param_groups(self.model, arguments.learning_rate, arguments.weight_decay)
             betas = (arguments.adam_beta1, arguments.adam_beta2)
@@ -47,7 +49,7 @@ class ImageTrainer(Trainer):  # type: ignore[misc, unused-ignore]
 class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Reports steps as they go and one record an epoch; the time is that of training, evaluation excluded."""
 
-    def __init__(self, on_step: Callable[[int, int], None], on_epoch: Callable[[dict[str, float]], None]) -> None:
+    def __init__(self, on_step: Callable[[int, int], None], on_epoch: Callable[[Row], None]) -> None:
         self.on_step, self.on_epoch = on_step, on_epoch
         self.started, self.seconds, self.train_loss = 0.0, 0.0, float("nan")
 
@@ -98,7 +100,7 @@ def train_images(
     seed: int,
     resume: bool,
     on_step: Callable[[int, int], None],
-    on_epoch: Callable[[dict[str, float]], None],
+    on_epoch: Callable[[Row], None],
 ) -> None:
     """Train with AdamW, linear warm-up and cosine decay; evaluate and checkpoint every epoch.
 

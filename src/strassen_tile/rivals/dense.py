@@ -6,11 +6,13 @@ layer that may mix the p rows of a tile for a few FLOPs more shows how much.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from strassen_tile.cost import Cost
+from strassen_tile import cost
 from strassen_tile.errors import ConfigError, ShapeError, shape_text
 from strassen_tile.tiling import tile_count
 
@@ -59,19 +61,13 @@ class LowRankLinear(nn.Module):
         """(…, K) → (…, M)."""
         return self.second(self.first(x))  # type: ignore[no-any-return]
 
-    def cost(self, rows: int, batch: int = 1) -> Cost:
+    def cost(self, rows: int, batch: int = 1) -> cost.Cost:
         """2N·rank·(K + M) FLOPs."""
         n, k, m, size = rows * batch, self.in_features, self.out_features, self.first.weight.element_size()
         flops, params = 2 * n * self.rank * (k + m), self.rank * (k + m)
-        traffic = size * n * (k + m)
-        return Cost(
-            flops,
-            flops,
-            traffic + size * (params + 2 * n * self.rank),
-            params,
-            2 * n * k * m,
-            traffic + size * k * m,
-            k * m,
+        traffic = size * (n * (k + m + 2 * self.rank) + params)
+        return replace(
+            cost.dense(n, k, m, itemsize=size), flops=flops, product_flops=flops, bytes=traffic, params=params
         )
 
 
@@ -98,12 +94,10 @@ class TokenMixLinear(nn.Module):
         mixed = torch.einsum("...ibk,kab->...iak", tiles, self.mix).flatten(-3, -2)[..., :n, :]
         return self.linear(mixed)  # type: ignore[no-any-return]
 
-    def cost(self, rows: int, batch: int = 1) -> Cost:
+    def cost(self, rows: int, batch: int = 1) -> cost.Cost:
         """The dense FLOPs and 2NKp for the mix."""
         k, m, p, size = self.in_features, self.out_features, self.mix.shape[-1], self.mix.element_size()
-        n, padded = rows * batch, batch * tile_count(rows, p) * p
-        dense, traffic = 2 * n * k * m, size * (n * (k + m) + k * m)
-        mix = 2 * padded * k * p
-        return Cost(
-            dense + mix, dense, traffic + size * (2 * n * k + k * p * p), k * m + k * p * p, dense, traffic, k * m
-        )
+        mix = 2 * batch * tile_count(rows, p) * p * k * p
+        dense = cost.dense(rows * batch, k, m, itemsize=size)
+        traffic = dense.bytes + size * (2 * rows * batch * k + k * p * p)
+        return replace(dense, flops=dense.flops + mix, bytes=traffic, params=dense.params + k * p * p)

@@ -5,6 +5,7 @@ Exact multiplication is just another method of the roster; every conversion is p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,9 +13,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from strassen_tile import cost
 from strassen_tile.convert import Conversion, convert, swap
 from strassen_tile.convert.observe import evaluating, run
 from strassen_tile.convert.select import Filter
+from strassen_tile.convert.swap import Replace
 from strassen_tile.cost import Cost
 from strassen_tile.errors import ConfigError
 from strassen_tile.nn import STLConfig, STLLinear
@@ -66,7 +69,7 @@ def sparse_24() -> Method:
             return f"in_features {linear.in_features} is not a multiple of 4"
         return Sparse24Linear.from_linear(linear)
 
-    return Method("2:4", None, lambda model, inputs, keep: swap(model, replace, example_inputs=inputs, filter_fn=keep))
+    return _swapped("2:4", replace)
 
 
 def low_rank(flop_ratio: float) -> Method:
@@ -82,15 +85,14 @@ def low_rank(flop_ratio: float) -> Method:
 
 def token_mix(rows_mixed: int = 4) -> Method:
     """Dense layers that first mix the rows of a tile: the control for row mixing."""
+    return _swapped("dense+mix", lambda linear: TokenMixLinear(linear, rows_mixed), mixes_rows=True)
 
-    def replace(linear: nn.Linear) -> nn.Module:
-        return TokenMixLinear(linear, rows_mixed)
 
-    return Method(
-        "dense+mix",
-        None,
-        lambda model, inputs, keep: swap(model, replace, example_inputs=inputs, filter_fn=keep, mixes_rows=True),
-    )
+def _swapped(name: str, replace: Replace, *, mixes_rows: bool = False) -> Method:
+    def apply(model: nn.Module, inputs: object, keep: Filter | None) -> Conversion:
+        return swap(model, replace, example_inputs=inputs, filter_fn=keep, mixes_rows=mixes_rows)
+
+    return Method(name, None, apply)
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,6 @@ def model_cost(model: nn.Module, conversion: Conversion, example_inputs: object)
     if not conversion.calls:
         raise ConfigError("the conversion saw no inputs: pass example_inputs to it")
     counted: dict[int, int] = {}
-    layers = {name: layer for name, layer in conversion.converted.items()}
 
     def watch(layer: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
         def before(module: nn.Module, args: object) -> None:
@@ -144,7 +145,7 @@ def model_cost(model: nn.Module, conversion: Conversion, example_inputs: object)
         return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
 
     counter = FlopCounterMode(display=False)
-    handles = [handle for layer in layers.values() for handle in watch(layer)]
+    handles = [handle for layer in conversion.converted.values() for handle in watch(layer)]
     try:
         with evaluating(model), counter:
             run(model, example_inputs)
@@ -152,22 +153,16 @@ def model_cost(model: nn.Module, conversion: Conversion, example_inputs: object)
         for handle in handles:
             handle.remove()
     rest = counter.get_total_flops() - sum(counted.values())
-    costs = [_cost(layer, shape) for name, layer in layers.items() for shape in conversion.calls[name]]
+    costs = [_cost(layer, shape) for name, layer in conversion.converted.items() for shape in conversion.calls[name]]
     converted = Cost(*(sum(getattr(c, field) for c in costs) for field in Cost.__dataclass_fields__))
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return ModelCost(rest + converted.flops, rest + converted.dense_flops, converted, params)
 
 
 def _cost(layer: nn.Module, shape: tuple[int, ...]) -> Cost:
-    batch, rows = 1, 1
-    for size in shape[:-2]:
-        batch *= size
-    if len(shape) > 1:
-        rows = shape[-2]
+    rows, batch = shape[-2] if len(shape) > 1 else 1, math.prod(shape[:-2])
+    if isinstance(layer, nn.Linear) and not isinstance(layer, Sparse24Linear):
+        return cost.dense(rows * batch, layer.in_features, layer.out_features, itemsize=layer.weight.element_size())
     if isinstance(layer, STLLinear | Sparse24Linear | LowRankLinear | TokenMixLinear):
         return layer.cost(rows, batch)
-    if isinstance(layer, nn.Linear):
-        n, k, m, size = rows * batch, layer.in_features, layer.out_features, layer.weight.element_size()
-        flops, traffic = 2 * n * k * m, size * (n * (k + m) + k * m)
-        return Cost(flops, flops, traffic, k * m, flops, traffic, k * m)
     raise ConfigError(f"{type(layer).__name__} has no cost")

@@ -6,6 +6,7 @@ speed is measured by `strassen-tile bench` where the hardware has it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from strassen_tile.cost import Cost
+from strassen_tile import cost
 from strassen_tile.errors import ShapeError, shape_text
 
 Criterion = Literal["magnitude", "wanda"]
@@ -102,23 +103,14 @@ class Sparse24Linear(nn.Linear):
         """(…, K) → (…, M) with the masked weight."""
         if self.fixed_mask is not None:
             return F.linear(input, self.weight * self.fixed_mask, self.bias)
-        weight = _SparseRefined.apply(self.weight, mask_24(self.weight), self.decay)
+        weight = _SparseRefined.apply(self.weight, mask_24(self.weight), self.decay)  # type: ignore[no-untyped-call]
         return F.linear(input, weight, self.bias)
 
-    def cost(self, rows: int, batch: int = 1) -> Cost:
+    def cost(self, rows: int, batch: int = 1) -> cost.Cost:
         """Half the dense FLOPs and parameters, as the hardware counts them (the positions, 2 bits each, are left out)."""
-        return _fraction(self.in_features, self.out_features, rows * batch, self.weight.element_size(), 0.5)
-
-
-def _fraction(k: int, m: int, n: int, itemsize: int, part: float) -> Cost:
-    flops, params = 2 * n * k * m, k * m
-    traffic = itemsize * n * (k + m)
-    return Cost(
-        flops=int(part * flops),
-        product_flops=int(part * flops),
-        bytes=traffic + int(part * params * itemsize),
-        params=int(part * params),
-        dense_flops=flops,
-        dense_bytes=traffic + params * itemsize,
-        dense_params=params,
-    )
+        full = cost.dense(rows * batch, self.in_features, self.out_features, itemsize=self.weight.element_size())
+        saved = full.params // 2
+        traffic = full.bytes - saved * self.weight.element_size()
+        return replace(
+            full, flops=full.flops // 2, product_flops=full.flops // 2, bytes=traffic, params=full.params - saved
+        )
