@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from strassen_tile import __version__
-from strassen_tile.errors import STLError
+from strassen_tile.errors import ShapeError, STLError
+from strassen_tile.tiling import as_tile
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"whole numbers joined by commas are wanted; got {text!r}") from error
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -44,10 +48,11 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 def _tile(text: str) -> tuple[int, int, int]:
-    from strassen_tile.tiling import as_tile
-
     numbers = _integers(text.replace("x", ","))
-    return as_tile(numbers[0] if len(numbers) == 1 else numbers)
+    try:
+        return as_tile(numbers[0] if len(numbers) == 1 else numbers)
+    except ShapeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -6,6 +6,7 @@ samples. Any dtype and device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -35,6 +36,11 @@ def as_tile(tile: int | Sequence[int]) -> Tile:
 def tile_count(size: int, side: int) -> int:
     """How many tiles of `side` cover `size` entries; the last may hang over the edge."""
     return -(-size // side)
+
+
+def as_samples(x: Tensor) -> Tensor:
+    """(…, N, K) as (B, N, K): a view where strides allow. (`reshape(-1, …)` cannot tell B when N or K is 0.)"""
+    return x if x.ndim == 3 else x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
 def to_tiles(x: Tensor, p: int, q: int) -> Tensor:

@@ -75,6 +75,9 @@ class Recipe:
                 f"epochs, batch_size and lr must be positive: {self.epochs}, {self.batch_size}, {self.lr}"
             )
 
+        for rank in self.ranks if "stl" in self.methods else ():
+            self.stl_config(rank).load_basis()  # a basis that does not exist is said now, not after the dense runs
+
     def stl_config(self, rank: int) -> STLConfig:
         """The configuration of the STL run of this rank."""
         return STLConfig(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from strassen_tile.basis import Basis
 from strassen_tile.ops.autograd import decode, encode
-from strassen_tile.tiling import to_tiles
+from strassen_tile.tiling import as_samples, to_tiles
 
 _RIDGE = 1e-6  # of the mean diagonal: keeps Ŵ bounded where random terms are nearly dependent
 _CHUNK = 2**24  # entries of Gram matrices at a time
@@ -68,7 +68,7 @@ def calibrate(
         start: (r, J, L).
         iterations: at most; fewer when every problem's gradient has fallen by 1e-6.
     """
-    x = inputs.reshape(-1, *inputs.shape[-2:])
+    x = as_samples(inputs)
     target = x @ weight
     encoded_input = encode(x, encoder)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from strassen_tile.basis import Basis
 from strassen_tile.errors import BackendError, ShapeError, shape_text
 from strassen_tile.ops.autograd import decode, encode
-from strassen_tile.tiling import tile_count
+from strassen_tile.tiling import as_samples, tile_count
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
 Linear = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
@@ -55,9 +55,8 @@ def stl_linear(
         ShapeError: shapes, dtypes or devices that do not fit together.
         BackendError: the named backend does not exist or cannot run these arguments.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if _autocasts(x) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
         x, encoded_weight, encoder, decoder = (a.to(dtype) for a in (x, encoded_weight, encoder, decoder))
         bias = None if bias is None else bias.to(dtype)
     columns = _check(x, encoded_weight, encoder, decoder, bias, out_features)
@@ -84,7 +83,7 @@ def stl_matmul(x: Tensor, w: Tensor, basis: Basis, *, backend: Backend = "auto")
         raise ShapeError(
             f"stl_matmul takes x (…, N, K) and w (K, M); got x {shape_text(x.shape)} and w {shape_text(w.shape)}"
         )
-    if x.dtype != w.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != w.dtype and not _autocasts(x):
         raise ShapeError(f"x and w must have one dtype; got {x.dtype} and {w.dtype}: convert one with .to(…)")
     if not (w.is_floating_point() or w.is_complex()):
         raise ShapeError(f"stl_matmul takes floating-point or complex tensors; got {w.dtype}")
@@ -96,11 +95,16 @@ def stl_matmul(x: Tensor, w: Tensor, basis: Basis, *, backend: Backend = "auto")
 
 def _linear(x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, m: int) -> Tensor:
     """Encode, multiply, decode by the registered operators."""
-    samples = x.reshape(-1, *x.shape[-2:]) if x.ndim != 3 else x
+    samples = as_samples(x)
     products = torch.bmm(encode(samples, encoder), encoded_weight)
     y = decode(products, decoder, samples.shape[0], samples.shape[1], m)
     y = y.view(*x.shape[:-1], m)
     return y if bias is None else y + bias
+
+
+def _autocasts(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" has no autocast
 
 
 def _choose(backend: str, x: Tensor) -> Linear:
