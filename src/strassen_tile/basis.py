@@ -10,20 +10,21 @@ a p×s tile which is X @ W if the basis is exact, and an approximation of it oth
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from dataclasses import dataclass
+import secrets
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from strassen_tile.errors import BasisError, shape_text
+from strassen_tile.errors import BasisError, STLError, shape_text
 from strassen_tile.tiling import Tile, as_tile
 
 EXACT_BELOW = 1e-24  # relative squared error: 1e-12 in relative error, what float64 coefficients such as 1/3 allow
+EXPLICIT_UP_TO = 2**24  # entries of the tensor; the residual of a larger one comes from Gram matrices
 _FACTORS = ("encoder", "weight_encoder", "decoder")
 _KEYS = {*_FACTORS, "name", "tile", "rank", "relative_squared_error", "kappa", "exact"}
 
@@ -32,10 +33,10 @@ _KEYS = {*_FACTORS, "name", "tile", "rank", "relative_squared_error", "kappa", "
 class Basis:
     """Three factors: `encoder` E (r, p, q), `weight_encoder` F (r, q, s), `decoder` D (r, p, s).
 
-    Anything `torch.as_tensor` takes is accepted; inside they are float64 tensors on the CPU, not to be written to.
+    Tensors, arrays and nested lists are accepted; inside they are float64 tensors on the CPU, not to be written to.
 
     Raises:
-        BasisError: shapes that do not fit together, rank 0, complex or non-finite coefficients.
+        BasisError: not numbers, shapes that do not fit together, rank 0, complex or non-finite coefficients.
     """
 
     encoder: Tensor
@@ -45,13 +46,16 @@ class Basis:
 
     def __post_init__(self) -> None:
         for field in _FACTORS:
+            value = getattr(self, field)
             try:
-                factor = torch.as_tensor(getattr(self, field))
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise BasisError(f"{field} is not a rectangular array of numbers: {error}") from error
-            if factor.is_complex():
-                raise BasisError(f"{field} is complex; a Basis is real")
-            factor = factor.detach().to("cpu", torch.float64, copy=True).contiguous()
+                if not isinstance(value, Tensor):  # Python's numbers are float64; torch's default would round them
+                    value = torch.tensor(value, dtype=None if hasattr(value, "dtype") else torch.float64, device="cpu")
+                if value.is_complex():
+                    raise TypeError("it is complex")
+                with torch.inference_mode(False):  # a basis may outlive the mode it was made in
+                    factor = value.detach().to("cpu", torch.float64, copy=True).contiguous()
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                raise BasisError(f"{field} is not a rectangular array of real numbers: {error}") from error
             if factor.ndim != 3 or 0 in factor.shape:
                 raise BasisError(f"{field} must have three non-empty dimensions; got shape {shape_text(factor.shape)}")
             if not bool(torch.isfinite(factor).all()):
@@ -93,15 +97,19 @@ class Basis:
         This is the expected relative squared error on independent Gaussian X and W; 0 for an exact basis.
         """
         p, q, s = self.tile
-        if p * q * q * s * p * s <= 2**24:  # the explicit residual loses no digits near zero
-            approximation = torch.einsum("kab,kcd,kef->abcdef", self.encoder, self.weight_encoder, self.decoder)
-            i, j, m = torch.meshgrid(torch.arange(p), torch.arange(q), torch.arange(s), indexing="ij")
-            approximation[i, j, j, m, i, m] -= 1.0
-            return float(approximation.square().sum()) / (p * q * s)
-        gram = self._gram("encoder") * self._gram("weight_encoder")
-        inner = torch.einsum("kab,kbc,kac->", self.encoder, self.weight_encoder, self.decoder)
-        norm = (gram * self._gram("decoder")).sum()
-        return max(0.0, float(1.0 + (norm - 2.0 * inner) / (p * q * s)))
+        if (p * q * s) ** 2 > EXPLICIT_UP_TO:
+            gram = self._gram("encoder") * self._gram("weight_encoder")
+            inner = torch.einsum("kab,kbc,kac->", self.encoder, self.weight_encoder, self.decoder)
+            error = float(1.0 + ((gram * self._gram("decoder")).sum() - 2.0 * inner) / (p * q * s))
+            if not error < 1e-9:  # below, the terms cancel to rounding noise: only the residual itself tells
+                return error
+        total, column = 0.0, torch.arange(s, device="cpu")
+        for i, j in product(range(p), range(q)):
+            terms = self.encoder[:, i, j, None] * self.weight_encoder.flatten(1)
+            residual = (terms.mT @ self.decoder.flatten(1)).view(q, s, p, s)
+            residual[j, column, i, column] -= 1.0
+            total += float(residual.square().sum())
+        return total / (p * q * s)
 
     @cached_property
     def kappa(self) -> float:
@@ -137,12 +145,14 @@ class Basis:
     def refit_decoder(self) -> Basis:
         """The same encoders with the decoder of least error: D = argmin ‖T − Σ_k E_k⊗F_k⊗D_k‖ (least norm if several).
 
-        ⟨T, E_k⊗F_k⊗·⟩ = E_k F_k, and the Gram matrix of E_k⊗F_k is G_E ∘ G_F.
+        ⟨T, E_k⊗F_k⊗·⟩ = E_k F_k, and the Gram matrix of E_k⊗F_k is G_E ∘ G_F. Raises BasisError where that overflows.
         """
         gram = self._gram("encoder") * self._gram("weight_encoder")
+        if not bool(torch.isfinite(gram).all()):
+            raise BasisError("the encoders' coefficients are too large to refit to: their products overflow")
         target = self.encoder @ self.weight_encoder
         decoder = torch.linalg.lstsq(gram, target.flatten(1), driver="gelsd").solution
-        return Basis(self.encoder, self.weight_encoder, decoder.reshape(target.shape), name=self.name)
+        return replace(self, decoder=decoder.reshape(target.shape))
 
     def refit_weight_encoder(self) -> Basis:
         """The same E and D with the weight encoder of least error (least norm if several)."""
@@ -151,8 +161,9 @@ class Basis:
 
     def balance(self) -> Basis:
         """Scale each term's three factors by powers of two towards equal norms: the same algorithm, bit for bit."""
-        logs = torch.stack([getattr(self, field).flatten(1).norm(dim=1).clamp_min(1e-300).log2() for field in _FACTORS])
+        logs = torch.stack([getattr(self, field).flatten(1).norm(dim=1).log2() for field in _FACTORS])
         shift = (logs.mean(dim=0) - logs).round()
+        shift[:, ~shift.isfinite().all(dim=0)] = 0.0  # a factor is zero, or its norm overflows: the term stays
         shift[2] = -shift[0] - shift[1]
         e, f, d = (torch.exp2(exponents)[:, None, None] for exponents in shift)
         return Basis(self.encoder * e, self.weight_encoder * f, self.decoder * d, name=self.name)
@@ -162,55 +173,38 @@ class Basis:
 
         A basis whose coefficients `dtype` already holds comes back unchanged, so exact dyadic ones stay exact.
         """
-        if not dtype.is_floating_point:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise BasisError(f"quantize takes a floating-point dtype; got {dtype}")
         if all(torch.equal(getattr(self, f), getattr(self, f).to(dtype).double()) for f in _FACTORS):
             return self
-        balanced = self.balance()
-        rounded = Basis(
-            balanced.encoder.to(dtype).double(),
-            balanced.weight_encoder.to(dtype).double(),
-            balanced.decoder.float().double(),
-            name=self.name,
-        )
-        refitted = rounded.refit_decoder()
-        refitted = Basis(refitted.encoder, refitted.weight_encoder, refitted.decoder.float().double(), name=self.name)
+        even = self.balance()
+        rounded = Basis(even.encoder.to(dtype), even.weight_encoder.to(dtype), even.decoder.float(), name=self.name)
+        refitted = replace(rounded, decoder=rounded.refit_decoder().decoder.float())
         return refitted if refitted.error < rounded.error else rounded
 
     def save(self, path: str | Path) -> None:
-        """Write JSON that `load` reads back exactly; the file appears whole or not at all."""
-        record: dict[str, Any] = {
-            "name": self.name,
-            "tile": list(self.tile),
-            "rank": self.rank,
-            "exact": self.is_exact,
-            "relative_squared_error": self.error,
-            "kappa": self.kappa,
-            **{field: getattr(self, field).tolist() for field in _FACTORS},
-        }
-        target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        """Write JSON that `load` reads back exactly; the file appears whole or not at all (then a BasisError says why)."""
+        record: dict[str, Any] = {"name": self.name, "tile": self.tile, "rank": self.rank, "exact": self.is_exact}
+        record |= {"relative_squared_error": self.error, "kappa": self.kappa}
+        record |= {field: getattr(self, field).tolist() for field in _FACTORS}
+        temporary = Path(path).parent / f".basis-{secrets.token_hex(8)}.tmp"  # tempfile's would be private (0600)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(record, file)
-            Path(temporary).replace(target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            try:
+                temporary.write_text(json.dumps(record), encoding="utf-8")
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except (OSError, ValueError) as error:
+            raise BasisError(f"cannot write a basis to {path}: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Basis:
         """Read a file written by `save`.
 
         Raises:
-            BasisError: not such a file, factors that do not match the stated tile and rank, or a file that claims to
-                be exact and is not.
+            BasisError: not such a file, factors of another tile or rank than stated, or not exact though it claims so.
         """
-        try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BasisError(f"cannot read a basis from {path}: {error}") from error
-        return cls.from_record(record, source=str(path))
+        return cls.from_record(read_json(path), source=str(path))
 
     @classmethod
     def from_record(cls, record: object, *, source: str) -> Basis:
@@ -220,16 +214,15 @@ class Basis:
         if unknown := set(record) - _KEYS:
             raise BasisError(f"{source} has unknown keys: {', '.join(sorted(map(str, unknown)))}")
         try:
-            name = str(record.get("name", ""))
-            basis = cls(record["encoder"], record["weight_encoder"], record["decoder"], name=name)
-        except BasisError as error:
+            basis = cls(record["encoder"], record["weight_encoder"], record["decoder"], str(record.get("name", "")))
+            tile = as_tile(record.get("tile", basis.tile))
+        except STLError as error:
             raise BasisError(f"{source}: {error}") from error
-        if "tile" in record and as_tile(record["tile"]) != basis.tile:
+        if tile != basis.tile:
             raise BasisError(f"{source} says tile {record['tile']}, but its factors are for {list(basis.tile)}")
         if record.get("rank", basis.rank) != basis.rank:
-            raise BasisError(f"{source} says rank {record['rank']}, but its factors have {basis.rank} terms")
-        claims_exact = record.get("exact", record.get("relative_squared_error") == 0)
-        if claims_exact and not basis.is_exact:
+            raise BasisError(f"{source} says rank {record['rank']!r}, but its factors have {basis.rank} terms")
+        if (record.get("exact") or record.get("relative_squared_error") == 0) and not basis.is_exact:
             raise BasisError(f"{source} claims to be exact, but its relative squared error is {basis.error:.3g}")
         return basis
 
@@ -240,3 +233,17 @@ class Basis:
     def __repr__(self) -> str:
         name = f"{self.name!r}, " if self.name else ""
         return f"Basis({name}tile={self.tile}, rank={self.rank}, error={self.error:.4g}, kappa={self.kappa:.4g})"
+
+
+def read_json(path: str | Path) -> object:
+    """What the JSON file holds. Raises BasisError: unreadable, malformed, nested too deep, or with a key given twice."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise BasisError(f"cannot read a basis from {path}: {error}") from error
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(record := dict(pairs)) < len(pairs):
+        raise ValueError("a key appears twice")
+    return record

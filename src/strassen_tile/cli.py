@@ -82,6 +82,12 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add("--encoder-scope", choices=("layer", "tile"), default="layer", help="one encoder a layer, or one a column tile")
     add("--tile", type=_tile, default=(4, 4, 4), help="side, or p,q,s")
+    add(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="shift and flip images (default: by data)",
+    )
     add("--limit", type=int, default=None, help="train on that many images only")
     add("--out", type=Path, default=Path("out/compare"), help="folder for rows.json, report.html and plot.png")
     command.set_defaults(run=_compare)

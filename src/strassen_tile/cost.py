@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from strassen_tile.errors import ShapeError
-from strassen_tile.tiling import as_tile, tile_count
+from strassen_tile.errors import ConfigError, ShapeError
+from strassen_tile.tiling import as_integer, as_tile, tile_count
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Cost:
 
 
 def dense(n: int, k: int, m: int, *, itemsize: int = 4) -> Cost:
-    """Cost of x @ w for x (n, k) and w (k, m): its own dense counterpart."""
+    """Cost of x @ w for x (n, k) and w (k, m): its own dense counterpart. Raises as `linear`."""
+    n, k, m, itemsize = _sizes(n=n, k=k, m=m, itemsize=itemsize)
     flops, traffic, params = 2 * n * k * m, itemsize * (n * (k + m) + k * m), k * m
     return Cost(flops, flops, traffic, params, flops, traffic, params)
 
@@ -79,11 +80,15 @@ def linear(
         encoder_scope: "layer", or "tile" for an encoder of each column tile and a decoder of each output tile.
 
     Raises:
-        ShapeError: a negative size or a rank below 1.
+        ShapeError: a size or rank that is no integer, a negative size, or a rank below 1.
+        ConfigError: an unknown encoder_scope.
     """
     p, q, s = as_tile(tile)
-    if min(n, k, m, batch) < 0 or rank < 1:
-        raise ShapeError(f"sizes must be >= 0 and rank >= 1; got n={n}, k={k}, m={m}, batch={batch}, rank={rank}")
+    n, k, m, batch, rank, itemsize = _sizes(n=n, k=k, m=m, batch=batch, rank=rank, itemsize=itemsize)
+    if rank < 1:
+        raise ShapeError(f"rank must be >= 1; got {rank}")
+    if encoder_scope not in ("layer", "tile"):
+        raise ConfigError(f"encoder_scope must be 'layer' or 'tile'; got {encoder_scope!r}")
     i, j, l = batch * tile_count(n, p), tile_count(k, q), tile_count(m, s)  # noqa: E741 - the tile indices I, J, L
     products = 2 * rank * i * j * l
     encode, decode = 2 * rank * i * p * j * q, 2 * rank * i * p * l * s
@@ -98,3 +103,11 @@ def linear(
         bytes=itemsize * (batch * n * (k + m) + 2 * encoded + weight + factors),
         params=weight + factors,
     )
+
+
+def _sizes(**given: int) -> tuple[int, ...]:
+    """The values as Python's integers, which do not overflow as numpy's would."""
+    sizes = tuple(size for size in map(as_integer, given.values()) if size is not None and size >= 0)
+    if len(sizes) < len(given):
+        raise ShapeError(f"sizes must be integers >= 0; got {', '.join(f'{n}={size!r}' for n, size in given.items())}")
+    return sizes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,11 +27,16 @@ def as_tile(tile: int | Sequence[int]) -> Tile:
     Raises:
         ShapeError: not one or three positive integers.
     """
-    sides = (tile, tile, tile) if isinstance(tile, int) else tuple(tile)
+    sides = (tile, tile, tile) if isinstance(tile, int) else tuple(tile) if isinstance(tile, Sequence) else ()
     if len(sides) != 3 or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in sides):
         raise ShapeError(f"tile must be a positive integer or three of them (p, q, s); got {tile!r}")
     p, q, s = sides
     return p, q, s
+
+
+def as_integer(value: object) -> int | None:
+    """`value` as Python's int, numpy's integers too; None if it is anything else, a bool or 4.0 included."""
+    return int(value) if not isinstance(value, bool) and isinstance(value, Integral) else None
 
 
 def tile_count(size: int, side: int) -> int:

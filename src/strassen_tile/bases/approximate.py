@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
+from types import MappingProxyType
 
 from strassen_tile.basis import Basis
 from strassen_tile.errors import BasisError
-from strassen_tile.tiling import Tile, as_tile
+from strassen_tile.tiling import Tile, as_integer, as_tile
 
 _DATA = files("strassen_tile.bases") / "data"
 
 
 @cache
-def shipped() -> dict[tuple[Tile, int], str]:
+def shipped() -> Mapping[tuple[Tile, int], str]:
     """(tile, rank) → file name of the factors in the package. A tile serves every order of its sides."""
     found = {}
     for entry in _DATA.iterdir():
         if entry.name.endswith(".json"):
             tile, rank = entry.name.removesuffix(".json").split("_r")
             found[as_tile([int(side) for side in tile.split("x")]), int(rank)] = entry.name
-    return dict(sorted(found.items()))
+    return MappingProxyType(dict(sorted(found.items())))  # read-only: the one copy is everyone's
 
 
 def approximate(tile: int | Sequence[int], rank: int) -> Basis:
@@ -38,6 +39,8 @@ def approximate(tile: int | Sequence[int], rank: int) -> Basis:
     Raises:
         BasisError: no factors ship for this tile and rank; the message lists those that do.
     """
+    if as_integer(rank) is None:
+        raise BasisError(f"rank must be an integer; got {rank!r}")
     return _approximate(as_tile(tile), rank)
 
 

@@ -6,16 +6,16 @@ import torch
 
 from strassen_tile.basis import Basis
 from strassen_tile.errors import BasisError
-from strassen_tile.tiling import as_tile
+from strassen_tile.tiling import as_integer, as_tile
 
 
 def naive(p: int, q: int, s: int) -> Basis:
     """The pqs products x_ij·w_jl, each added to y_il: matrix multiplication as it is taught."""
     p, q, s = as_tile((p, q, s))
-    i, j, m = (index.flatten() for index in torch.meshgrid(*map(torch.arange, (p, q, s)), indexing="ij"))
     rank = p * q * s
-    term = torch.arange(rank)
-    encoder, weight_encoder, decoder = (torch.zeros(rank, *size) for size in ((p, q), (q, s), (p, s)))
+    term = torch.arange(rank, device="cpu")
+    i, j, m = term // (q * s), term // s % q, term % s
+    encoder, weight_encoder, decoder = (torch.zeros(rank, *size, device="cpu") for size in ((p, q), (q, s), (p, s)))
     encoder[term, i, j] = 1.0
     weight_encoder[term, j, m] = 1.0
     decoder[term, i, m] = 1.0
@@ -35,6 +35,7 @@ _STRASSEN_DECODER = [
     [[1, 0], [0, 1]], [[0, 0], [1, -1]], [[0, 1], [0, 1]], [[1, 0], [1, 0]],
     [[-1, 1], [0, 0]], [[0, 0], [0, 1]], [[1, 0], [0, 0]],
 ]  # fmt: skip
+_CONJUGATION, _INVERSE = [[1.0, 0.5], [0.0, 1.0]], [[1.0, -0.5], [0.0, 1.0]]
 
 
 def strassen(levels: int = 1) -> Basis:
@@ -44,15 +45,13 @@ def strassen(levels: int = 1) -> Basis:
     exact with coefficients in {0, ±¼, ±½, ±1}, which bfloat16 holds, and brings kappa from 4 to 2.83 a level.
 
     Raises:
-        BasisError: levels < 1.
+        BasisError: levels is not a positive integer.
     """
-    if levels < 1:
-        raise BasisError(f"strassen takes levels >= 1; got {levels}")
-    a = torch.tensor([[1.0, 0.5], [0.0, 1.0]], dtype=torch.float64)
-    inverse = torch.tensor([[1.0, -0.5], [0.0, 1.0]], dtype=torch.float64)
-    encoder, weight_encoder, decoder = (
-        torch.tensor(factor, dtype=torch.float64)
-        for factor in (_STRASSEN_ENCODER, _STRASSEN_WEIGHT_ENCODER, _STRASSEN_DECODER)
+    if (as_integer(levels) or 0) < 1:
+        raise BasisError(f"strassen takes an integer levels >= 1; got {levels!r}")
+    a, inverse, encoder, weight_encoder, decoder = (
+        torch.tensor(matrix, dtype=torch.float64, device="cpu")
+        for matrix in (_CONJUGATION, _INVERSE, _STRASSEN_ENCODER, _STRASSEN_WEIGHT_ENCODER, _STRASSEN_DECODER)
     )
     level = Basis(a.mT @ encoder @ inverse.mT, a.mT @ weight_encoder @ inverse.mT, inverse @ decoder @ a)
     basis = level

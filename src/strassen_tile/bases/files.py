@@ -6,7 +6,7 @@ NPZ needs numpy and is never unpickled.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from strassen_tile.basis import Basis
-from strassen_tile.errors import BasisError
+from strassen_tile.basis import Basis, read_json
+from strassen_tile.errors import BasisError, ShapeError
 from strassen_tile.tiling import Tile, as_tile
 
 _CATALOGUE = {"n", "m", "u", "v", "w"}
@@ -32,12 +32,9 @@ def load(path: str | Path) -> Basis:
         BasisError: unreadable, malformed, complex, pickled, or claiming to be exact and not being so (with its error).
     """
     source = Path(path)
-    if source.suffix == ".npz":
+    if source.suffix.lower() == ".npz":
         return _load_npz(source)
-    try:
-        record = json.loads(source.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BasisError(f"cannot read a basis from {source}: {error}") from error
+    record = read_json(source)
     if isinstance(record, dict) and set(record) >= _CATALOGUE:
         return _load_catalogue(record, source)
     return Basis.from_record(record, source=str(source))
@@ -47,7 +44,10 @@ def _load_catalogue(record: dict[str, object], source: Path) -> Basis:
     sizes, rank = record["n"], record["m"]
     if not isinstance(sizes, list) or not isinstance(rank, int):
         raise BasisError(f"{source}: n must be a list of three sizes and m the rank; got n={sizes!r}, m={rank!r}")
-    p, q, s = as_tile(sizes)
+    try:
+        p, q, s = as_tile(sizes)
+    except ShapeError as error:
+        raise BasisError(f"{source}: n must be a list of three sizes; got n={sizes!r}") from error
     factors = []
     for key, size in (("u", p * q), ("v", q * s), ("w", p * s)):
         rows = record[key]
@@ -62,10 +62,13 @@ def _load_catalogue(record: dict[str, object], source: Path) -> Basis:
 def _number(coefficient: object, key: str, source: Path) -> float:
     try:
         if isinstance(coefficient, int | float | str) and not isinstance(coefficient, bool):
-            return float(Fraction(coefficient))
+            # Fraction only where there is one: of "1e999999999" it would write out every digit.
+            number = float(Fraction(coefficient) if "/" in str(coefficient) else coefficient)
+            if math.isfinite(number):
+                return number
     except (ValueError, ZeroDivisionError, OverflowError):
         pass
-    raise BasisError(f"{source}: {key} holds {coefficient!r}, which is not a real number or a fraction")
+    raise BasisError(f"{source}: {key} holds {str(coefficient)[:40]!r}, which is not a real number or a fraction")
 
 
 def _load_npz(source: Path) -> Basis:
@@ -81,6 +84,8 @@ def _load_npz(source: Path) -> Basis:
                     f"{source} holds {len(keys)} entries ({', '.join(keys[:8])} …); one algorithm is wanted"
                 )
             stacked = archive[keys[0]]
+            if stacked.dtype.kind not in "iuf":
+                raise BasisError(f"{source}: {keys[0]!r} holds {stacked.dtype}; real numbers are wanted")
             parts = [torch.from_numpy(np.asarray(part, dtype=np.float64)) for part in stacked]
     except BasisError:
         raise

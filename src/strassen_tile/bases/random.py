@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import index
 
 import torch
 
 from strassen_tile.basis import Basis
 from strassen_tile.errors import BasisError
-from strassen_tile.tiling import as_tile
+from strassen_tile.tiling import as_integer, as_tile
 
 
 def random(tile: int | Sequence[int], rank: int, seed: int = 0) -> Basis:
@@ -19,15 +20,18 @@ def random(tile: int | Sequence[int], rank: int, seed: int = 0) -> Basis:
     tile columns weighs as much as one over K features; D ~ N(0, 1/r) averages r channels. It approximates nothing.
 
     Raises:
-        BasisError: rank < 1.
+        BasisError: rank is not a positive integer, or seed not one of 64 bits.
     """
     p, q, s = as_tile(tile)
-    if rank < 1:
-        raise BasisError(f"random takes rank >= 1; got {rank}")
-    generator = torch.Generator().manual_seed(seed)
+    if (as_integer(rank) or 0) < 1:
+        raise BasisError(f"random takes an integer rank >= 1; got {rank!r}")
+    try:
+        generator = torch.Generator().manual_seed(index(seed))
+    except (TypeError, ValueError, RuntimeError) as error:  # which, depends on the release of torch
+        raise BasisError(f"random takes an integer seed of 64 bits; got {seed!r}") from error
 
     def gaussian(rows: int, columns: int, variance: float) -> torch.Tensor:
-        noise = torch.randn(rank, rows, columns, generator=generator, dtype=torch.float64)
+        noise = torch.randn(rank, rows, columns, generator=generator, dtype=torch.float64, device="cpu")
         return noise * math.sqrt(variance)
 
     return Basis(gaussian(p, q, 1 / (p * q)), gaussian(q, s, 1 / s), gaussian(p, s, 1 / rank), name=f"random{seed}")

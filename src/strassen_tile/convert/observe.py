@@ -18,34 +18,45 @@ class Calls:
     Attributes:
         shapes: of its input, a call each.
         is_output: whether the model's output is this layer's output, unchanged.
-        shares_rows: whether dimension −2 of its input holds rows of several samples.
+        shares_rows: whether dimension −2 of its input holds rows of several samples; None where nothing showed it.
     """
 
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     is_output: bool = False
-    shares_rows: bool = False
+    shares_rows: bool | None = None
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode and without gradients; every submodule's mode is put back."""
+    """The model in eval mode, without gradients, and calling its layers rather than PyTorch's fused ones.
+
+    Every submodule's mode is put back.
+    """
     modes = {module: module.training for module in model.modules()}
+    fused = torch.backends.mha.get_fastpath_enabled()
     model.eval()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module, mode in modes.items():
             module.training = mode
 
 
 def run(model: nn.Module, example_inputs: object) -> object:
-    """The model's output on a tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    if isinstance(example_inputs, list | tuple):
-        return model(*example_inputs)
-    return model(example_inputs)
+    """The model's output on a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+
+    Random numbers that the model draws are the same in every run, and none are taken from the caller's.
+    """
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        if isinstance(example_inputs, Mapping):
+            return model(**example_inputs)
+        if isinstance(example_inputs, list | tuple):
+            return model(*example_inputs)
+        return model(example_inputs)
 
 
 def tensors(value: object) -> Iterator[Tensor]:
@@ -63,7 +74,7 @@ def tensors(value: object) -> Iterator[Tensor]:
 
 
 def observe(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: object) -> dict[str, Calls]:
-    """Run the model on the examples and, if they hold several samples, once more with the first one changed."""
+    """Run the model on the examples and, if they hold several samples, again with the first and the last one changed."""
     calls = {name: Calls() for name in layers}
     seen: dict[str, Tensor] = {}
     produced: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -71,43 +82,63 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: o
     def record(name: str, x: Tensor, y: Tensor) -> None:
         calls[name].shapes.append(tuple(x.shape))
         produced[name].append(y)
-        seen.setdefault(name, x.detach().clone())
+        if name not in seen:
+            seen[name] = x.detach().clone()
 
     with evaluating(model):
         with _watching(layers, record):
             output = run(model, example_inputs)
-        returned = {(t.data_ptr(), t.numel()) for t in tensors(output)}
+        returned = {_memory(t) for t in tensors(output)}
         for name, outputs in produced.items():
-            calls[name].is_output = any((t.data_ptr(), t.numel()) in returned for t in outputs if t.numel())
-        changed = _changed_first_sample(example_inputs)
-        if changed is not None:
-            again: dict[str, Tensor] = {}
-            with _watching(layers, lambda name, x, y: again.setdefault(name, x.detach().clone())):
-                run(model, changed)
-            for name, before in seen.items():
-                after = again.get(name)
-                # The last leading index belongs to the last sample, which did not change — unless samples are not leading.
-                if after is not None and before.ndim >= 3 and before.shape == after.shape and before.numel():
-                    last = (before.flatten(0, -3)[-1], after.flatten(0, -3)[-1])
-                    calls[name].shares_rows = not torch.equal(*last)
+            calls[name].is_output = any(_memory(t) in returned for t in outputs if t.numel())
+        reached: list[dict[str, Tensor]] = []
+        for sample in (0, -1):
+            changed = _changed_sample(example_inputs, sample)
+            if changed is not None:
+                again: dict[str, Tensor] = {}
+                with _watching(layers, lambda name, x, y, again=again: again.setdefault(name, x.detach().clone())):
+                    run(model, changed)
+                reached.append({n: _reached(x, again[n]) for n, x in seen.items() if _comparable(x, again.get(n))})
+    for name in set.intersection(*map(set, reached)) if len(reached) == 2 else ():
+        # Rows of one leading index are tiled together; do both samples reach one?
+        calls[name].shares_rows = bool((reached[0][name] & reached[1][name]).any())
     return calls
 
 
-def behaves_causally(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: object) -> bool:
-    """Whether, for integer tokens (B, N), no layer's row depends on a later token: a causal language model."""
-    tokens = next(_token_tensors(example_inputs), None)
-    if tokens is None or tokens.shape[1] < 2:
-        return False
-    n = tokens.shape[1]
-    changed = tokens.clone()
-    changed[:, -1] = torch.where(tokens[:, -1] == tokens[:, 0], tokens[:, -1] ^ 1, tokens[:, 0])
-    records: list[list[Tensor]] = [[], []]
-    with evaluating(model):
-        for record, ids in zip(records, (tokens, changed), strict=True):
-            with _watching(layers, lambda name, x, y, record=record: record.append(x.detach().clone())):
-                run(model, _replace(example_inputs, tokens, ids))
-    pairs = [(a, b) for a, b in zip(*records, strict=False) if a.ndim == 3 and a.shape[1] == n and a.shape == b.shape]
-    return bool(pairs) and all(torch.equal(a[:, :-1], b[:, :-1]) for a, b in pairs)
+def causal_layers(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: object) -> set[str]:
+    """Names of the layers whose rows depend on integer tokens (B, N) of the examples, but the first row not on later ones.
+
+    If one layer's first row does depend on later tokens, those tokens are read both ways and no layer is causal.
+    """
+    causal: set[str] = set()
+    for tokens in _token_tensors(example_inputs):
+        n = tokens.shape[1]
+        changed = torch.cat([tokens[:, :1], _other_tokens(tokens)[:, 1:]], dim=1)
+        records: list[list[tuple[str, Tensor]]] = [[], []]
+        with evaluating(model):
+            for record, ids in zip(records, (tokens, changed), strict=True):
+                with _watching(layers, lambda name, x, y, record=record: record.append((name, x.detach().clone()))):
+                    run(model, _replace(example_inputs, tokens, ids))
+        pairs = [(name, a, b) for (name, a), (_, b) in zip(*records, strict=False) if a.shape == b.shape]
+        pairs = [(name, a, b) for name, a, b in pairs if a.ndim == 3 and a.shape[1] == n and not torch.equal(a, b)]
+        if all(torch.equal(a[:, :1], b[:, :1]) for _, a, b in pairs):
+            causal.update(name for name, _, _ in pairs)
+    return causal
+
+
+def _memory(t: Tensor) -> tuple[int, int]:
+    return t.untyped_storage()._cdata, t.numel()
+
+
+def _comparable(before: Tensor, after: Tensor | None) -> bool:
+    return after is not None and after.shape == before.shape and before.ndim >= 3 and not before.is_meta
+
+
+def _reached(before: Tensor, after: Tensor) -> Tensor:
+    """For every leading index of (…, N, K), whether anything changed there."""
+    changed = (before != after) & ~(before.isnan() & after.isnan())
+    reached: Tensor = changed.flatten(0, -3).flatten(1).any(dim=1)
+    return reached
 
 
 @contextmanager
@@ -134,19 +165,28 @@ def _token_tensors(example_inputs: object) -> Iterator[Tensor]:
     else:
         candidates = list(tensors(example_inputs))
     for value in candidates:
-        if isinstance(value, Tensor) and value.ndim == 2 and value.dtype in (torch.int32, torch.int64):
+        integers = isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64) and not value.is_meta
+        if integers and value.ndim == 2 and value.shape[1] > 1 and value.numel():
             yield value
 
 
-def _changed_first_sample(example_inputs: object) -> object | None:
-    """The examples with another first sample; None if there is only one, or no telling."""
+def _other_tokens(tokens: Tensor) -> Tensor:
+    """Another token in every place, each from the vocabulary: the next of those that occur, in a circle."""
+    values: Tensor = tokens.unique()
+    if len(values) == 1:
+        return tokens - 1 if values[0] > 0 else tokens + 1
+    return values[(torch.searchsorted(values, tokens.contiguous()) + 1) % len(values)]
+
+
+def _changed_sample(example_inputs: object, sample: int) -> object | None:
+    """The examples with one sample changed throughout; None if there is only one, or no telling."""
     floats = (t for t in tensors(example_inputs) if t.is_floating_point() and t.ndim >= 2)
     target = next(_token_tensors(example_inputs), None)
     target = next(floats, None) if target is None else target
     if target is None or target.shape[0] < 2:
         return None
     changed = target.clone()
-    changed[0] = changed[0] * 0.5 + 1.0 if target.is_floating_point() else changed[0].flip(0) ^ 1
+    changed[sample] = changed[sample] * 0.5 + 1.0 if target.is_floating_point() else _other_tokens(target)[sample]
     return _replace(example_inputs, target, changed)
 
 
@@ -156,5 +196,6 @@ def _replace(value: object, old: Tensor, new: Tensor) -> object:
     if isinstance(value, Mapping):
         return {key: _replace(item, old, new) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)([_replace(item, old, new) for item in value])
+        items: Any = [_replace(item, old, new) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value

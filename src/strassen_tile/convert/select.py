@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from strassen_tile.convert.observe import Calls
+from strassen_tile.nn import STLLinear
 
 Filter = Callable[[nn.Module, str], bool]
 _HEADS = {
@@ -51,12 +52,52 @@ def reasons(
     """Candidate name → why it is not replaced. What is missing here is replaced."""
     owners = _parameter_owners(model)
     heads = _output_layers(model)
+    sequence_first = _sequence_first(model)
     skipped = {}
     for candidate in found:
         reason = _reason(candidate, owners, heads, filter_fn, calls, mixes_rows)
+        unseen = calls is None or calls[candidate.name].shares_rows is None
+        if reason is None and mixes_rows and unseen and within(candidate.name, sequence_first):
+            reason = "its attention has batch_first=False: dimension −2 of its input holds rows of several samples"
         if reason:
             skipped[candidate.name] = reason
     return skipped
+
+
+def others(model: nn.Module) -> dict[str, str]:
+    """Modules that multiply by a matrix but are no `nn.Linear`, with the reason why they are left as they are."""
+    found = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, STLLinear):
+            found[name] = "is an STLLinear already"
+        elif isinstance(module, nn.MultiheadAttention):
+            found[name] = "multiplies by its in_proj_weight itself; only nn.Linear modules are replaced"
+        elif (
+            weight is not None
+            and weight.ndim == 2
+            and not isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag)
+        ):
+            found[name] = f"is a {type(module).__name__}; only nn.Linear modules are replaced"
+    return found
+
+
+def causal_parts(model: nn.Module) -> set[str]:
+    """Names of the parts of a model that say of themselves that a row must not see later ones; "" is all of it."""
+    parts = set()
+    for name, module in model.named_modules():
+        decoder = getattr(getattr(module, "config", None), "is_decoder", False) is True
+        language = type(module).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        if decoder or language or isinstance(module, nn.TransformerDecoder | nn.TransformerDecoderLayer):
+            parts.add(name)
+        elif getattr(module, "is_causal", False) is True:  # transformers' attention: the block around it
+            parts.add(name.rpartition(".")[0])
+    return parts
+
+
+def within(name: str, parts: Collection[str]) -> bool:
+    """Whether the module of that name lies in one of the parts."""
+    return any(part in ("", name) or name.startswith(f"{part}.") for part in parts)
 
 
 def _reason(
@@ -70,11 +111,14 @@ def _reason(
     layer, name = candidate.layer, candidate.name
     if type(layer) is not nn.Linear:
         return f"is a {type(layer).__name__}, whose owner may use its weight directly"
-    others = [owner for owner in owners[id(layer.weight)] if owner.rpartition(".")[0] not in candidate.names]
-    if others:
-        return f"its weight is tied to {others[0]}"
-    if hasattr(layer, "parametrizations"):
-        return "its weight is parametrized"
+    if any(name not in layer._parameters for name in ("weight", "bias")):
+        return "its weight is made from other parameters (weight_norm, pruning or the like)"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer):
+        return "has hooks or a forward of its own, which would be lost"
+    for kind, parameter in layer._parameters.items():
+        tied = [owner for owner in owners.get(id(parameter), []) if owner.rpartition(".")[0] not in candidate.names]
+        if tied:
+            return f"its {kind} is tied to {tied[0]}"
     if filter_fn is not None:
         if not filter_fn(layer, name):
             return "excluded by filter_fn"
@@ -93,6 +137,12 @@ def _reason(
     if mixes_rows and observed.shares_rows:
         return "dimension −2 of its input holds rows of several samples"
     return None
+
+
+def _sequence_first(model: nn.Module) -> set[str]:
+    """The blocks around attention that takes (N, B, K)."""
+    attention = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention))
+    return {name.rpartition(".")[0] for name, module in attention if not module.batch_first}
 
 
 def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:

@@ -8,8 +8,8 @@ from functools import partial
 
 from torch import nn
 
-from strassen_tile.convert.observe import Calls, behaves_causally, observe
-from strassen_tile.convert.select import Candidate, Filter, candidates, reasons
+from strassen_tile.convert.observe import Calls, causal_layers, observe
+from strassen_tile.convert.select import Candidate, Filter, candidates, causal_parts, others, reasons, within
 from strassen_tile.errors import ConversionError
 from strassen_tile.nn import PaddingMask, STLConfig, STLLinear
 
@@ -35,7 +35,7 @@ class Conversion:
     _undo: list[Callable[[], object]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Put the original layers back, with the weights they had. What the new ones learned is dropped."""
+        """Put the original layers back. What the new ones learned is dropped, unless they hold the originals' parameters."""
         while self._undo:
             self._undo.pop()()
 
@@ -78,7 +78,7 @@ def convert(
     config = config or STLConfig()
     config.load_basis()  # a basis that does not exist is said before anything is touched
     if config.mixing == "sequence" and config.mixes_rows:
-        _refuse_causal(model, example_inputs)
+        _refuse_causal(model, example_inputs, filter_fn)
     padding = PaddingMask() if config.mixes_rows else None
 
     def replace(linear: nn.Linear) -> nn.Module:
@@ -110,6 +110,7 @@ def swap(
     layers = {candidate.name: candidate.layer for candidate in found}
     calls: Mapping[str, Calls] | None = None if example_inputs is None else observe(model, layers, example_inputs)
     skipped = reasons(model, found, filter_fn=filter_fn, calls=calls, mixes_rows=mixes_rows)
+    skipped.update(others(model))
     replacements: list[tuple[Candidate, nn.Module]] = []
     for candidate in found:
         if candidate.name not in skipped:
@@ -126,44 +127,51 @@ def swap(
         skipped=skipped,
         calls={name: call.shapes for name, call in (calls or {}).items()},
     )
-    for candidate, replacement in replacements:
-        for name in candidate.names:
-            _put(model, name, replacement)
-            conversion._undo.append(partial(_put, model, name, candidate.layer))
+    places = [(_place(model, name), *pair) for pair in replacements for name in pair[0].names]
+    for (parent, child), candidate, replacement in places:
+        setattr(parent, child, replacement)
+        conversion._undo.append(partial(setattr, parent, child, candidate.layer))
     conversion._undo.extend(_leave_fast_path(model))
     return conversion
 
 
-def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
+    return model.get_submodule(parent), child
 
 
 def _leave_fast_path(model: nn.Module) -> list[Callable[[], object]]:
-    """PyTorch's encoder layer reads `linear1.weight` itself in eval mode; keep it from doing so where that is gone."""
+    """PyTorch's encoder reads `linear1.weight` itself in eval mode; keep it from doing so where that is not all there is."""
     undo: list[Callable[[], object]] = []
+
+    def change(module: nn.Module, name: str, value: object) -> None:
+        undo.append(partial(setattr, module, name, getattr(module, name)))
+        setattr(module, name, value)
+
     for module in model.modules():
-        if not isinstance(module, nn.TransformerEncoderLayer):
-            continue
-        parts: tuple[nn.Module, ...] = (module.linear1, module.linear2)
-        if not all(isinstance(part, nn.Linear) for part in parts):
-            undo.append(partial(setattr, module, "activation_relu_or_gelu", module.activation_relu_or_gelu))
-            module.activation_relu_or_gelu = 0
+        layers = module.layers if isinstance(module, nn.TransformerEncoder) else [module]
+        for layer in layers:
+            if isinstance(layer, nn.TransformerEncoderLayer):
+                parts: tuple[nn.Module, ...] = (layer.linear1, layer.linear2)
+                if any(type(part) is not nn.Linear for part in parts):
+                    encoder = isinstance(module, nn.TransformerEncoder)
+                    change(module, *(("use_nested_tensor", False) if encoder else ("activation_relu_or_gelu", 0)))
     return undo
 
 
-def _refuse_causal(model: nn.Module, example_inputs: object) -> None:
-    settings = getattr(model, "config", None)
-    named = (
-        type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) or getattr(settings, "is_decoder", False) is True
-    )
-    if not named and example_inputs is not None:
-        layers = {candidate.name: candidate.layer for candidate in candidates(model)}
-        named = behaves_causally(model, layers, example_inputs)
-    if named:
+def _refuse_causal(model: nn.Module, example_inputs: object, filter_fn: Filter | None) -> None:
+    layers = {candidate.name: candidate.layer for candidate in candidates(model)}
+    chosen = [name for name, layer in layers.items() if filter_fn is None or filter_fn(layer, name)]
+    parts = causal_parts(model)
+    causal = [name for name in chosen if within(name, parts)]
+    if not causal and example_inputs is not None:
+        parts = causal_layers(model, layers, example_inputs)
+        causal = [name for name in chosen if name in parts]
+    if causal:
         raise ConversionError(
-            f"{type(model).__name__} is a causal language model, and mixing='sequence' would let a token see later ones in "
-            "its tile. Use STLConfig(mixing='none') (rows apart) or mixing='causal' (rows see earlier ones)"
+            f"{type(model).__name__} is, or holds, a causal language model or decoder ({causal[0]} is in it), and "
+            "mixing='sequence' would let a token see later ones in its tile. Use STLConfig(mixing='none') (rows apart) or "
+            "mixing='causal' (rows see earlier ones), or leave its layers out with filter_fn"
         )
 
 

@@ -41,6 +41,7 @@ class Recipe:
         seeds: one run each.
         tile, mixing, encoder_scope, init: of `STLConfig`; init "random" or "approximate" (best known basis, Ŵ = F·W).
         epochs, batch_size, lr, weight_decay, warmup, label_smoothing, drop_path: of the training.
+        augment: shift and flip the training images.
         limit: train on that many images only.
     """
 
@@ -61,6 +62,7 @@ class Recipe:
     warmup: float = 0.1
     label_smoothing: float = 0.1
     drop_path: float = 0.0
+    augment: bool = True
     limit: int | None = None
 
     def __post_init__(self) -> None:
@@ -133,7 +135,7 @@ def compare(
         ConfigError: the folder holds a comparison with another recipe.
         DataError: the data cannot be read.
     """
-    splits = load_images(recipe.data, image_size=recipe.image_size, limit=recipe.limit)
+    splits = load_images(recipe.data, image_size=recipe.image_size, limit=recipe.limit, augment=recipe.augment)
     _claim(folder, recipe)
     log = _Log(folder / "rows.json")
     where = environment()

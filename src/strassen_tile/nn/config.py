@@ -16,7 +16,15 @@ from strassen_tile.tiling import Tile, as_tile
 Mixing = Literal["sequence", "none", "causal"]
 Scope = Literal["layer", "tile"]
 Init = Literal["auto", "random", "fit"]
-_CHOICES = {"mixing": get_args(Mixing), "encoder_scope": get_args(Scope), "init": get_args(Init)}
+Backend = Literal["auto", "reference", "cpu", "triton"]
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "mixing": get_args(Mixing),
+    "encoder_scope": get_args(Scope),
+    "init": get_args(Init),
+    "backend": get_args(Backend),
+    "train_encoder": (True, False),
+    "train_decoder": (True, False),
+}
 
 
 @dataclass(frozen=True)
@@ -49,19 +57,19 @@ class STLConfig:
     init: Init = "auto"
     train_encoder: bool = True
     train_decoder: bool = True
-    backend: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         try:
             p, q, s = as_tile(self.tile)
-        except ShapeError as error:
+        except (ShapeError, TypeError) as error:
             raise ConfigError(str(error)) from error
         object.__setattr__(self, "tile", (1, q, s) if self.mixing == "none" else (p, q, s))
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ConfigError(f"rank must be a positive integer; got {self.rank!r}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+                raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}; got {getattr(self, name)!r}")
         if not isinstance(self.basis, str):
             raise ConfigError(f"basis must be a name or the path of a file; got {self.basis!r}")
 
@@ -115,7 +123,7 @@ class STLConfig:
     def from_dict(cls, record: Mapping[str, Any]) -> STLConfig:
         """The config in `record`; missing keys take their defaults. Raises ConfigError for an unknown key."""
         known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(record) - set(known)):
+        if unknown := sorted(map(str, set(record) - set(known))):
             raise ConfigError(f"unknown keys {', '.join(unknown)}; STLConfig has {', '.join(known)}")
         return cls(**record)
 

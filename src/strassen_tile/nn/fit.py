@@ -32,6 +32,8 @@ def encode_weight(weight: Tensor, encoder: Tensor, decoder: Tensor, basis: Basis
     s = decoder.shape[-1]
     tiles = to_tiles(weight, q, s)  # (J, L, q, s)
     columns, outputs = tiles.shape[:2]
+    if not tiles.numel():
+        return weight.new_zeros(r, columns, outputs)
     e = encoder.expand(columns, *encoder.shape[-3:]) if encoder.ndim == 3 else encoder
     d = decoder.expand(outputs, *decoder.shape[-3:]) if decoder.ndim == 3 else decoder
     gram_d = d.flatten(2) @ d.flatten(2).mT

@@ -82,9 +82,11 @@ class STLLinear(nn.Module):
         dense = torch.empty(self.in_features, self.out_features, dtype=torch.float64, device=device)
         dense = dense.uniform_(-bound, bound) if weight is None else weight.to(device, torch.float64)
         columns, outputs = self.encoded_weight.shape[1:]
-        basis = self.config.load_basis()
-        basis = basis if basis is None else init.normalised(basis)
-        encoder, decoder = (f.to(device) for f in init.start_factors(self.config, basis, columns, outputs))
+        with torch.device("cpu"):  # whatever the default device is
+            basis = self.config.load_basis()
+            basis = basis if basis is None else init.normalised(basis)
+            factors = init.start_factors(self.config, basis, columns, outputs)
+        encoder, decoder = (factor.to(device) for factor in factors)
         if self.config.fits:
             encoded = fit.encode_weight(dense, encoder, decoder, basis)
             if inputs is not None:
@@ -99,7 +101,7 @@ class STLLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: STLConfig | None = None, inputs: Tensor | None = None) -> STLLinear:
-        """The layer that takes over from `linear`, with its device, dtype and bias.
+        """The layer that takes over from `linear`, with its device, dtype, bias, and mode; frozen if that was.
 
         Ŵ is fitted to the weight: Ŵ = F·W for a given basis, the least-squares F for a random one; with calibration
         `inputs` (…, N, K) it is then the least-squares Ŵ on them. `init="random"` in the config takes only the scale.
@@ -119,6 +121,11 @@ class STLLinear(nn.Module):
                 config=fitted,
                 dtype=linear.weight.dtype,
             )
+        for parameter in (layer.encoder, layer.encoded_weight, layer.decoder):
+            parameter.requires_grad_(parameter.requires_grad and linear.weight.requires_grad)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(linear.bias.requires_grad)
+        layer.train(linear.training)
         if linear.weight.is_meta:
             return layer
         layer = layer.to_empty(device=linear.weight.device)
@@ -128,7 +135,14 @@ class STLLinear(nn.Module):
         if layer.bias is not None and linear.bias is not None:
             with torch.no_grad():
                 layer.bias.copy_(linear.bias)
-        return layer.train(linear.training)
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """An empty tensor (M, 0) with the dtype and device of the layer, which is what some models ask a linear layer's
+        `weight` for (T5). There is no dense weight: use as one fails.
+        """
+        return self.encoded_weight.new_empty((self.out_features, 0))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """E and D as the product uses them: masked where the mixing is causal."""
@@ -142,7 +156,9 @@ class STLLinear(nn.Module):
         if self.config.mixes_rows:
             self._check_rows(x)
             if self.padding is not None:
-                x = self.padding.zero(x)
+                self.padding.check_start(self.config.pqs[0])
+                if self.config.mixing == "sequence":  # causal rows see nothing behind them, padding included
+                    x = self.padding.zero(x)
         encoder, decoder = self.factors()
         return stl_linear(
             x,

@@ -1,4 +1,4 @@
-"""Gradients and vmap rules of `encode`, `decode` and `correlate`, each made of the other two.
+"""Gradients and vmap rules of `encode`, `decode` and `correlate`, each made of the other two, and of `linear`.
 
 With Y = decode(Ŷ, D) and X̂ = encode(X, E):  dX = decode(dX̂, E),  dE = correlate(X, dX̂),  dŶ = encode(dY, D),
 dD = correlate(dY, Ŷ). Since backwards are built from these same functions, gradients of any order exist. Complex
@@ -118,6 +118,49 @@ class Correlate(Function):
         return _map_samples(correlate, info, (*in_dims[:2], None, None), x, encoded, tile, per_column)
 
 
+class Linear(Function):
+    """decode(encode(x) @ Ŵ) + bias as one step that keeps only its arguments; the backward pass makes X̂ and Ŷ anew."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
+    ) -> Tensor:
+        return library.linear(x, encoded_weight, encoder, decoder, bias, columns)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:4])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, encoded_weight, encoder, decoder = ctx.saved_tensors
+        wants_x, wants_weight, wants_encoder, wants_decoder, wants_bias, _ = ctx.needs_input_grad
+        grad_products = encode(grad, decoder.conj())
+        encoded = encode(x, encoder) if wants_weight or wants_decoder else None
+        dx = de = dd = dw = None
+        if wants_x or wants_encoder:
+            grad_encoded = torch.bmm(grad_products, encoded_weight.mH)
+            dx = decode(grad_encoded, encoder.conj(), *x.shape) if wants_x else None
+            de = correlate(x.conj(), grad_encoded, encoder.shape[-2:], encoder.ndim == 4) if wants_encoder else None
+        if encoded is not None and wants_weight:
+            dw = torch.bmm(encoded.mH, grad_products)
+        if encoded is not None and wants_decoder:
+            products = torch.bmm(encoded, encoded_weight).conj()
+            dd = correlate(grad, products, decoder.shape[-2:], decoder.ndim == 4)
+        return dx, dw, de, dd, grad.sum(dim=(0, 1)) if wants_bias else None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+        *tensors, columns = args
+        given = [i for i, tensor in enumerate(tensors) if tensor is not None]
+
+        def one(*sample: Tensor) -> Tensor:
+            return _compose(*(sample[given.index(i)] if i in given else None for i in range(5)), columns)  # type: ignore[arg-type]
+
+        dims = tuple(in_dims[i] for i in given)
+        return torch.func.vmap(one, in_dims=dims)(*(tensors[i] for i in given)), 0
+
+
 def encode(x: Tensor, encoder: Tensor) -> Tensor:
     """X̂[k, I, J] = ⟨E_k, X_IJ⟩: x (B, N, K) → (r, B·I, J). Differentiable in both."""
     return Encode.apply(x, encoder)  # type: ignore[no-any-return, no-untyped-call]
@@ -133,6 +176,35 @@ def correlate(x: Tensor, encoded: Tensor, tile: tuple[int, int], per_column: boo
     return Correlate.apply(x, encoded, tuple(tile), per_column)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def linear(
+    x: Tensor,
+    encoded_weight: Tensor,
+    encoder: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None,
+    columns: int,
+    *,
+    recompute: bool,
+) -> Tensor:
+    """decode(encode(x) @ Ŵ) + bias: x (B, N, K) → (B, N, columns). Differentiable in all tensors.
+
+    Where a gradient will be asked for, X̂ and Ŷ are kept for it (r/pq and r/ps times the size of x and y), unless
+    `recompute`: then only the arguments are, and the backward pass encodes and multiplies once more.
+    """
+    tensors = (x, encoded_weight, encoder, decoder, bias)
+    if recompute or not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        return Linear.apply(*tensors, columns)  # type: ignore[no-any-return, no-untyped-call]
+    return _compose(x, encoded_weight, encoder, decoder, bias, columns)
+
+
+def _compose(
+    x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
+) -> Tensor:
+    products = torch.bmm(encode(x, encoder), encoded_weight)
+    y = decode(products, decoder, x.shape[0], x.shape[1], columns)
+    return y if bias is None else y + bias
+
+
 def _differentiable(function: type[Function], operator: Any) -> Callable[..., Tensor]:
     """The operator's kernel under the Autograd key, so that calling it directly through `torch.ops` has gradients too."""
 
@@ -145,5 +217,10 @@ def _differentiable(function: type[Function], operator: Any) -> Callable[..., Te
     return kernel
 
 
-for _function, _operator in ((Encode, library.encode), (Decode, library.decode), (Correlate, library.correlate)):
+for _function, _operator in (
+    (Encode, library.encode),
+    (Decode, library.decode),
+    (Correlate, library.correlate),
+    (Linear, library.linear),
+):
     library.register_kernel(_operator, _differentiable(_function, _operator), "Autograd")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from strassen_tile.basis import Basis
 from strassen_tile.errors import BackendError, ShapeError, shape_text
-from strassen_tile.ops.autograd import decode, encode
+from strassen_tile.ops import cpu as _cpu  # noqa: F401 - registers the CPU's kernels
+from strassen_tile.ops.autograd import encode, linear
 from strassen_tile.tiling import as_samples, tile_count
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
@@ -36,6 +37,7 @@ def stl_linear(
     *,
     out_features: int | None = None,
     backend: Backend = "auto",
+    recompute: bool = False,
 ) -> Tensor:
     """Y_IL = Σ_k D_k · Σ_J ⟨E_k, X_IJ⟩ Ŵ[k, J, L] + bias: the Strassen-Tile operator on an encoded weight.
 
@@ -47,6 +49,8 @@ def stl_linear(
         bias: (M,) or None.
         out_features: M; by default a whole number of tiles, ⌈M/s⌉·s.
         backend: "auto" chooses; any other runs or raises.
+        recompute: what a training step keeps for its backward pass. By default X̂ and Ŷ (r/pq times x and r/ps times
+            y); if True nothing but the arguments, and the backward pass encodes and multiplies once more.
 
     Returns:
         (…, N, M), contiguous, of the dtype of x (of autocast's where that is on).
@@ -60,7 +64,10 @@ def stl_linear(
         x, encoded_weight, encoder, decoder = (a.to(dtype) for a in (x, encoded_weight, encoder, decoder))
         bias = None if bias is None else bias.to(dtype)
     columns = _check(x, encoded_weight, encoder, decoder, bias, out_features)
-    return _choose(backend, x)(x, encoded_weight, encoder, decoder, bias, columns)
+    chosen = _choose(backend, x)
+    if chosen is None:
+        return _linear(x, encoded_weight, encoder, decoder, bias, columns, recompute=recompute)
+    return chosen(x, encoded_weight, encoder, decoder, bias, columns)
 
 
 def stl_matmul(x: Tensor, w: Tensor, basis: Basis, *, backend: Backend = "auto") -> Tensor:
@@ -93,13 +100,19 @@ def stl_matmul(x: Tensor, w: Tensor, basis: Basis, *, backend: Backend = "auto")
     return stl_linear(x, encoded_weight, encoder, decoder, out_features=w.shape[1], backend=backend)
 
 
-def _linear(x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, m: int) -> Tensor:
-    """Encode, multiply, decode by the registered operators."""
-    samples = as_samples(x)
-    products = torch.bmm(encode(samples, encoder), encoded_weight)
-    y = decode(products, decoder, samples.shape[0], samples.shape[1], m)
-    y = y.view(*x.shape[:-1], m)
-    return y if bias is None else y + bias
+def _linear(
+    x: Tensor,
+    encoded_weight: Tensor,
+    encoder: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None,
+    columns: int,
+    *,
+    recompute: bool,
+) -> Tensor:
+    """The registered operators, on samples (B, N, K)."""
+    y = linear(as_samples(x), encoded_weight, encoder, decoder, bias, columns, recompute=recompute)
+    return y.view(*x.shape[:-1], columns)
 
 
 def _autocasts(x: Tensor) -> bool:
@@ -107,13 +120,14 @@ def _autocasts(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" has no autocast
 
 
-def _choose(backend: str, x: Tensor) -> Linear:
+def _choose(backend: str, x: Tensor) -> Linear | None:
+    """The registered backend of that name; None for the operators of this room."""
     if backend == "auto":
-        return _linear
+        return None
     if backend == "cpu":
         if x.device.type != "cpu":
             raise BackendError(f"backend 'cpu' was asked for, but x is on {x.device}; move it or use backend='auto'")
-        return _linear
+        return None
     if backend in _backends:
         return _backends[backend]
     known = ", ".join(sorted({"auto", "cpu", *_backends}))

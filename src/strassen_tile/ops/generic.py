@@ -1,4 +1,4 @@
-"""The operator's three kernels in plain PyTorch: what runs on a device that has none of its own.
+"""The operator's kernels in plain PyTorch: what runs on a device that has none of its own.
 
 Requires: x (B, N, K), encoded (r, B·I, J), factors (r, p, q) or one a column tile (J, r, p, q); one dtype and device.
 Any dtype torch.matmul takes, complex included; any strides; any size, 0 included.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from strassen_tile.tiling import from_tiles, tile_count, to_tiles
@@ -51,3 +52,11 @@ def correlate(x: Tensor, encoded: Tensor, tile: Sequence[int], per_column: bool)
         return (encoded.permute(2, 0, 1) @ flat).view(columns, r, p, q)
     flat = tiles.permute(3, 4, 0, 1, 2).reshape(p * q, rows * columns)
     return (encoded.reshape(r, rows * columns) @ flat.mT).view(r, p, q)
+
+
+def linear(
+    x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
+) -> Tensor:
+    """decode(encode(x) @ Ŵ) + bias: (B, N, columns)."""
+    y = decode(torch.bmm(encode(x, encoder), encoded_weight), decoder, x.shape[0], x.shape[1], columns)
+    return y if bias is None else y.add_(bias)

@@ -1,8 +1,9 @@
-"""The operator's three primitives as `torch.library` operators: schemas, shapes for tracing, FLOP formulas.
+"""The operator's primitives as `torch.library` operators: schemas, shapes for tracing, FLOP formulas.
 
 `encode`, `decode` and `correlate` are linear in each tensor argument and the gradient of each is made of the others
-(`ops/autograd.py`), so nothing else needs a kernel: the r products between them are `torch.bmm`. A device brings its
-own kernels by registering them under its dispatch key; `ops/generic.py` serves all others.
+(`ops/autograd.py`), so nothing else needs a kernel to be differentiable: the r products between them are `torch.bmm`.
+`linear` is the whole forward pass, for a device that can keep X̂ and Ŷ out of memory. A device brings its own kernels by
+registering them under its dispatch key; `ops/generic.py` serves all others.
 
 The operators are raw `Library` ones: `custom_op` breaks `torch.func.grad`, and `triton_op` needs a driver. Gradients and
 vmap rules sit on top, in autograd functions.
@@ -28,12 +29,17 @@ _library.define(
     "decode(Tensor encoded, Tensor decoder, SymInt batch, SymInt rows, SymInt columns) -> Tensor", tags=_tags
 )
 _library.define("correlate(Tensor x, Tensor encoded, SymInt[] tile, bool per_column) -> Tensor", tags=_tags)
-for _kernel in (generic.encode, generic.decode, generic.correlate):
+_library.define(
+    "linear(Tensor x, Tensor encoded_weight, Tensor encoder, Tensor decoder, Tensor? bias, SymInt columns) -> Tensor",
+    tags=_tags,
+)
+for _kernel in (generic.encode, generic.decode, generic.correlate, generic.linear):
     _library.impl(_kernel.__name__, _kernel, "CompositeExplicitAutograd")
 
 encode = torch.ops.strassen_tile.encode.default
 decode = torch.ops.strassen_tile.decode.default
 correlate = torch.ops.strassen_tile.correlate.default
+linear = torch.ops.strassen_tile.linear.default
 
 
 def register_kernel(operator: Any, kernel: Callable[..., Tensor], dispatch_key: str) -> None:
@@ -58,6 +64,11 @@ def _correlate_shape(x: Tensor, encoded: Tensor, tile: Sequence[int], per_column
     return x.new_empty(*lead, encoded.shape[0], *tile)
 
 
+@torch.library.register_fake(f"{NAMESPACE}::linear")  # type: ignore[untyped-decorator]
+def _linear_shape(x: Tensor, w: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], columns)
+
+
 @register_flop_formula(torch.ops.strassen_tile.encode)  # type: ignore[untyped-decorator, unused-ignore]
 def _encode_flops(x: Sequence[int], encoder: Sequence[int], *_: Any, **__: Any) -> int:
     r, p, q = encoder[-3:]
@@ -73,3 +84,12 @@ def _decode_flops(encoded: Sequence[int], decoder: Sequence[int], *_: Any, **__:
 @register_flop_formula(torch.ops.strassen_tile.correlate)  # type: ignore[untyped-decorator, unused-ignore]
 def _correlate_flops(x: Sequence[int], encoded: Sequence[int], tile: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * encoded[0] * encoded[1] * encoded[2] * tile[0] * tile[1]
+
+
+@register_flop_formula(torch.ops.strassen_tile.linear)  # type: ignore[untyped-decorator, unused-ignore]
+def _linear_flops(
+    x: Sequence[int], weight: Sequence[int], encoder: Sequence[int], decoder: Sequence[int], *_: Any, **__: Any
+) -> int:
+    r, j, l = weight  # noqa: E741 - the tile index L
+    rows = x[0] * tile_count(x[1], encoder[-2])
+    return _encode_flops(x, encoder) + 2 * r * rows * j * l + _decode_flops((r, rows, l), decoder)

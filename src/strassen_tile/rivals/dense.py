@@ -43,16 +43,22 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, flop_ratio: float) -> LowRankLinear:
-        """The best approximation of `linear` (truncated SVD, split evenly) with about `flop_ratio` of its FLOPs."""
+        """The best approximation of `linear` (truncated SVD, split evenly) with about `flop_ratio` of its FLOPs.
+
+        Raises:
+            ConfigError: flop_ratio is not positive.
+        """
+        if not flop_ratio > 0:
+            raise ConfigError(f"flop_ratio must be positive; got {flop_ratio}")
         k, m = linear.in_features, linear.out_features
-        rank = max(1, int(flop_ratio * k * m / (k + m)))
+        rank = max(1, min(int(flop_ratio * k * m / max(1, k + m)), k, m))
         weight = linear.weight
         layer = cls(k, m, linear.bias is not None, rank=rank, device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
             u, sigma, vt = torch.linalg.svd(weight.double(), full_matrices=False)
             root = sigma[:rank].sqrt()
-            layer.first.weight.copy_(root[:, None] * vt[:rank])
-            layer.second.weight.copy_(u[:, :rank] * root)
+            layer.first.weight.zero_()[: len(root)] = root[:, None] * vt[:rank]
+            layer.second.weight.zero_()[:, : len(root)] = u[:, :rank] * root
             if linear.bias is not None:
                 layer.second.bias.copy_(linear.bias)
         return layer.train(linear.training)
@@ -84,6 +90,7 @@ class TokenMixLinear(nn.Module):
         self.linear, self.in_features, self.out_features = linear, linear.in_features, linear.out_features
         eye = torch.eye(rows_mixed, device=linear.weight.device, dtype=linear.weight.dtype)
         self.mix = nn.Parameter(eye.expand(linear.in_features, -1, -1).clone())
+        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, N, K) → (…, N, M). Raises ShapeError for a 2-D input: its rows are a batch."""

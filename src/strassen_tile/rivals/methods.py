@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from strassen_tile import cost
 from strassen_tile.convert import Conversion, convert, swap
@@ -23,6 +23,11 @@ from strassen_tile.errors import ConfigError
 from strassen_tile.nn import STLConfig, STLLinear
 from strassen_tile.rivals.dense import LowRankLinear, TokenMixLinear
 from strassen_tile.rivals.sparse24 import Sparse24Linear
+
+# What a CPU runs for F.scaled_dot_product_attention, and FlopCounterMode takes for free.
+_UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
 
 
 @dataclass(frozen=True)
@@ -129,22 +134,22 @@ def model_cost(model: nn.Module, conversion: Conversion, example_inputs: object)
     `cost`, since the counter sees a masked weight as a dense one.
 
     Raises:
-        ConfigError: the conversion was made without example inputs.
+        ConfigError: a converted layer of a class that has no `cost`.
     """
-    if not conversion.calls:
-        raise ConfigError("the conversion saw no inputs: pass example_inputs to it")
     counted: dict[int, int] = {}
+    costs: list[Cost] = []
 
     def watch(layer: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
         def before(module: nn.Module, args: object) -> None:
             counted[id(module)] = counted.get(id(module), 0) - counter.get_total_flops()
 
-        def after(module: nn.Module, args: object, output: object) -> None:
+        def after(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: object) -> None:
             counted[id(module)] += counter.get_total_flops()
+            costs.append(_cost(module, tuple((args[0] if args else kwargs["input"]).shape)))
 
-        return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+        return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after, with_kwargs=True)]
 
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
     handles = [handle for layer in conversion.converted.values() for handle in watch(layer)]
     try:
         with evaluating(model), counter:
@@ -153,7 +158,6 @@ def model_cost(model: nn.Module, conversion: Conversion, example_inputs: object)
         for handle in handles:
             handle.remove()
     rest = counter.get_total_flops() - sum(counted.values())
-    costs = [_cost(layer, shape) for name, layer in conversion.converted.items() for shape in conversion.calls[name]]
     converted = Cost(*(sum(getattr(c, field) for c in costs) for field in Cost.__dataclass_fields__))
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return ModelCost(rest + converted.flops, rest + converted.dense_flops, converted, params)
