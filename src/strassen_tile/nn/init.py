@@ -68,13 +68,11 @@ def start_factors(config: STLConfig, basis: Basis | None, columns: int, outputs:
     return encoder * masks[0] / (rows_read * q) ** 0.5, decoder * masks[1] / terms_written**0.5
 
 
-def weight_deviation(encoder: Tensor, decoder: Tensor, in_features: int, columns: int, variance: float) -> float:
+def weight_deviation(encoder: Tensor, decoder: Tensor, variance: float) -> float:
     """Standard deviation of Ŵ that gives Y the variance a dense weight of `variance` would, averaged over rows."""
     p, s = decoder.shape[-2:]
-    r = encoder.shape[-3]
+    r, _, q = encoder.shape[-3:]
     energy_in = encoder.square().sum(dim=(-2, -1)).reshape(-1, r).mean(dim=0)
     energy_out = decoder.square().sum(dim=(-2, -1)).reshape(-1, r).mean(dim=0)
     per_tile_product = float(energy_in @ energy_out) / (p * s)
-    if per_tile_product == 0 or columns == 0:
-        return 0.0
-    return float((in_features * variance / (columns * per_tile_product)) ** 0.5)
+    return float((q * variance / per_tile_product) ** 0.5) if per_tile_product > 0 else 0.0

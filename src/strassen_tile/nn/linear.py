@@ -93,7 +93,7 @@ class STLLinear(nn.Module):
                 encoded = fit.calibrate(inputs.detach().to(device, torch.float64), dense, encoder, decoder, encoded)
         else:
             variance = float(dense.square().mean()) if dense.numel() else 0.0
-            deviation = init.weight_deviation(encoder, decoder, self.in_features, columns, variance)
+            deviation = init.weight_deviation(encoder, decoder, variance)
             encoded = torch.randn(self.encoded_weight.shape, dtype=torch.float64, device=device) * deviation
         self.encoder.copy_(encoder)
         self.decoder.copy_(decoder)

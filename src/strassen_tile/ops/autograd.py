@@ -155,7 +155,10 @@ class Linear(Function):
         given = [i for i, tensor in enumerate(tensors) if tensor is not None]
 
         def one(*sample: Tensor) -> Tensor:
-            return _compose(*(sample[given.index(i)] if i in given else None for i in range(5)), columns)  # type: ignore[arg-type]
+            filled: list[Any] = [None] * len(tensors)
+            for i, tensor in zip(given, sample, strict=True):
+                filled[i] = tensor
+            return _compose(*filled, columns=columns)
 
         dims = tuple(in_dims[i] for i in given)
         return torch.func.vmap(one, in_dims=dims)(*(tensors[i] for i in given)), 0

@@ -141,6 +141,7 @@ def _step(
     lanes) that it adds to.
     """
     r, p, q = factor.shape[1:4] if step == "correlate" else factor.shape
+    _, rows, columns = matrix.shape
     values = factor.float().contiguous()  # held by this name while the kernel reads it
     _kernels.call(
         step,
@@ -148,9 +149,11 @@ def _step(
         encoded.data_ptr(),
         values.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        *matrix.shape[1:],
-        *matrix.stride()[:2],
-        tile_count(matrix.shape[1], p),
+        rows,
+        columns,
+        matrix.stride(0),
+        matrix.stride(1),
+        tile_count(rows, p),
         encoded.shape[2],
         encoded.stride(0),
         first,

@@ -1,0 +1,23 @@
+def call(
+    step: str,
+    matrix: int,
+    encoded: int,
+    factor: int,
+    bias: int,
+    rows: int,
+    columns: int,
+    sample_stride: int,
+    row_stride: int,
+    tile_rows: int,
+    tiles: int,
+    channel: int,
+    first: int,
+    count: int,
+    rank: int,
+    p: int,
+    q: int,
+    type: int,
+    threads: int,
+    /,
+) -> None: ...
+def advise(address: int, bytes: int, /) -> None: ...
