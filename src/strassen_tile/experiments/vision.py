@@ -253,16 +253,19 @@ def _train(
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:
-    """Make the folder this recipe's, or refuse to mix two comparisons in one."""
+    """Make the folder this recipe's, or refuse to mix two comparisons in one.
+
+    More seeds, ranks or methods only add runs. Low rank takes its FLOPs from the ranks, so with it they may not change.
+    """
     settings = json.loads(json.dumps(asdict(recipe)))
     path = folder / "recipe.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        if before != settings:
-            changed = sorted(key for key in settings if before.get(key) != settings[key])
+        additive = {"seeds", "methods"} if "low-rank" in recipe.methods else {"seeds", "methods", "ranks"}
+        changed = sorted(key for key in settings if key not in additive and before.get(key) != settings[key])
+        if changed:
             raise ConfigError(
                 f"{folder} holds a comparison with other {', '.join(changed)}; give another --out, or delete it to start over"
             )
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(settings, indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(settings, indent=1) + "\n")

@@ -152,16 +152,14 @@ class Linear(Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
         *tensors, columns = args
-        given = [i for i, tensor in enumerate(tensors) if tensor is not None]
+        given = [i for i, tensor in enumerate(tensors) if tensor is not None]  # a bias may be missing
 
         def one(*sample: Tensor) -> Tensor:
-            filled: list[Any] = [None] * len(tensors)
-            for i, tensor in zip(given, sample, strict=True):
-                filled[i] = tensor
-            return _compose(*filled, columns=columns)
+            found: dict[int, Tensor] = dict(zip(given, sample, strict=True))
+            return _compose(found[0], found[1], found[2], found[3], found.get(4), columns)
 
-        dims = tuple(in_dims[i] for i in given)
-        return torch.func.vmap(one, in_dims=dims)(*(tensors[i] for i in given)), 0
+        mapped: Any = torch.func.vmap(one, in_dims=tuple(in_dims[i] for i in given))
+        return mapped(*(tensors[i] for i in given)), 0
 
 
 def encode(x: Tensor, encoder: Tensor) -> Tensor:
