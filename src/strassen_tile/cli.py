@@ -20,9 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_compare(commands)
+    _add_bench(commands)
+    _add_plan(commands)
     options = parser.parse_args(arguments)
     try:
-        return int(options.run(options))
+        from strassen_tile.experiments import commands as programs  # rich and matplotlib: only once there is work
+
+        return int(getattr(programs, options.run)(options))
     except (STLError, ImportError) as error:
         print(f"strassen-tile: {error}", file=sys.stderr)
         return 1
@@ -90,13 +94,56 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add("--limit", type=int, default=None, help="train on that many images only")
     add("--out", type=Path, default=Path("out/compare"), help="folder for rows.json, report.html and plot.png")
-    command.set_defaults(run=_compare)
+    command.set_defaults(run="run_compare")
 
 
-def _compare(options: argparse.Namespace) -> int:
-    from strassen_tile.experiments.commands import run_compare
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "bench",
+        help="time dense, STL and rivals on this machine",
+        description="Time products in alternating pairs with the dense one, after checking each against float64.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = command.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
+    add("--dtype", type=_names, default=("float32",), help="of float32, bfloat16, float16")
+    add("--shapes", default="squares", help="NxKxM,… or squares, vit-b, llama-7b, mlp")
+    add("--ranks", type=_integers, default=(16, 24, 32), help="of the STL runs")
+    add("--pass", dest="passes", type=_names, default=("forward", "step"), help="forward, step (forward and backward)")
+    add("--methods", type=_names, default=("stl", "low-rank"), help="of stl, low-rank, 2:4 (GPU)")
+    add("--tile", type=_tile, default=(4, 4, 4), help="side, or p,q,s")
+    add("--seconds", type=float, default=4.0, help="for each pair")
+    add("--threads", type=int, default=None, help="(default: torch's)")
+    add("--out", type=Path, default=Path("out/bench"), help="folder for rows.json, report.html and plot.png")
+    command.set_defaults(run="run_bench")
 
-    return run_compare(options)
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "plan",
+        help="say which layers of a model would pay on this machine",
+        description="Predict dense and STL time of every linear layer from this machine's measured rates.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = command.add_argument
+    add("model", nargs="?", default=None, help="package.module:callable, or the folder of a transformers model")
+    add("--shapes", default=None, help="NxKxM,… instead of a model")
+    add("--rows", type=int, default=4096, help="rows each layer is fed, all samples together")
+    add("--rank", type=int, default=24, help="of the STL layers")
+    add("--tile", type=_tile, default=(4, 4, 4), help="side, or p,q,s")
+    add(
+        "--mixing",
+        choices=("sequence", "none", "causal"),
+        default="sequence",
+        help="which rows of a tile see each other",
+    )
+    add("--pass", dest="passes", choices=("forward", "step"), default="forward", help="inference or a training step")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where it would run")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
+    add("--min-speedup", type=float, default=1.05, help="convert from here on")
+    add("--refresh", action="store_true", help="measure the machine again")
+    add("--out", type=Path, default=Path("out/plan"), help="folder for rows.json")
+    command.set_defaults(run="run_plan")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_text_that_is_no_json_object_is_refused(text):
 
 @pytest.mark.parametrize("record", [{"ranks": 3}, {"rank": 3, "Tile": 4}, {3: 4, "x": 1}])
 def test_unknown_keys_are_refused_and_named(record):
-    with pytest.raises(ConfigError, match="unknown keys .*(ranks|Tile|3)"):
+    with pytest.raises(ConfigError, match=r"unknown keys .*(ranks|Tile|3)"):
         STLConfig.from_dict(record)
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from pathlib import Path
 
+import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from strassen_tile.experiments import vision
+from strassen_tile.cost import machine
+from strassen_tile.errors import ConfigError
+from strassen_tile.experiments import planning, speed, vision
+from strassen_tile.nn import STLConfig
+from strassen_tile.report import bench as bench_report
 from strassen_tile.report.compare import columns, summarise, table_caption, write_report
-from strassen_tile.report.rows import Row
-from strassen_tile.report.table import rich_table
+from strassen_tile.report.rows import Row, environment, write_rows
+from strassen_tile.report.table import Column, field, ratio, rich_table, seconds
 
 # A comparison's recipe where the command does not say: (model, epochs, batch size, augment) by data. Three epochs of
 # 60 000 images are too few to overfit, and augmentation only slows them.
@@ -23,8 +29,6 @@ _LARGE = ("t2t_vit_7", 100, 128, True)
 
 def recipe_of(options: argparse.Namespace) -> vision.Recipe:
     """The options of `strassen-tile compare`, defaults filled in by the data."""
-    from pathlib import Path
-
     if options.data == "digits":
         model, epochs, batch_size, augment = _DIGITS
     elif (options.image_size or 0) > 32 or not any(Path(options.data).glob("*ubyte*")):
@@ -76,6 +80,81 @@ def run_compare(options: argparse.Namespace) -> int:
     console.print(rich_table(title, columns(), summary, table_caption(summary)))
     page = write_report(options.out, rows, f"Dense, 2:4 and Strassen-Tile: {title}", _notes(recipe))
     console.print(f"{page}\n{options.out / 'plot.png'}\n{options.out / 'rows.json'}")
+    return 0
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """`strassen-tile bench`."""
+    console = Console()
+    shapes = speed.shapes_of(options.shapes)
+    title = f"Speed on {options.device}, {options.threads or torch.get_num_threads()} threads"
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rows: list[Row] = []
+    each = len(options.ranks) * sum(method in ("stl", "low-rank") for method in options.methods) + (
+        "2:4" in options.methods
+    )
+    bars = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+    task = bars.add_task("pairs", total=len(options.dtype) * len(shapes) * len(options.passes) * each)
+    with Live(bars, console=console, refresh_per_second=2) as live:
+        for dtype in options.dtype:
+            for row in speed.bench(
+                shapes,
+                options.ranks,
+                device=options.device,
+                dtype=dtype,
+                passes=options.passes,
+                methods=options.methods,
+                tile=options.tile,
+                seconds=options.seconds,
+            ):
+                rows.append(row)
+                write_rows(options.out / "rows.json", rows)  # what was measured is kept if the next one fails
+                bars.advance(task)
+                live.update(Group(rich_table(title, bench_report.columns(), rows), bars))
+        live.update("")
+    console.print(rich_table(title, bench_report.columns(), rows))
+    notes = []
+    if (missed := bench_report.prediction_error(rows)) is not None:
+        notes.append(f"Median absolute error of the predicted times: {missed:.0%}.")
+        console.print(notes[0])
+    page = bench_report.write_report(options.out, rows, title, notes)
+    console.print(f"{page}\n{options.out / 'plot.png'}\n{options.out / 'rows.json'}")
+    return 0
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """`strassen-tile plan`."""
+    console = Console()
+    if (options.model is None) == (options.shapes is None):
+        raise ConfigError("say what to plan for: a model (package.module:callable, or a folder), or --shapes NxKxM,…")
+    with console.status("measuring this machine (about two seconds, once)"):
+        here = machine(options.device, speed.DTYPES[options.dtype], refresh=options.refresh)
+    config = STLConfig(tile=options.tile, rank=options.rank, mixing=options.mixing)
+    if options.shapes:
+        shapes = speed.shapes_of(options.shapes)
+        rows = planning.plan_shapes(shapes, config, here, min_speedup=options.min_speedup, name=options.passes)
+    else:
+        model = planning.load_model(options.model)
+        rows = planning.plan(
+            model, config, here, rows=options.rows, min_speedup=options.min_speedup, name=options.passes
+        )
+    where = environment()
+    rows = [{**row, **where} for row in rows]
+    columns_ = (
+        Column("Layer", "layer", "left"), Column("N×K×M", "shape", "left"), Column("Decision", "decision", "left"),
+        Column("Predicted", field("predicted_speedup", ratio)), Column("Reason", "reason", "left"),
+    )  # fmt: skip
+    console.print(rich_table(f"Rank {options.rank} on {here.device}, {here.dtype}", columns_, rows))
+    total = [sum(float(str(row[key])) for row in rows) for key in ("predicted_dense_s", "predicted_s")]
+    kept = sum(float(str(row["predicted_s" if row["decision"] == "convert" else "predicted_dense_s"])) for row in rows)
+    console.print(
+        f"Linear layers together: dense {seconds(total[0])}, as planned {seconds(kept)} ({total[0] / kept:.2f}×)."
+    )
+    write_rows(options.out / "rows.json", rows)
+    console.print(options.out / "rows.json")
     return 0
 
 

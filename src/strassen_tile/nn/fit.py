@@ -28,8 +28,18 @@ def encode_weight(weight: Tensor, encoder: Tensor, decoder: Tensor, basis: Basis
     """
     if basis is not None:
         return encode(weight.unsqueeze(0), basis.weight_encoder.to(weight.device, weight.dtype))
-    r, _, q = encoder.shape[-3:]
-    s = decoder.shape[-1]
+    (r, _, q), s = encoder.shape[-3:], decoder.shape[-1]
+    # A tile that hangs over the edge is fitted where the matrix is; what lies beyond is multiplied by zero or cut off.
+    if ragged := weight.shape[0] % q:
+        whole, edge = weight.split([weight.shape[0] - ragged, ragged], dim=0)
+        first, last = (encoder[:-1], encoder[-1:]) if encoder.ndim == 4 else (encoder, encoder)
+        parts = encode_weight(whole, first, decoder), encode_weight(edge, last[..., :ragged], decoder)
+        return torch.cat(parts, dim=1)
+    if ragged := weight.shape[1] % s:
+        whole, edge = weight.split([weight.shape[1] - ragged, ragged], dim=1)
+        first, last = (decoder[:-1], decoder[-1:]) if decoder.ndim == 4 else (decoder, decoder)
+        parts = encode_weight(whole, encoder, first), encode_weight(edge, encoder, last[..., :ragged])
+        return torch.cat(parts, dim=2)
     tiles = to_tiles(weight, q, s)  # (J, L, q, s)
     columns, outputs = tiles.shape[:2]
     if not tiles.numel():

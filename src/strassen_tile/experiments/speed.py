@@ -1,0 +1,263 @@
+"""How fast on this machine: dense, Strassen-Tile and its rivals, in pairs with the dense product in the same run.
+
+A machine's speed drifts, so no time stands alone: runs alternate dense, candidate, dense, candidate, and the speed-up is
+the median of the ratios of neighbours. Nothing is timed before its result, and for a step its gradients, have been
+compared with the float64 reference.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from strassen_tile import reference
+from strassen_tile.cost import machine
+from strassen_tile.errors import ConfigError, STLError
+from strassen_tile.nn.config import STLConfig
+from strassen_tile.nn.init import start_factors
+from strassen_tile.ops import stl_linear
+from strassen_tile.report.rows import Row, environment
+
+Shape = tuple[int, int, int]
+NAMED: dict[str, tuple[Shape, ...]] = {
+    "squares": ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048), (4096, 4096, 4096)),
+    "vit-b": ((6304, 768, 2304), (6304, 768, 768), (6304, 768, 3072), (6304, 3072, 768)),  # 32 images of 197 tokens
+    "llama-7b": ((2048, 4096, 4096), (2048, 4096, 11008), (2048, 11008, 4096)),
+    "mlp": ((4096, 1024, 4096), (4096, 4096, 1024)),
+}
+# Root mean square rounding error of the storage, relative; results further from the reference than this allows fail.
+ROUNDING = {torch.float32: 2.6e-8, torch.bfloat16: 1.66e-3, torch.float16: 2.1e-4}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class VerificationError(STLError):
+    """An implementation disagrees with the float64 reference; it is not timed."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to time against the dense product.
+
+    Attributes:
+        method: "stl", "low-rank" or "2:4".
+        rank: channels; None where there are none.
+        forward: () → y.
+        leaves: what a training step differentiates.
+        exact: (rows) → y in float64 for those rows, by the definition.
+        limit: bound of the speed-up from arithmetic alone (products only).
+        allowed: relative error allowed.
+    """
+
+    method: str
+    rank: int | None
+    forward: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...]
+    exact: Callable[[slice], Tensor]
+    limit: float
+    allowed: float
+
+
+def shapes_of(text: str) -> list[Shape]:
+    """`4096x4096x4096,vit-b` → N×K×M triples. Raises ConfigError for anything else."""
+    found: list[Shape] = []
+    for part in text.split(","):
+        if part in NAMED:
+            found += NAMED[part]
+            continue
+        sizes = part.split("x")
+        if len(sizes) != 3 or not all(size.isdigit() and int(size) > 0 for size in sizes):
+            raise ConfigError(f"a shape is NxKxM or one of {', '.join(NAMED)}; got {part!r}")
+        n, k, m = map(int, sizes)
+        found.append((n, k, m))
+    return found
+
+
+def bench(
+    shapes: Sequence[Shape],
+    ranks: Sequence[int],
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    passes: Sequence[str] = ("forward",),
+    methods: Sequence[str] = ("stl", "low-rank"),
+    tile: int | Sequence[int] = 4,
+    seconds: float = 4.0,
+) -> Iterator[Row]:
+    """A row for dense and one for each candidate, for every shape and pass.
+
+    Args:
+        shapes: (N, K, M) each.
+        ranks: of the STL candidates; low rank gets the FLOPs of each one's products.
+        device: "cpu" or "cuda".
+        dtype: of everything.
+        passes: "forward" (no gradient) or "step" (forward and backward, gradients of the input and all parameters).
+        methods: besides dense.
+        tile: of the STL candidates.
+        seconds: to spend on each pair, at least five pairs.
+
+    Raises:
+        ConfigError: an unknown dtype or pass.
+        VerificationError: an implementation is wrong.
+    """
+    if dtype not in DTYPES or any(name not in ("forward", "step") for name in passes):
+        raise ConfigError(f"dtype is one of {', '.join(DTYPES)}, a pass forward or step; got {dtype!r}, {list(passes)}")
+    where = environment()
+    here = machine(device, DTYPES[dtype])
+    for shape in shapes:
+        n, k, m = shape
+        x = torch.randn(n, k, device=device).to(DTYPES[dtype])
+        weight = (torch.randn(m, k, device=device) / k**0.5).to(DTYPES[dtype])
+        grad = torch.randn(n, m, device=device).to(DTYPES[dtype])
+        for name in passes:
+            dense = _timed(partial(F.linear, x, weight), (x, weight), grad, name)
+            for candidate in _candidates(x, weight, ranks, methods, tile):
+                error = verify(candidate, n)
+                run = _timed(candidate.forward, candidate.leaves, grad, name)
+                pairs = interleave(dense, run, seconds, device)
+                predicted = here.linear(n, k, m, tile, candidate.rank, name) if candidate.method == "stl" else None
+                fixed: Row = {"device": device, "dtype": dtype, "n": n, "k": k, "m": m, "pass": name, **where}
+                yield _row(pairs, candidate, error, predicted, {**fixed, "tile": str(tile)})
+
+
+def verify(candidate: Candidate, n: int) -> float:
+    """Relative error against the float64 reference, on the first, a middle and the last rows; what is wrong raises."""
+    height = min(n, 64)
+    with torch.no_grad():
+        y = candidate.forward()
+        errors = []
+        for start in {0, (n - height) // 2 // 8 * 8, (n - height) // 8 * 8}:
+            rows = slice(start, start + height)
+            expected = candidate.exact(rows)
+            errors.append(float((y[rows].double() - expected).norm() / expected.norm()))
+    error = max(errors)
+    if not error < candidate.allowed:
+        raise VerificationError(
+            f"{candidate.method} r={candidate.rank} differs from the float64 reference by {error:.3g}, more than "
+            f"{candidate.allowed:.3g}: it is not timed"
+        )
+    return error
+
+
+def interleave(
+    first: Callable[[], None], second: Callable[[], None], seconds: float, device: str
+) -> list[tuple[float, float]]:
+    """Times of `first` and `second`, run in turn: at least five pairs, until `seconds` are spent."""
+
+    def once(run: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for run in (first, second, first, second):
+        once(run)
+    pairs: list[tuple[float, float]] = []
+    end = time.perf_counter() + seconds
+    while len(pairs) < 5 or (time.perf_counter() < end and len(pairs) < 200):
+        pairs.append((once(first), once(second)))
+    return pairs
+
+
+def _timed(forward: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor, name: str) -> Callable[[], None]:
+    def run_forward() -> None:
+        with torch.no_grad():
+            forward()
+
+    def run_step() -> None:
+        for leaf in leaves:
+            leaf.requires_grad_(True).grad = None
+        forward().backward(grad)
+
+    return run_step if name == "step" else run_forward
+
+
+def _candidates(
+    x: Tensor, weight: Tensor, ranks: Sequence[int], methods: Sequence[str], tile: int | Sequence[int]
+) -> Iterator[Candidate]:
+    k, m = x.shape[1], weight.shape[0]
+    u = ROUNDING[x.dtype]
+    for rank in ranks:
+        config = STLConfig(tile=tile, rank=rank)
+        p, q, s = config.pqs
+        ratio = rank / (p * q * s)
+        if "stl" in methods:
+            columns, outputs = -(-k // q), -(-m // s)
+            encoder, decoder = (f.to(x) for f in start_factors(config, None, columns, outputs))
+            encoded = torch.randn(rank, columns, outputs, device=x.device).to(x.dtype)
+
+            def forward(encoded: Tensor = encoded, encoder: Tensor = encoder, decoder: Tensor = decoder) -> Tensor:
+                return stl_linear(x, encoded, encoder, decoder, out_features=m)
+
+            def exact(rows: slice, parts: tuple[Tensor, ...] = (encoded, encoder, decoder)) -> Tensor:
+                return reference.stl_linear(x[rows].double(), *(t.double() for t in parts), out_features=m)
+
+            # Three roundings of a random basis (kappa near 1) and the float32 sums; a wrong result is off by about 1.
+            allowed = 4 * u * (3 + k / q) ** 0.5 if x.dtype == torch.float32 else 4 * u * 3**0.5
+            yield Candidate("stl", rank, forward, (x, encoded, encoder, decoder), exact, 1 / ratio, allowed)
+        if "low-rank" in methods:
+            inner = max(1, int(ratio * k * m / (k + m)))
+            a = (torch.randn(inner, k, device=x.device) / k**0.5).to(x.dtype)
+            b = (torch.randn(m, inner, device=x.device) / inner**0.5).to(x.dtype)
+
+            def thin(a: Tensor = a, b: Tensor = b) -> Tensor:
+                return F.linear(F.linear(x, a), b)
+
+            def thin_exact(rows: slice, a: Tensor = a, b: Tensor = b) -> Tensor:
+                return x[rows].double() @ a.double().mT @ b.double().mT
+
+            yield Candidate("low-rank", rank, thin, (x, a, b), thin_exact, 1 / ratio, 8 * u * (1 + k / 4) ** 0.5)
+    if "2:4" in methods:
+        yield _sparse(x, weight, u)
+
+
+def _sparse(x: Tensor, weight: Tensor, u: float) -> Candidate:
+    from strassen_tile.rivals import mask_24
+
+    if x.device.type != "cuda":
+        raise ConfigError(
+            "2:4 products need an NVIDIA GPU of the Ampere generation or later; leave them out with --methods"
+        )
+    pruned = weight * mask_24(weight)
+    packed = torch.sparse.to_sparse_semi_structured(pruned)
+
+    def exact(rows: slice) -> Tensor:
+        return x[rows].double() @ pruned.double().mT
+
+    return Candidate("2:4", None, lambda: F.linear(x, packed), (x,), exact, 2.0, 8 * u)
+
+
+def _row(
+    pairs: list[tuple[float, float]],
+    candidate: Candidate,
+    error: float,
+    predicted: tuple[float, float] | None,
+    fixed: Row,
+) -> Row:
+    ratios = sorted(a / b for a, b in pairs)
+    times = sorted(b for _, b in pairs)
+    dense = sorted(a for a, _ in pairs)
+    return {
+        **fixed,
+        "method": candidate.method,
+        "rank": candidate.rank,
+        "median_s": statistics.median(times),
+        "q20_s": times[len(times) // 5],
+        "q80_s": times[len(times) * 4 // 5],
+        "dense_s": statistics.median(dense),
+        "pairs": len(pairs),
+        "speedup": statistics.median(ratios),
+        "speedup_q20": ratios[len(ratios) // 5],
+        "speedup_q80": ratios[len(ratios) * 4 // 5],
+        "limit": candidate.limit,
+        "error": error,
+        "predicted_s": None if predicted is None else predicted[1],
+        "predicted_dense_s": None if predicted is None else predicted[0],
+    }

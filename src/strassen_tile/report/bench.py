@@ -1,0 +1,118 @@
+"""The report of `strassen-tile bench`: a table of speed-ups, and a plot of them against size with the limit drawn in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from strassen_tile.report.page import Section, figure_svg, html_table, write_page
+from strassen_tile.report.rows import Value, environment_of, write_bytes, write_rows
+from strassen_tile.report.table import Column, field, number, ratio, report_extra, seconds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def columns() -> tuple[Column, ...]:
+    """Of the table, for the rows of a bench as they are."""
+    return (
+        Column("N×K×M", lambda row: f"{row['n']}×{row['k']}×{row['m']}", "left"),
+        Column("Dtype", "dtype", "left"),
+        Column("Pass", "pass", "left"),
+        Column("Method", "method", "left"),
+        Column("Rank", "rank"),
+        Column("Dense", field("dense_s", seconds)),
+        Column("Time", field("median_s", seconds)),
+        Column("Speed-up", field("speedup", ratio)),
+        Column("20–80 %", lambda row: f"{ratio(number(row, 'speedup_q20'))}–{ratio(number(row, 'speedup_q80'))}"),
+        Column("Limit", field("limit", ratio)),
+        Column("Predicted", _predicted),
+        Column("Error", lambda row: f"{number(row, 'error') or 0:.1e}"),
+    )
+
+
+def prediction_error(rows: Iterable[Mapping[str, Value]]) -> float | None:
+    """Median over rows of |predicted − measured| / measured, of STL times and the dense ones beside them."""
+    errors = []
+    for row in rows:
+        for guess, truth in (("predicted_s", "median_s"), ("predicted_dense_s", "dense_s")):
+            predicted, measured = number(row, guess), number(row, truth)
+            if predicted is not None and measured:
+                errors.append(abs(predicted - measured) / measured)
+    return sorted(errors)[len(errors) // 2] if errors else None
+
+
+def figure(rows: Sequence[Mapping[str, Value]]) -> Figure:
+    """Speed-up over dense against (NKM)^⅓: a panel for each dtype and pass, a line and a limit for each method and rank."""
+    with report_extra():
+        from matplotlib.figure import Figure
+    panels = list(dict.fromkeys((str(row["dtype"]), str(row["pass"])) for row in rows)) or [("", "")]
+    made = Figure(figsize=(6.2 * len(panels), 4.6), layout="constrained")
+    series = list(dict.fromkeys((str(row["method"]), row["rank"]) for row in rows))
+    for axes, (dtype, name) in zip(made.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for index, (method, rank) in enumerate(series):
+            chosen = [r for r in rows if (r["dtype"], r["pass"], r["method"], r["rank"]) == (dtype, name, method, rank)]
+            _line(axes, chosen, f"{method} r={rank}" if rank else method, index, method)
+        axes.axhline(1.0, color="0.3", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("size, (N·K·M)^⅓")
+        axes.set_ylabel("times faster than dense")
+        axes.set_title(f"{dtype}, {name}")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize="small")
+    return made
+
+
+def write_report(folder: Path, rows: Sequence[Mapping[str, Value]], title: str, notes: Sequence[str] = ()) -> Path:
+    """Write rows.json, plot.png and report.html; returns the page's path."""
+    import io
+
+    write_rows(folder / "rows.json", rows)
+    drawn = figure(rows)
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, format="png", dpi=150)
+    write_bytes(folder / "plot.png", buffer.getvalue())
+    page = folder / "report.html"
+    caption = (
+        "Speed-up: median over alternating pairs of runs of dense time over this one. Limit: arithmetic of the products "
+        "alone. Error: relative, against float64. Predicted: from the machine's measured rates."
+    )
+    sections = [
+        Section("Speed", tuple(notes), table=html_table(columns(), rows), caption=caption),
+        Section(
+            "Against size", figure=figure_svg(drawn), caption="Dashed: the limit. Shaded: 20 to 80 % of the pairs."
+        ),
+    ]
+    write_page(page, title, sections, environment_of(rows))
+    return page
+
+
+def _line(axes: Any, rows: Sequence[Mapping[str, Value]], label: str, index: int, method: str) -> None:
+    points = sorted(
+        (
+            round((_real(r, "n") * _real(r, "k") * _real(r, "m")) ** (1 / 3)),
+            _real(r, "speedup"), _real(r, "speedup_q20"), _real(r, "speedup_q80"), _real(r, "limit"),
+        )
+        for r in rows
+    )  # fmt: skip
+    if not points:
+        return
+    x, y, low, high, limit = zip(*points, strict=True)
+    colour, style = _COLOURS[index % len(_COLOURS)], "-" if method == "stl" else ":"
+    axes.plot(x, y, style, marker="o", color=colour, label=label)
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    if method != "low-rank":
+        axes.plot(x, limit, "--", color=colour, linewidth=1, alpha=0.7)
+
+
+def _predicted(row: Mapping[str, Value]) -> str:
+    dense, stl = number(row, "predicted_dense_s"), number(row, "predicted_s")
+    return ratio(dense / stl if dense and stl else None)
+
+
+def _real(row: Mapping[str, Value], key: str) -> float:
+    return number(row, key) or 0.0
