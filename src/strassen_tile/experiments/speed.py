@@ -53,6 +53,7 @@ class Candidate:
         exact: (rows) → y in float64 for those rows, by the definition.
         limit: bound of the speed-up from arithmetic alone (products only).
         allowed: relative error allowed.
+        height: rows that depend on each other; `exact` takes whole multiples, or up to the end.
     """
 
     method: str
@@ -62,6 +63,7 @@ class Candidate:
     exact: Callable[[slice], Tensor]
     limit: float
     allowed: float
+    height: int = 1
 
 
 def shapes_of(text: str) -> list[Shape]:
@@ -119,6 +121,8 @@ def bench(
             dense = _timed(partial(F.linear, x, weight), (x, weight), grad, name)
             for candidate in _candidates(x, weight, ranks, methods, tile):
                 error = verify(candidate, n)
+                if name == "step":
+                    verify_gradients(candidate, n)
                 run = _timed(candidate.forward, candidate.leaves, grad, name)
                 pairs = interleave(dense, run, seconds, device)
                 predicted = here.linear(n, k, m, tile, candidate.rank, name) if candidate.method == "stl" else None
@@ -128,12 +132,13 @@ def bench(
 
 def verify(candidate: Candidate, n: int) -> float:
     """Relative error against the float64 reference, on the first, a middle and the last rows; what is wrong raises."""
-    height = min(n, 64)
+    step = candidate.height
+    height = max(step, 64 // step * step)
     with torch.no_grad():
         y = candidate.forward()
         errors = []
-        for start in {0, (n - height) // 2 // 8 * 8, (n - height) // 8 * 8}:
-            rows = slice(start, start + height)
+        for start in {0, max(0, n - height) // 2 // step * step, max(0, n - height) // step * step}:
+            rows = slice(start, n if start + height + step > n else start + height)
             expected = candidate.exact(rows)
             errors.append(float((y[rows].double() - expected).norm() / expected.norm()))
     error = max(errors)
@@ -143,6 +148,23 @@ def verify(candidate: Candidate, n: int) -> float:
             f"{candidate.allowed:.3g}: it is not timed"
         )
     return error
+
+
+def verify_gradients(candidate: Candidate, n: int) -> None:
+    """Gradients of a few rows' output in every leaf, against those of the definition in float64; what is wrong raises."""
+    rows = slice(0, min(n, max(candidate.height, 64 // candidate.height * candidate.height)))
+    weights = torch.randn_like(candidate.forward()[rows].detach())
+    for leaf in candidate.leaves:
+        leaf.requires_grad_(True)
+    found = torch.autograd.grad((candidate.forward()[rows] * weights).sum(), candidate.leaves)
+    expected = torch.autograd.grad((candidate.exact(rows) * weights.double()).sum(), candidate.leaves)
+    for index, (got, wanted) in enumerate(zip(found, expected, strict=True)):
+        error = float((got.double() - wanted.double()).norm() / wanted.double().norm())
+        if not error < 8 * candidate.allowed:
+            raise VerificationError(
+                f"{candidate.method} r={candidate.rank}: gradient {index} differs from the float64 reference by {error:.3g}: "
+                "it is not timed"
+            )
 
 
 def interleave(
@@ -201,7 +223,7 @@ def _candidates(
 
             # Three roundings of a random basis (kappa near 1) and the float32 sums; a wrong result is off by about 1.
             allowed = 4 * u * (3 + k / q) ** 0.5 if x.dtype == torch.float32 else 4 * u * 3**0.5
-            yield Candidate("stl", rank, forward, (x, encoded, encoder, decoder), exact, 1 / ratio, allowed)
+            yield Candidate("stl", rank, forward, (x, encoded, encoder, decoder), exact, 1 / ratio, allowed, p)
         if "low-rank" in methods:
             inner = max(1, int(ratio * k * m / (k + m)))
             a = (torch.randn(inner, k, device=x.device) / k**0.5).to(x.dtype)

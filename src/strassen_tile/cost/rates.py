@@ -104,7 +104,7 @@ def machine(device: str = "cpu", dtype: torch.dtype = torch.float32, *, refresh:
             for table in _SIDES:
                 record[table] = tuple((int(side), float(rate)) for side, rate in record[table])
             return Machine(**record)
-        except (ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError):
             pass  # a cache of another version: measure again
     found = measure(device, dtype)
     try:

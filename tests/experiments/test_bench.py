@@ -1,0 +1,127 @@
+"""`strassen-tile bench` and `plan` on sizes that take no time. Nothing here asserts a speed."""
+
+import json
+
+import pytest
+import torch
+
+from strassen_tile import cost, nn
+from strassen_tile.cli import main
+from strassen_tile.errors import ConfigError
+from strassen_tile.experiments import planning, speed
+
+CONTRACT = {
+    "device", "dtype", "n", "k", "m", "tile", "rank", "pass", "method", "median_s", "q20_s", "q80_s", "speedup", "limit",
+    "error", "commit", "machine",
+}  # fmt: skip
+FLAT = cost.Machine(
+    "cpu",
+    "float32",
+    2,
+    gemm=((128, 1e11), (2048, 1e11)),
+    batched=((32, 1e11), (512, 1e11)),
+    copy=1e30,
+    fresh=1e30,
+    call=0.0,
+)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def test_bench_leaves_rows_page_and_plot(tmp_path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--shapes", "64x96x80,33x50x41", "--ranks", "7,16", "--dtype", "float32,bfloat16", "--seconds", "0.01"]
+    assert main(["bench", "--out", str(out), *arguments]) == 0
+    rows = json.loads((out / "rows.json").read_text())
+    assert len(rows) == 2 * 2 * 2 * 2 * 2  # dtypes, shapes, passes, ranks, methods
+    for row in rows:
+        assert set(row) >= CONTRACT
+        assert 0 < row["q20_s"] <= row["median_s"] <= row["q80_s"]
+        assert row["limit"] == 64 / row["rank"]
+        assert row["error"] > 0
+        assert row["pairs"] >= 5
+    assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "<table" in (out / "report.html").read_text()
+
+
+def test_a_wrong_implementation_is_not_timed(monkeypatch) -> None:
+    original = speed.stl_linear
+    monkeypatch.setattr(speed, "stl_linear", lambda *a, **k: original(*a, **k).roll(1, dims=-1))
+    with pytest.raises(speed.VerificationError, match="not timed"):
+        next(speed.bench([(32, 32, 32)], [8], methods=("stl",), seconds=0.0))
+
+
+def test_an_error_in_the_last_row_is_seen(monkeypatch) -> None:
+    original = speed.stl_linear
+
+    def spoiled(*arguments, **options):
+        y = original(*arguments, **options).clone()
+        y[-1] += 1
+        return y
+
+    monkeypatch.setattr(speed, "stl_linear", spoiled)
+    with pytest.raises(speed.VerificationError):
+        next(speed.bench([(701, 32, 32)], [8], methods=("stl",), seconds=0.0))
+
+
+def test_a_wrong_gradient_is_seen(monkeypatch) -> None:
+    original = speed.stl_linear
+    monkeypatch.setattr(
+        speed, "stl_linear", lambda x, w, e, d, **k: original(x, w.detach() + 2 * (w - w.detach()), e, d, **k)
+    )
+    with pytest.raises(speed.VerificationError, match="gradient"):
+        next(speed.bench([(32, 32, 32)], [8], methods=("stl",), passes=("step",), seconds=0.0))
+
+
+def test_runs_alternate() -> None:
+    order: list[str] = []
+    pairs = speed.interleave(lambda: order.append("a"), lambda: order.append("b"), 0.0, "cpu")
+    assert len(pairs) == 5
+    assert order == ["a", "b"] * 7  # two pairs of warm-up
+
+
+@pytest.mark.parametrize("text", ["", "4x4", "axbxc", "4x0x4", "vit-x", "4x4x4,"])
+def test_shapes_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="NxKxM"):
+        speed.shapes_of(text)
+
+
+def test_prediction_on_a_machine_of_constant_rate_is_the_flop_count() -> None:
+    counted = cost.linear(512, 256, 1024, 4, 24)
+    dense, stl = FLAT.linear(512, 256, 1024, 4, 24)
+    assert dense == pytest.approx(counted.dense_flops / 1e11)
+    assert stl == pytest.approx(counted.product_flops / 1e11)
+    assert FLAT.linear(512, 256, 1024, 4, 24, "step")[1] == pytest.approx(3 * stl)
+
+
+def test_machine_is_measured_once(monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr("strassen_tile.cost.rates.measure", lambda *a: calls.append(a) or FLAT)
+    assert cost.machine("cpu", torch.float16) == cost.machine("cpu", torch.float16) == FLAT
+    assert len(calls) == 1
+
+
+def test_plan_decides_by_prediction_and_keeps_reasons() -> None:
+    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(64, 4, 4096, batch_first=True), 1)
+    slow_copy = cost.Machine(**{**vars(FLAT), "copy": 2e9})
+    records = planning.plan(model, nn.STLConfig(rank=48), slow_copy, rows=512, min_speedup=1.01)
+    decisions = {record["layer"]: (record["decision"], record["reason"]) for record in records}
+    assert decisions["layers.0.self_attn.out_proj"][0] == "leave"
+    assert "NonDynamically" in decisions["layers.0.self_attn.out_proj"][1]
+    for record in records:
+        assert (record["decision"] == "convert") == (
+            record["predicted_speedup"] >= 1.01 and "is a" not in record["reason"]
+        )
+
+
+def test_plan_command(tmp_path, capsys) -> None:
+    assert main(["plan", "torch.nn:Transformer", "--rows", "256", "--out", str(tmp_path)]) == 0
+    records = json.loads((tmp_path / "rows.json").read_text())
+    assert {"layer", "shape", "decision", "reason", "predicted_speedup"} <= set(records[0])
+    assert main(["plan", "--shapes", "1024x1024x1024", "--out", str(tmp_path)]) == 0
+    assert main(["plan", "no_such_module:thing", "--out", str(tmp_path)]) == 1
+    assert main(["plan", "--out", str(tmp_path)]) == 1
+    assert "cannot make a model of" in capsys.readouterr().err

@@ -1,0 +1,172 @@
+"""The compiled kernels against plain PyTorch in float64: every tile they take, every edge, every dtype."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import strassen_tile as stl
+from strassen_tile.ops import cpu, generic, library
+
+pytestmark = pytest.mark.skipif(not cpu.compiled(), reason="built without a C compiler")
+
+# p, q, rank: every specialised tile, every q with general code, an odd rank each, ranks 1 and 2.
+TILES = [
+    (4, 4, 24),
+    (4, 4, 49),
+    (2, 2, 7),
+    (1, 4, 6),
+    (2, 4, 11),
+    (8, 8, 33),
+    (3, 1, 5),
+    (5, 2, 3),
+    (3, 4, 1),
+    (4, 8, 2),
+    (1, 1, 1),
+]
+SIZES = [(1, 1), (4, 64), (5, 63), (8, 65), (13, 130), (37, 101), (3, 257)]
+STORED = {torch.float32: 3e-7, torch.bfloat16: 4e-3}  # one rounding of the result, and for float32 those of its sum
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+@pytest.mark.parametrize("p,q,r", TILES)
+def test_steps_are_the_generic_ones(p: int, q: int, r: int, dtype: torch.dtype) -> None:
+    for n, k in SIZES:
+        x, factor = torch.randn(2, n, k).to(dtype), torch.randn(r, p, q).to(dtype)
+        encoded = cpu.encode(x, factor)
+        expected = generic.encode(x.double(), factor.double())
+        assert relative(encoded, expected) < STORED[dtype], (n, k)
+        z = torch.randn(encoded.shape).to(dtype)
+        y = cpu.decode(z, factor, 2, n, k)
+        assert relative(y, generic.decode(z.double(), factor.double(), 2, n, k)) < STORED[dtype] * 2, (n, k)
+        c = cpu.correlate(x, z, (p, q), False)
+        assert relative(c, generic.correlate(x.double(), z.double(), (p, q), False)) < STORED[dtype] * 8, (n, k)
+
+
+@given(
+    n=st.integers(1, 40),
+    k=st.integers(1, 150),
+    m=st.integers(1, 150),
+    r=st.integers(1, 30),
+    side=st.sampled_from([1, 2, 4, 8]),
+)
+def test_linear_at_any_size(n: int, k: int, m: int, r: int, side: int) -> None:
+    x, bias = torch.randn(2, n, k), torch.randn(m)
+    weight = torch.randn(r, -(-k // side), -(-m // side))
+    e, d = torch.randn(r, side, side), torch.randn(r, side, side)
+    expected = generic.linear(x.double(), weight.double(), e.double(), d.double(), bias.double(), m)
+    assert relative(cpu.linear(x, weight, e, d, bias, m), expected) < 3e-6
+
+
+@pytest.mark.parametrize("workspace", [1, 3000, 20000, 1 << 20])
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+def test_panels_do_not_show(workspace: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels of one tile row, of several with a shorter last one, across samples, and one panel: the same output."""
+    x, bias = torch.randn(3, 22, 40).to(dtype), torch.randn(36).to(dtype)
+    weight = torch.randn(7, 10, 9).to(dtype)
+    e, d = torch.randn(7, 4, 4).to(dtype), torch.randn(7, 4, 4).to(dtype)
+    whole = cpu.linear(x, weight, e, d, bias, 34 + 2)
+    cpu.panel_rows.cache_clear()
+    monkeypatch.setattr(cpu, "WORKSPACE_BYTES", workspace)
+    panelled = cpu.linear(x, weight, e, d, bias, 36)
+    cpu.panel_rows.cache_clear()
+    assert relative(panelled, whole.double()) < STORED[dtype]
+
+
+@given(total=st.integers(1, 10**9), row=st.integers(1, 10**8))
+def test_panels_fit_the_workspace(total: int, row: int) -> None:
+    """Memory beside the output is at most 64 MiB at any N (unless one tile row alone is more)."""
+    height = cpu.panel_rows(total, row)
+    assert 1 <= height <= total
+    assert height == 1 or height * row <= 64 << 20
+
+
+def test_every_element_is_written() -> None:
+    """Outputs start as whatever memory held; were one left out, it would show as the poison it came from."""
+    x, weight = torch.randn(3, 1000, 260), torch.randn(5, 65, 131)
+    e, d = torch.randn(5, 4, 4), torch.randn(5, 4, 4)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    try:
+        outputs = [library.linear(x, weight, e, d, None, 523), library.encode(x, e)]
+        outputs.append(library.decode(outputs[1], d, 3, 1000, 259))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(bool(torch.isfinite(y).all()) for y in outputs)
+
+
+def test_strided_inputs() -> None:
+    e = torch.randn(5, 4, 4)
+    base = torch.randn(4, 30, 200)
+    for x in (base[::2, 3:, 5:131], base.transpose(0, 1)[:8], base.mT, base[:, :, ::2], base[:1].expand(3, -1, -1)):
+        torch.testing.assert_close(cpu.encode(x, e), generic.encode(x.contiguous(), e), rtol=1e-5, atol=1e-5)
+        z = torch.randn(cpu.encode(x, e).shape)
+        torch.testing.assert_close(
+            cpu.correlate(x, z.mT.contiguous().mT, (4, 4), False),
+            generic.correlate(x, z, (4, 4), False),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+def test_special_values_pass_through_bfloat16() -> None:
+    """NaN must not be rounded to infinity, nor infinity to NaN; ties go to even."""
+    one = torch.ones(1, 1, 1, dtype=torch.bfloat16)
+    values = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 3e38, 1e-39, 1.00390625, 1.01171875])
+    x = values.bfloat16().view(1, 1, -1)
+    torch.testing.assert_close(cpu.encode(x, one), x, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(cpu.encode(x, one).signbit()[..., 1:], x.signbit()[..., 1:])
+    halfway = torch.tensor([[[1.0, 2.0**-8]]], dtype=torch.bfloat16)  # 1 + 2^-8 lies between 1 and 1 + 2^-7
+    both = torch.ones(1, 1, 2, dtype=torch.bfloat16)
+    assert cpu.encode(halfway, both).item() == 1.0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_show(threads: int) -> None:
+    before = torch.get_num_threads()
+    x, e = torch.randn(2, 700, 512), torch.randn(9, 4, 4)
+    expected = generic.encode(x, e)
+    try:
+        torch.set_num_threads(threads)
+        torch.testing.assert_close(cpu.encode(x, e), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            cpu.correlate(x, expected, (4, 4), False),
+            generic.correlate(x, expected, (4, 4), False),
+            rtol=1e-4,
+            atol=1e-2,
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_the_kernels_cannot_do_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float64, float16, a tile of q = 3, an encoder a column tile, and a build without a compiler."""
+    x = torch.randn(2, 9, 14)
+    for dtype in (torch.float64, torch.float16):
+        e = torch.randn(3, 4, 4).to(dtype)
+        assert torch.equal(cpu.encode(x.to(dtype), e), generic.encode(x.to(dtype), e))
+    assert torch.equal(cpu.encode(x, torch.ones(3, 2, 3)), generic.encode(x, torch.ones(3, 2, 3)))
+    per_tile = torch.randn(4, 3, 4, 4)
+    assert torch.equal(cpu.encode(x, per_tile), generic.encode(x, per_tile))
+    monkeypatch.setattr(cpu, "_kernels", None)
+    assert not cpu.compiled()
+    w = torch.randn(14, 6)
+    torch.testing.assert_close(stl.stl_matmul(x, w, stl.bases.strassen(2)), x @ w, rtol=1e-4, atol=1e-4)
+
+
+def test_recompute_has_the_same_gradients() -> None:
+    """recompute=True keeps no X̂ and Ŷ; what it makes anew must give the gradients the kept ones do."""
+    tensors = [torch.randn(s) for s in ((2, 9, 14), (5, 4, 3), (5, 4, 4), (5, 4, 4), (10,))]
+    results = []
+    for recompute in (False, True):
+        leaves = [t.double().requires_grad_() for t in tensors]
+        y = stl.stl_linear(*leaves, out_features=10, recompute=recompute)
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        results.append((*first, *second))
+    for kept, anew in zip(*results, strict=True):
+        torch.testing.assert_close(anew, kept)
