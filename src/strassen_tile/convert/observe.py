@@ -92,12 +92,12 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: o
         for name, outputs in produced.items():
             calls[name].is_output = any(_memory(t) in returned for t in outputs if t.numel())
         reached: list[dict[str, Tensor]] = []
-        for sample in (0, -1):
-            changed = _changed_sample(example_inputs, sample)
+        several = _several_samples(model, example_inputs)
+        if several is not example_inputs:
+            seen = _first_inputs(model, layers, several)
+        for changed in (_changed_sample(several, 0), _changed_sample(several, -1)):
             if changed is not None:
-                again: dict[str, Tensor] = {}
-                with _watching(layers, lambda name, x, y, again=again: again.setdefault(name, x.detach().clone())):
-                    run(model, changed)
+                again = _first_inputs(model, layers, changed)
                 reached.append({n: _reached(x, again[n]) for n, x in seen.items() if _comparable(x, again.get(n))})
     for name in set.intersection(*map(set, reached)) if len(reached) == 2 else ():
         # Rows of one leading index are tiled together; do both samples reach one?
@@ -124,6 +124,14 @@ def causal_layers(model: nn.Module, layers: Mapping[str, nn.Module], example_inp
         if all(torch.equal(a[:, :1], b[:, :1]) for _, a, b in pairs):
             causal.update(name for name, _, _ in pairs)
     return causal
+
+
+def _first_inputs(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: object) -> dict[str, Tensor]:
+    """What each layer is fed the first time it is called."""
+    seen: dict[str, Tensor] = {}
+    with _watching(layers, lambda name, x, y: name in seen or seen.update({name: x.detach().clone()})):
+        run(model, example_inputs)
+    return seen
 
 
 def _memory(t: Tensor) -> tuple[int, int]:
@@ -178,12 +186,27 @@ def _other_tokens(tokens: Tensor) -> Tensor:
     return values[(torch.searchsorted(values, tokens.contiguous()) + 1) % len(values)]
 
 
+def _several_samples(model: nn.Module, example_inputs: object) -> object:
+    """The examples, a single sample twice; as they are if the model does not run on two."""
+    batches = [t for t in tensors(example_inputs) if t.ndim >= 2]
+    if not batches or any(t.shape[0] != 1 for t in batches):
+        return example_inputs
+    doubled = example_inputs
+    for batch in batches:
+        doubled = _replace(doubled, batch, torch.cat([batch, batch]))
+    try:
+        run(model, doubled)
+    except Exception:
+        return example_inputs
+    return doubled
+
+
 def _changed_sample(example_inputs: object, sample: int) -> object | None:
     """The examples with one sample changed throughout; None if there is only one, or no telling."""
-    floats = (t for t in tensors(example_inputs) if t.is_floating_point() and t.ndim >= 2)
-    target = next(_token_tensors(example_inputs), None)
-    target = next(floats, None) if target is None else target
-    if target is None or target.shape[0] < 2:
+    numbers = [t for t in tensors(example_inputs) if t.ndim >= 2 and t.dtype != torch.bool and not t.is_meta]
+    numbers.sort(key=lambda t: not t.is_floating_point())
+    target = next(_token_tensors(example_inputs), numbers[0] if numbers else None)
+    if target is None or target.shape[0] < 2 or not target.numel():
         return None
     changed = target.clone()
     changed[sample] = changed[sample] * 0.5 + 1.0 if target.is_floating_point() else _other_tokens(target)[sample]

@@ -1,4 +1,4 @@
-"""Gradients and vmap rules of `encode`, `decode` and `correlate`, each made of the other two, and of `linear`.
+"""Gradients and vmap rules of the operators, each made of the others.
 
 With Y = decode(Ŷ, D) and X̂ = encode(X, E):  dX = decode(dX̂, E),  dE = correlate(X, dX̂),  dŶ = encode(dY, D),
 dD = correlate(dY, Ŷ). Since backwards are built from these same functions, gradients of any order exist. Complex
@@ -54,6 +54,33 @@ class Encode(Function):
         samples = x.movedim(in_dims[0], 0)
         encoded = encode(samples.flatten(0, 1), encoder)
         return encoded.unflatten(1, (info.batch_size, encoded.shape[1] // info.batch_size)), 1
+
+
+class Multiply(Function):
+    """(a (r, I, J), b (r, J, L)) → a @ b (r, I, L)."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:  # noqa: D102
+        return library.multiply(a, b)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: D102
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        a, b = ctx.saved_tensors
+        return (
+            multiply(grad, b.mH) if ctx.needs_input_grad[0] else None,
+            multiply(a.mH, grad) if ctx.needs_input_grad[1] else None,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, a: Tensor, b: Tensor) -> tuple[Tensor, int]:  # noqa: D102
+        if in_dims[1] is not None:
+            return _map_samples(multiply, info, in_dims, a, b)
+        rows = a.movedim(in_dims[0], 1)
+        return multiply(rows.flatten(1, 2), b).unflatten(1, rows.shape[1:3]), 1
 
 
 class Decode(Function):
@@ -139,13 +166,13 @@ class Linear(Function):
         encoded = encode(x, encoder) if wants_weight or wants_decoder else None
         dx = de = dd = dw = None
         if wants_x or wants_encoder:
-            grad_encoded = torch.bmm(grad_products, encoded_weight.mH)
+            grad_encoded = multiply(grad_products, encoded_weight.mH)
             dx = decode(grad_encoded, encoder.conj(), *x.shape) if wants_x else None
             de = correlate(x.conj(), grad_encoded, encoder.shape[-2:], encoder.ndim == 4) if wants_encoder else None
         if encoded is not None and wants_weight:
-            dw = torch.bmm(encoded.mH, grad_products)
+            dw = multiply(encoded.mH, grad_products)
         if encoded is not None and wants_decoder:
-            products = torch.bmm(encoded, encoded_weight).conj()
+            products = multiply(encoded, encoded_weight).conj()
             dd = correlate(grad, products, decoder.shape[-2:], decoder.ndim == 4)
         return dx, dw, de, dd, grad.sum(dim=(0, 1)) if wants_bias else None, None
 
@@ -165,6 +192,11 @@ class Linear(Function):
 def encode(x: Tensor, encoder: Tensor) -> Tensor:
     """X̂[k, I, J] = ⟨E_k, X_IJ⟩: x (B, N, K) → (r, B·I, J). Differentiable in both."""
     return Encode.apply(x, encoder)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """The r products: (r, I, J) @ (r, J, L) → (r, I, L). Differentiable in both."""
+    return Multiply.apply(a, b)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def decode(encoded: Tensor, decoder: Tensor, batch: int, rows: int, columns: int) -> Tensor:
@@ -201,7 +233,7 @@ def linear(
 def _compose(
     x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
 ) -> Tensor:
-    products = torch.bmm(encode(x, encoder), encoded_weight)
+    products = multiply(encode(x, encoder), encoded_weight)
     y = decode(products, decoder, x.shape[0], x.shape[1], columns)
     return y if bias is None else y + bias
 
@@ -220,6 +252,7 @@ def _differentiable(function: type[Function], operator: Any) -> Callable[..., Te
 
 for _function, _operator in (
     (Encode, library.encode),
+    (Multiply, library.multiply),
     (Decode, library.decode),
     (Correlate, library.correlate),
     (Linear, library.linear),

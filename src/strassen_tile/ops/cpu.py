@@ -49,6 +49,11 @@ def encode(x: Tensor, encoder: Tensor) -> Tensor:
     return encoded
 
 
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """As `generic.multiply`, into huge pages."""
+    return generic.multiply(a, b) if _kernels is None else torch.bmm(a, b, out=_fresh((*a.shape[:2], b.shape[2]), a))
+
+
 def decode(encoded: Tensor, decoder: Tensor, batch: int, rows: int, columns: int) -> Tensor:
     """As `generic.decode`."""
     if not _supports(encoded, decoder.shape):
@@ -168,6 +173,7 @@ def _step(
 
 for _operator, _kernel in (
     (library.encode, encode),
+    (library.multiply, multiply),
     (library.decode, decode),
     (library.correlate, correlate),
     (library.linear, linear),

@@ -29,6 +29,11 @@ def encode(x: Tensor, encoder: Tensor) -> Tensor:
     return (encoder.reshape(r, p * q) @ flat).view(r, batch * rows, columns)
 
 
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """C[k] = A[k] @ B[k], contiguous."""
+    return torch.bmm(a, b)
+
+
 def decode(encoded: Tensor, decoder: Tensor, batch: int, rows: int, columns: int) -> Tensor:
     """Y_IL = Σ_k Ŷ[k, I, L] D_k: (batch, rows, columns) with the padding cut, contiguous."""
     r, p, s = decoder.shape[-3:]
@@ -58,5 +63,5 @@ def linear(
     x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
 ) -> Tensor:
     """decode(encode(x) @ Ŵ) + bias: (B, N, columns)."""
-    y = decode(torch.bmm(encode(x, encoder), encoded_weight), decoder, x.shape[0], x.shape[1], columns)
+    y = decode(multiply(encode(x, encoder), encoded_weight), decoder, x.shape[0], x.shape[1], columns)
     return y if bias is None else y.add_(bias)

@@ -1,7 +1,7 @@
 """The operator's primitives as `torch.library` operators: schemas, shapes for tracing, FLOP formulas.
 
 `encode`, `decode` and `correlate` are linear in each tensor argument and the gradient of each is made of the others
-(`ops/autograd.py`), so nothing else needs a kernel to be differentiable: the r products between them are `torch.bmm`.
+(`ops/autograd.py`); `multiply` is the r products between them, `torch.bmm` into memory the device has had a word about.
 `linear` is the whole forward pass, for a device that can keep X̂ and Ŷ out of memory. A device brings its own kernels by
 registering them under its dispatch key; `ops/generic.py` serves all others.
 
@@ -28,15 +28,17 @@ _library.define("encode(Tensor x, Tensor encoder) -> Tensor", tags=_tags)
 _library.define(
     "decode(Tensor encoded, Tensor decoder, SymInt batch, SymInt rows, SymInt columns) -> Tensor", tags=_tags
 )
+_library.define("multiply(Tensor a, Tensor b) -> Tensor", tags=_tags)
 _library.define("correlate(Tensor x, Tensor encoded, SymInt[] tile, bool per_column) -> Tensor", tags=_tags)
 _library.define(
     "linear(Tensor x, Tensor encoded_weight, Tensor encoder, Tensor decoder, Tensor? bias, SymInt columns) -> Tensor",
     tags=_tags,
 )
-for _kernel in (generic.encode, generic.decode, generic.correlate, generic.linear):
+for _kernel in (generic.encode, generic.multiply, generic.decode, generic.correlate, generic.linear):
     _library.impl(_kernel.__name__, _kernel, "CompositeExplicitAutograd")
 
 encode = torch.ops.strassen_tile.encode.default
+multiply = torch.ops.strassen_tile.multiply.default
 decode = torch.ops.strassen_tile.decode.default
 correlate = torch.ops.strassen_tile.correlate.default
 linear = torch.ops.strassen_tile.linear.default
@@ -51,6 +53,11 @@ def register_kernel(operator: Any, kernel: Callable[..., Tensor], dispatch_key: 
 def _encode_shape(x: Tensor, encoder: Tensor) -> Tensor:
     r, p, q = encoder.shape[-3:]
     return x.new_empty(r, x.shape[0] * tile_count(x.shape[1], p), tile_count(x.shape[2], q))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::multiply")  # type: ignore[untyped-decorator]
+def _multiply_shape(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
 
 
 @torch.library.register_fake(f"{NAMESPACE}::decode")  # type: ignore[untyped-decorator]
@@ -75,6 +82,11 @@ def _encode_flops(x: Sequence[int], encoder: Sequence[int], *_: Any, **__: Any) 
     return 2 * r * x[0] * tile_count(x[1], p) * p * tile_count(x[2], q) * q
 
 
+@register_flop_formula(torch.ops.strassen_tile.multiply)  # type: ignore[untyped-decorator, unused-ignore]
+def _multiply_flops(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * a[0] * a[1] * a[2] * b[2]
+
+
 @register_flop_formula(torch.ops.strassen_tile.decode)  # type: ignore[untyped-decorator, unused-ignore]
 def _decode_flops(encoded: Sequence[int], decoder: Sequence[int], *_: Any, **__: Any) -> int:
     r, p, s = decoder[-3:]
@@ -92,4 +104,5 @@ def _linear_flops(
 ) -> int:
     r, j, l = weight  # noqa: E741 - the tile index L
     rows = x[0] * tile_count(x[1], encoder[-2])
-    return _encode_flops(x, encoder) + 2 * r * rows * j * l + _decode_flops((r, rows, l), decoder)
+    products = _multiply_flops((r, rows, j), (r, j, l))
+    return _encode_flops(x, encoder) + products + _decode_flops((r, rows, l), decoder)
