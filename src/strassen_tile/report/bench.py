@@ -17,19 +17,23 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 
 
 def columns() -> tuple[Column, ...]:
-    """Of the table, for the rows of a bench as they are."""
+    """Of the table, for the rows of a bench as they are: narrow enough for a terminal."""
     return (
-        Column("N×K×M", lambda row: f"{row['n']}×{row['k']}×{row['m']}", "left"),
-        Column("Dtype", "dtype", "left"),
-        Column("Pass", "pass", "left"),
-        Column("Method", "method", "left"),
-        Column("Rank", "rank"),
+        Column("N×K×M, dtype, pass", _what, "left"),
+        Column("Method", lambda row: f"{row['method']} {row['rank'] or ''}".strip(), "left"),
         Column("Dense", field("dense_s", seconds)),
         Column("Time", field("median_s", seconds)),
         Column("Speed-up", field("speedup", ratio)),
-        Column("20–80 %", lambda row: f"{ratio(number(row, 'speedup_q20'))}–{ratio(number(row, 'speedup_q80'))}"),
         Column("Limit", field("limit", ratio)),
         Column("Predicted", _predicted),
+    )
+
+
+def page_columns() -> tuple[Column, ...]:
+    """Of the page's table: the spread of the pairs and the error as well."""
+    return (
+        *columns(),
+        Column("20–80 %", lambda row: f"{ratio(number(row, 'speedup_q20'))}–{ratio(number(row, 'speedup_q80'))}"),
         Column("Error", lambda row: f"{number(row, 'error') or 0:.1e}"),
     )
 
@@ -82,7 +86,7 @@ def write_report(folder: Path, rows: Sequence[Mapping[str, Value]], title: str, 
         "alone. Error: relative, against float64. Predicted: from the machine's measured rates."
     )
     sections = [
-        Section("Speed", tuple(notes), table=html_table(columns(), rows), caption=caption),
+        Section("Speed", tuple(notes), table=html_table(page_columns(), rows), caption=caption),
         Section(
             "Against size", figure=figure_svg(drawn), caption="Dashed: the limit. Shaded: 20 to 80 % of the pairs."
         ),
@@ -107,6 +111,13 @@ def _line(axes: Any, rows: Sequence[Mapping[str, Value]], label: str, index: int
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     if method != "low-rank":
         axes.plot(x, limit, "--", color=colour, linewidth=1, alpha=0.7)
+
+
+def _what(row: Mapping[str, Value]) -> str:
+    sizes = [int(_real(row, key)) for key in ("n", "k", "m")]
+    shape = f"{sizes[0]}³" if len(set(sizes)) == 1 else "×".join(map(str, sizes))
+    dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(str(row["dtype"]), str(row["dtype"]))
+    return f"{shape} {dtype} {row['pass']}"
 
 
 def _predicted(row: Mapping[str, Value]) -> str:
