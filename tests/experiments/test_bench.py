@@ -8,7 +8,7 @@ import torch
 from strassen_tile import cost, nn
 from strassen_tile.cli import main
 from strassen_tile.errors import ConfigError
-from strassen_tile.experiments import planning, speed
+from strassen_tile.experiments import candidates, planning, speed
 
 CONTRACT = {
     "device", "dtype", "n", "k", "m", "tile", "rank", "pass", "method", "median_s", "q20_s", "q80_s", "speedup", "limit",
@@ -48,27 +48,27 @@ def test_bench_leaves_rows_page_and_plot(tmp_path) -> None:
 
 
 def test_a_wrong_implementation_is_not_timed(monkeypatch) -> None:
-    original = speed.stl_linear
-    monkeypatch.setattr(speed, "stl_linear", lambda *a, **k: original(*a, **k).roll(1, dims=-1))
+    original = candidates.stl_linear
+    monkeypatch.setattr(candidates, "stl_linear", lambda *a, **k: original(*a, **k).roll(1, dims=-1))
     with pytest.raises(speed.VerificationError, match="not timed"):
         next(speed.bench([(32, 32, 32)], [8], methods=("stl",), seconds=0.0))
 
 
 def test_an_error_in_the_last_row_is_seen(monkeypatch) -> None:
-    original = speed.stl_linear
+    original = candidates.stl_linear
 
     def spoiled(*arguments, **options):
         y = original(*arguments, **options).clone()
         y[-1] += 1
         return y
 
-    monkeypatch.setattr(speed, "stl_linear", spoiled)
+    monkeypatch.setattr(candidates, "stl_linear", spoiled)
     with pytest.raises(speed.VerificationError):
         next(speed.bench([(701, 32, 32)], [8], methods=("stl",), seconds=0.0))
 
 
 def test_a_wrong_gradient_is_seen(monkeypatch) -> None:
-    original = speed.stl_linear
+    original = candidates.stl_linear
     monkeypatch.setattr(
         speed, "stl_linear", lambda x, w, e, d, **k: original(x, w.detach() + 2 * (w - w.detach()), e, d, **k)
     )

@@ -7,7 +7,6 @@ checkpoint of the run it was in.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,10 +19,10 @@ from strassen_tile import rivals
 from strassen_tile.convert import Conversion
 from strassen_tile.data import ImageSplits, load_images
 from strassen_tile.errors import ConfigError
+from strassen_tile.experiments.log import RunLog, claim
 from strassen_tile.models import t2t_vit
 from strassen_tile.nn import STLConfig
-from strassen_tile.report.rows import Row, environment, read_rows, write_rows, write_text
-from strassen_tile.report.table import number
+from strassen_tile.report.rows import Row, environment
 
 METHODS = ("dense", "2:4", "stl", "low-rank", "dense+mix")
 
@@ -136,8 +135,10 @@ def compare(
         DataError: the data cannot be read.
     """
     splits = load_images(recipe.data, image_size=recipe.image_size, limit=recipe.limit, augment=recipe.augment)
-    _claim(folder, recipe)
-    log = _Log(folder / "rows.json")
+    # More seeds, ranks or methods only add runs. Low rank takes its FLOPs from the ranks: with it they may not change.
+    additive = {"seeds", "methods"} | ({"ranks"} if "low-rank" not in recipe.methods else set())
+    claim(folder, asdict(recipe), additive)
+    log = RunLog(folder / "rows.json")
     where = environment()
     todo = [(method, seed) for seed in recipe.seeds for method in recipe.roster()]
     for index, (method, seed) in enumerate(todo):
@@ -157,38 +158,6 @@ def compare(
         _train(recipe, splits, model, seed, checkpoints, step, epoch)
         shutil.rmtree(checkpoints, ignore_errors=True)
     return log.rows
-
-
-class _Log:
-    """The rows of a comparison, on disk as soon as they exist."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: list[Row] = read_rows(path) if path.exists() else []
-
-    def of(self, run: Row) -> list[Row]:
-        """The rows of one method, rank and seed."""
-        return [row for row in self.rows if run.items() <= row.items()]
-
-    def add(self, run: Row, fixed: Row, record: Row) -> list[Row]:
-        """Add an epoch's record and return all rows.
-
-        An epoch that ended after the last checkpoint is trained again when a comparison goes on: the new row replaces
-        the old one and those after it.
-        """
-        record = dict(record)
-        at, seconds = _real(record, "epoch"), _real(record, "seconds")
-        earlier = [row for row in self.of(run) if _real(row, "epoch") < at]
-        spent = _real(earlier[-1], "train_seconds") if earlier else 0.0
-        del record["seconds"]
-        others = [row for row in self.rows if not run.items() <= row.items()]
-        self.rows = [*others, *earlier, {**fixed, **record, "train_seconds": round(spent + seconds, 3)}]
-        write_rows(self.path, self.rows)
-        return self.rows
-
-
-def _real(row: Row, key: str) -> float:
-    return number(row, key) or 0.0
 
 
 def build(recipe: Recipe, splits: ImageSplits, method: rivals.Method, seed: int) -> tuple[nn.Module, Conversion]:
@@ -250,22 +219,3 @@ def _train(
         on_step=on_step,
         on_epoch=on_epoch,
     )
-
-
-def _claim(folder: Path, recipe: Recipe) -> None:
-    """Make the folder this recipe's, or refuse to mix two comparisons in one.
-
-    More seeds, ranks or methods only add runs. Low rank takes its FLOPs from the ranks, so with it they may not change.
-    """
-    settings = json.loads(json.dumps(asdict(recipe)))
-    path = folder / "recipe.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        additive = {"seeds", "methods"} if "low-rank" in recipe.methods else {"seeds", "methods", "ranks"}
-        changed = sorted(key for key in settings if key not in additive and before.get(key) != settings[key])
-        if changed:
-            raise ConfigError(
-                f"{folder} holds a comparison with other {', '.join(changed)}; give another --out, or delete it to start over"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(settings, indent=1) + "\n")

@@ -60,15 +60,15 @@ class Multiply(Function):
     """(a (r, I, J), b (r, J, L)) → a @ b (r, I, L)."""
 
     @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:  # noqa: D102
+    def forward(a: Tensor, b: Tensor) -> Tensor:
         return library.multiply(a, b)  # type: ignore[no-any-return]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: D102
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         return (
             multiply(grad, b.mH) if ctx.needs_input_grad[0] else None,
@@ -76,7 +76,7 @@ class Multiply(Function):
         )
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, a: Tensor, b: Tensor) -> tuple[Tensor, int]:  # noqa: D102
+    def vmap(info: Any, in_dims: Any, a: Tensor, b: Tensor) -> tuple[Tensor, int]:
         if in_dims[1] is not None:
             return _map_samples(multiply, info, in_dims, a, b)
         rows = a.movedim(in_dims[0], 1)
@@ -145,50 +145,6 @@ class Correlate(Function):
         return _map_samples(correlate, info, (*in_dims[:2], None, None), x, encoded, tile, per_column)
 
 
-class Linear(Function):
-    """decode(encode(x) @ Ŵ) + bias as one step that keeps only its arguments; the backward pass makes X̂ and Ŷ anew."""
-
-    @staticmethod
-    def forward(
-        x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
-    ) -> Tensor:
-        return library.linear(x, encoded_weight, encoder, decoder, bias, columns)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:4])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, encoded_weight, encoder, decoder = ctx.saved_tensors
-        wants_x, wants_weight, wants_encoder, wants_decoder, wants_bias, _ = ctx.needs_input_grad
-        grad_products = encode(grad, decoder.conj())
-        encoded = encode(x, encoder) if wants_weight or wants_decoder else None
-        dx = de = dd = dw = None
-        if wants_x or wants_encoder:
-            grad_encoded = multiply(grad_products, encoded_weight.mH)
-            dx = decode(grad_encoded, encoder.conj(), *x.shape) if wants_x else None
-            de = correlate(x.conj(), grad_encoded, encoder.shape[-2:], encoder.ndim == 4) if wants_encoder else None
-        if encoded is not None and wants_weight:
-            dw = multiply(encoded.mH, grad_products)
-        if encoded is not None and wants_decoder:
-            products = multiply(encoded, encoded_weight).conj()
-            dd = correlate(grad, products, decoder.shape[-2:], decoder.ndim == 4)
-        return dx, dw, de, dd, grad.sum(dim=(0, 1)) if wants_bias else None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-        *tensors, columns = args
-        given = [i for i, tensor in enumerate(tensors) if tensor is not None]  # a bias may be missing
-
-        def one(*sample: Tensor) -> Tensor:
-            found: dict[int, Tensor] = dict(zip(given, sample, strict=True))
-            return _compose(found[0], found[1], found[2], found[3], found.get(4), columns)
-
-        mapped: Any = torch.func.vmap(one, in_dims=tuple(in_dims[i] for i in given))
-        return mapped(*(tensors[i] for i in given)), 0
-
-
 def encode(x: Tensor, encoder: Tensor) -> Tensor:
     """X̂[k, I, J] = ⟨E_k, X_IJ⟩: x (B, N, K) → (r, B·I, J). Differentiable in both."""
     return Encode.apply(x, encoder)  # type: ignore[no-any-return, no-untyped-call]
@@ -209,37 +165,8 @@ def correlate(x: Tensor, encoded: Tensor, tile: tuple[int, int], per_column: boo
     return Correlate.apply(x, encoded, tuple(tile), per_column)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def linear(
-    x: Tensor,
-    encoded_weight: Tensor,
-    encoder: Tensor,
-    decoder: Tensor,
-    bias: Tensor | None,
-    columns: int,
-    *,
-    recompute: bool,
-) -> Tensor:
-    """decode(encode(x) @ Ŵ) + bias: x (B, N, K) → (B, N, columns). Differentiable in all tensors.
-
-    Where a gradient will be asked for, X̂ and Ŷ are kept for it (r/pq and r/ps times the size of x and y), unless
-    `recompute`: then only the arguments are, and the backward pass encodes and multiplies once more.
-    """
-    tensors = (x, encoded_weight, encoder, decoder, bias)
-    if recompute or not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        return Linear.apply(*tensors, columns)  # type: ignore[no-any-return, no-untyped-call]
-    return _compose(x, encoded_weight, encoder, decoder, bias, columns)
-
-
-def _compose(
-    x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
-) -> Tensor:
-    products = multiply(encode(x, encoder), encoded_weight)
-    y = decode(products, decoder, x.shape[0], x.shape[1], columns)
-    return y if bias is None else y + bias
-
-
-def _differentiable(function: type[Function], operator: Any) -> Callable[..., Tensor]:
-    """The operator's kernel under the Autograd key, so that calling it directly through `torch.ops` has gradients too."""
+def differentiable(function: type[Function], operator: Any) -> Callable[..., Tensor]:
+    """What `operator` does under the Autograd key: a call through `torch.ops` has gradients too."""
 
     def kernel(*args: Any) -> Tensor:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -255,6 +182,5 @@ for _function, _operator in (
     (Multiply, library.multiply),
     (Decode, library.decode),
     (Correlate, library.correlate),
-    (Linear, library.linear),
 ):
-    library.register_kernel(_operator, _differentiable(_function, _operator), "Autograd")
+    library.register_kernel(_operator, differentiable(_function, _operator), "Autograd")

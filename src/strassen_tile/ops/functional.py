@@ -15,7 +15,8 @@ from torch import Tensor
 from strassen_tile.basis import Basis
 from strassen_tile.errors import BackendError, ShapeError, shape_text
 from strassen_tile.ops import cpu as _cpu  # noqa: F401 - registers the CPU's kernels
-from strassen_tile.ops.autograd import encode, linear
+from strassen_tile.ops.autograd import encode
+from strassen_tile.ops.fused import linear
 from strassen_tile.tiling import as_samples, tile_count
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
@@ -65,9 +66,10 @@ def stl_linear(
         bias = None if bias is None else bias.to(dtype)
     columns = _check(x, encoded_weight, encoder, decoder, bias, out_features)
     chosen = _choose(backend, x)
-    if chosen is None:
-        return _linear(x, encoded_weight, encoder, decoder, bias, columns, recompute=recompute)
-    return chosen(x, encoded_weight, encoder, decoder, bias, columns)
+    if chosen is not None:
+        return chosen(x, encoded_weight, encoder, decoder, bias, columns)
+    y = linear(as_samples(x), encoded_weight, encoder, decoder, bias, columns, recompute=recompute)
+    return y.view(*x.shape[:-1], columns)
 
 
 def stl_matmul(x: Tensor, w: Tensor, basis: Basis, *, backend: Backend = "auto") -> Tensor:
@@ -98,21 +100,6 @@ def stl_matmul(x: Tensor, w: Tensor, basis: Basis, *, backend: Backend = "auto")
     encoder, weight_encoder, decoder = (factor.to(w.device, w.dtype) for factor in factors)
     encoded_weight = encode(w.unsqueeze(0), weight_encoder)
     return stl_linear(x, encoded_weight, encoder, decoder, out_features=w.shape[1], backend=backend)
-
-
-def _linear(
-    x: Tensor,
-    encoded_weight: Tensor,
-    encoder: Tensor,
-    decoder: Tensor,
-    bias: Tensor | None,
-    columns: int,
-    *,
-    recompute: bool,
-) -> Tensor:
-    """The registered operators, on samples (B, N, K)."""
-    y = linear(as_samples(x), encoded_weight, encoder, decoder, bias, columns, recompute=recompute)
-    return y.view(*x.shape[:-1], columns)
 
 
 def _autocasts(x: Tensor) -> bool:
