@@ -70,7 +70,7 @@ def test_an_error_in_the_last_row_is_seen(monkeypatch) -> None:
 def test_a_wrong_gradient_is_seen(monkeypatch) -> None:
     original = candidates.stl_linear
     monkeypatch.setattr(
-        speed, "stl_linear", lambda x, w, e, d, **k: original(x, w.detach() + 2 * (w - w.detach()), e, d, **k)
+        candidates, "stl_linear", lambda x, w, e, d, **k: original(x, w.detach() + 2 * (w - w.detach()), e, d, **k)
     )
     with pytest.raises(speed.VerificationError, match="gradient"):
         next(speed.bench([(32, 32, 32)], [8], methods=("stl",), passes=("step",), seconds=0.0))
