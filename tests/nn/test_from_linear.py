@@ -81,6 +81,21 @@ def test_fit_of_a_random_basis_is_the_optimum_on_gaussian_inputs(config):
             assert operator_error(layer, linear, config.pqs[0]) > best
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("inputs", [None, torch.randn(2, 5, 8, dtype=torch.float64)], ids=["blind", "calibrated"])
+@pytest.mark.parametrize("config", RANDOM.values(), ids=RANDOM)
+@pytest.mark.parametrize(("k", "m"), [(0, 5), (8, 0), (0, 0), (1, 1), (8, 1)])
+def test_any_size_is_fitted(k, m, config, inputs):
+    linear = dense(k, m)
+    inputs = None if inputs is None else inputs[..., :k]
+    layer = STLLinear.from_linear(linear, config, inputs=inputs)
+    x = torch.randn(2, 5, k, dtype=torch.float64)
+    assert layer(x).shape == (2, 5, m)
+    assert layer(x).isfinite().all()
+    if not k:
+        torch.testing.assert_close(layer(x), linear(x))
+
+
 def test_more_encoders_fit_at_least_as_well():
     # On average over starts: each start draws other encoders.
     errors = {"layer": 0.0, "tile": 0.0}

@@ -122,6 +122,10 @@ def test_there_is_no_dense_weight_to_use_by_mistake():
     layer = STLLinear(8, 8, config=STLConfig(rank=6))
     with pytest.raises(RuntimeError):
         nn.functional.linear(torch.randn(2, 5, 8), layer.weight)
+    before = layer.encoded_weight.clone()
+    with torch.no_grad():
+        layer.weight.normal_()  # as an initialiser that knows `weight` would
+    assert torch.equal(layer.encoded_weight, before)
 
 
 @every_config

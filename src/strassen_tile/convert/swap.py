@@ -57,9 +57,9 @@ def convert(
 ) -> Conversion:
     """Replace the linear layers of `model`, in place, by `STLLinear`.
 
-    Left as they are, each with a reason: heads (layers that make the model's output), layers with tied weights,
+    Left as they are, each with a reason: heads (layers that make the model's output), layers with tied weights or hooks,
     subclasses of `nn.Linear`, and, where rows mix, layers fed 2-D inputs or rows of several samples. The last two, and
-    heads under unusual names, are found only by running `example_inputs` (with two samples or more).
+    heads under unusual names, are found by running `example_inputs`; best give two samples (one is tried twice).
 
     A model called with `attention_mask` (B, N) has its padding rows zeroed before they can reach real rows.
 
@@ -73,7 +73,7 @@ def convert(
         A `Conversion`; `str()` of it is a table.
 
     Raises:
-        ConversionError: nothing was converted, or rows would mix in a causal language model.
+        ConversionError: nothing was converted, or rows would mix in a causal language model or a decoder.
     """
     config = config or STLConfig()
     config.load_basis()  # a basis that does not exist is said before anything is touched
