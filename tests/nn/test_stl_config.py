@@ -23,6 +23,7 @@ CONFIGS = some.builds(
     train_encoder=some.booleans(),
     train_decoder=some.booleans(),
     backend=some.sampled_from(["auto", "reference", "cpu", "triton"]),
+    recompute=some.booleans(),
 )
 
 

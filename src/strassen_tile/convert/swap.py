@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,10 +11,12 @@ from torch import nn
 
 from strassen_tile.convert.observe import Calls, causal_layers, observe
 from strassen_tile.convert.select import Candidate, Filter, candidates, causal_parts, others, reasons, within
+from strassen_tile.cost import machine
 from strassen_tile.errors import ConversionError
 from strassen_tile.nn import PaddingMask, STLConfig, STLLinear
 
 Replace = Callable[[nn.Linear], nn.Module | str]  # a replacement, or the reason why there is none
+Pays = Callable[[nn.Linear, list[tuple[int, ...]]], str | None]  # of a layer and its input shapes: why it does not pay
 
 
 @dataclass
@@ -54,6 +57,7 @@ def convert(
     *,
     example_inputs: object = None,
     filter_fn: Filter | None = None,
+    min_speedup: float | None = None,
 ) -> Conversion:
     """Replace the linear layers of `model`, in place, by `STLLinear`.
 
@@ -68,18 +72,28 @@ def convert(
         config: `STLConfig()` by default. Whether Ŵ starts from the weight or from noise of its scale is in it.
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments, run in eval mode.
         filter_fn: filter_fn(module, name) → whether to replace it; given, it decides about heads too.
+        min_speedup: leave layers that are predicted to gain less than this on this machine at the shapes of
+            `example_inputs` (as `strassen-tile plan` does): of a training step if the model is in training mode, of a
+            forward pass otherwise.
 
     Returns:
         A `Conversion`; `str()` of it is a table.
 
     Raises:
-        ConversionError: nothing was converted, or rows would mix in a causal language model or a decoder.
+        ConversionError: nothing was converted, rows would mix in a causal language model or a decoder, or
+            min_speedup was given without example_inputs.
     """
     config = config or STLConfig()
     config.load_basis()  # a basis that does not exist is said before anything is touched
     if config.mixing == "sequence" and config.mixes_rows:
         _refuse_causal(model, example_inputs, filter_fn)
+    if min_speedup is not None and example_inputs is None:
+        raise ConversionError(
+            "min_speedup needs example_inputs: how much a layer gains depends on how many rows it is fed"
+        )
     padding = PaddingMask() if config.mixes_rows else None
+    name = "step" if model.training else "forward"
+    pays = None if min_speedup is None else partial(_pays, config=config, least=min_speedup, name=name)
 
     def replace(linear: nn.Linear) -> nn.Module:
         start = config if config.fits else STLConfig.from_dict({**config.to_dict(), "init": "random"})
@@ -88,7 +102,9 @@ def convert(
         layer.padding = padding
         return layer
 
-    conversion = swap(model, replace, example_inputs=example_inputs, filter_fn=filter_fn, mixes_rows=config.mixes_rows)
+    conversion = swap(
+        model, replace, example_inputs=example_inputs, filter_fn=filter_fn, mixes_rows=config.mixes_rows, pays=pays
+    )
     conversion.padding = padding
     if padding is not None:
         conversion._undo.extend(handle.remove for handle in padding.attach(model))
@@ -102,6 +118,7 @@ def swap(
     example_inputs: object = None,
     filter_fn: Filter | None = None,
     mixes_rows: bool = False,
+    pays: Pays | None = None,
 ) -> Conversion:
     """Replace the layers that `replace` has a replacement for; the engine of `convert` and of its rivals."""
     found = candidates(model)
@@ -111,6 +128,10 @@ def swap(
     calls: Mapping[str, Calls] | None = None if example_inputs is None else observe(model, layers, example_inputs)
     skipped = reasons(model, found, filter_fn=filter_fn, calls=calls, mixes_rows=mixes_rows)
     skipped.update(others(model))
+    if pays is not None and calls is not None:
+        chosen = [candidate for candidate in found if candidate.name not in skipped]
+        losses = {candidate.name: pays(candidate.layer, calls[candidate.name].shapes) for candidate in chosen}
+        skipped.update({name: loss for name, loss in losses.items() if loss is not None})
     replacements: list[tuple[Candidate, nn.Module]] = []
     for candidate in found:
         if candidate.name not in skipped:
@@ -133,6 +154,15 @@ def swap(
         conversion._undo.append(partial(setattr, parent, child, candidate.layer))
     conversion._undo.extend(_leave_fast_path(model))
     return conversion
+
+
+def _pays(
+    linear: nn.Linear, shapes: list[tuple[int, ...]], *, config: STLConfig, least: float, name: str
+) -> str | None:
+    here = machine(linear.weight.device.type, linear.weight.dtype)
+    rows = math.prod(shapes[0][:-1])
+    speedup = here.speedup(rows, linear.in_features, linear.out_features, config.pqs, config.rank, name)
+    return f"predicted {speedup:.2f}× on this machine, below {least:g}×" if speedup < least else None
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -22,6 +22,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "encoder_scope": get_args(Scope),
     "init": get_args(Init),
     "backend": get_args(Backend),
+    "recompute": (True, False),
     "train_encoder": (True, False),
     "train_decoder": (True, False),
 }
@@ -44,6 +45,7 @@ class STLConfig:
             "auto" is "random" for the random basis and "fit" for the others.
         train_encoder, train_decoder: whether E and D are trained.
         backend: of `stl_linear`.
+        recompute: of `stl_linear`: keep no X̂ and Ŷ for the backward pass, make them anew.
 
     Raises:
         ConfigError: a value outside its choices.
@@ -58,6 +60,7 @@ class STLConfig:
     train_encoder: bool = True
     train_decoder: bool = True
     backend: Backend = "auto"
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         try:

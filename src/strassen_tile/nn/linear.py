@@ -168,6 +168,7 @@ class STLLinear(nn.Module):
             self.bias,
             out_features=self.out_features,
             backend=self.config.backend,
+            recompute=self.config.recompute,
         )
 
     def cost(self, rows: int, batch: int = 1) -> cost.Cost:

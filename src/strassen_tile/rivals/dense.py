@@ -80,7 +80,8 @@ class LowRankLinear(nn.Module):
 class TokenMixLinear(nn.Module):
     """A dense layer after a learned p×p mix of the rows of each tile, its own for every input feature.
 
-    x[I, a, k] becomes Σ_b mix[k, a, b] x[I, b, k]; `mix` (K, p, p) starts as the identity, so the layer starts dense.
+    x[I, a, k] gains Σ_b mix[k, a, b] x[I, b, k]; `mix` (K, p, p) starts at zero, so the layer starts dense, and weight
+    decay pulls it there.
     """
 
     def __init__(self, linear: nn.Linear, rows_mixed: int = 4) -> None:
@@ -88,8 +89,7 @@ class TokenMixLinear(nn.Module):
         if rows_mixed < 1:
             raise ConfigError(f"rows_mixed must be >= 1; got {rows_mixed}")
         self.linear, self.in_features, self.out_features = linear, linear.in_features, linear.out_features
-        eye = torch.eye(rows_mixed, device=linear.weight.device, dtype=linear.weight.dtype)
-        self.mix = nn.Parameter(eye.expand(linear.in_features, -1, -1).clone())
+        self.mix = nn.Parameter(linear.weight.new_zeros(linear.in_features, rows_mixed, rows_mixed))
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class TokenMixLinear(nn.Module):
         n, p = x.shape[-2], self.mix.shape[-1]
         tiles = F.pad(x, (0, 0, 0, -n % p)).unflatten(-2, (-1, p))
         mixed = torch.einsum("...ibk,kab->...iak", tiles, self.mix).flatten(-3, -2)[..., :n, :]
-        return self.linear(mixed)  # type: ignore[no-any-return]
+        return self.linear(x + mixed)  # type: ignore[no-any-return]
 
     def cost(self, rows: int, batch: int = 1) -> cost.Cost:
         """The dense FLOPs and 2NKp for the mix."""

@@ -1,0 +1,41 @@
+"""convert(min_speedup=…) on made-up machines: nothing here is timed."""
+
+import pytest
+import torch
+from torch import nn
+
+import strassen_tile as st
+from strassen_tile import cost
+from strassen_tile.convert import swap
+from strassen_tile.errors import ConversionError
+
+
+def machine(copy: float) -> cost.Machine:
+    flat = ((128, 1e11), (2048, 1e11))
+    return cost.Machine("cpu", "float32", 2, gemm=flat, batched=flat, copy=copy, fresh=1e12, call=0.0)
+
+
+def model() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 16), nn.GELU(), nn.Linear(16, 512), nn.Identity(), nn.ReLU()
+    )
+
+
+def test_layers_that_would_not_pay_are_left_with_the_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of 16 features reads and writes more than it saves; the wide one gains."""
+    monkeypatch.setattr(swap, "machine", lambda device, dtype: machine(copy=3e10))
+    conversion = st.convert(model(), st.STLConfig(rank=24), example_inputs=torch.randn(2, 256, 512), min_speedup=1.2)
+    assert list(conversion.converted) == ["0"]
+    for name in ("2", "4"):
+        assert "predicted" in conversion.skipped[name] and "below 1.2" in conversion.skipped[name]
+
+
+def test_a_machine_without_memory_limits_converts_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swap, "machine", lambda device, dtype: machine(copy=1e30))
+    conversion = st.convert(model(), st.STLConfig(rank=24), example_inputs=torch.randn(2, 256, 512), min_speedup=1.2)
+    assert list(conversion.converted) == ["0", "2", "4"]
+
+
+def test_rows_must_be_known() -> None:
+    with pytest.raises(ConversionError, match="example_inputs"):
+        st.convert(model(), min_speedup=1.1)
