@@ -28,7 +28,7 @@ def causal_masks(p: int, rank: int, device: torch.device | None = None) -> tuple
 def normalised(basis: Basis) -> Basis:
     """The same algorithm with ‖E_k‖ = 1 and ‖F_k‖ = √q, so that X̂ and Ŵ have the scale that a random start gives them.
 
-    Terms of a best approximation can be large and cancel; left as they are they train badly (MATH.md §3 of the design).
+    Terms of a best approximation can be large and cancel; left as they are they train badly.
     """
     _, q, _ = basis.tile
     e = basis.encoder.flatten(1).norm(dim=1)[:, None, None].clamp_min(1e-12)
