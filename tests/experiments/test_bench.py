@@ -12,7 +12,7 @@ from strassen_tile.experiments import candidates, planning, speed
 
 CONTRACT = {
     "device", "dtype", "n", "k", "m", "tile", "rank", "pass", "method", "median_s", "q20_s", "q80_s", "speedup", "limit",
-    "error", "commit", "machine",
+    "error", "commit", "machine", "compiled",
 }  # fmt: skip
 FLAT = cost.Machine(
     "cpu",

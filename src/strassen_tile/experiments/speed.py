@@ -19,6 +19,7 @@ from torch import Tensor
 from strassen_tile.cost import machine
 from strassen_tile.errors import ConfigError, STLError
 from strassen_tile.experiments.candidates import Candidate, candidates
+from strassen_tile.ops.cpu import compiled
 from strassen_tile.report.rows import Row, environment
 
 Shape = tuple[int, int, int]
@@ -96,6 +97,7 @@ def bench(
                 pairs = interleave(dense, run, seconds, device)
                 predicted = here.linear(n, k, m, tile, candidate.rank, name) if candidate.method == "stl" else None
                 fixed: Row = {"device": device, "dtype": dtype, "n": n, "k": k, "m": m, "pass": name, **where}
+                fixed["compiled"] = compiled()  # without the compiled kernels a time means something else
                 yield _row(pairs, candidate, error, predicted, {**fixed, "tile": str(tile)})
 
 

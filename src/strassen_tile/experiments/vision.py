@@ -135,11 +135,11 @@ def compare(
         DataError: the data cannot be read.
     """
     splits = load_images(recipe.data, image_size=recipe.image_size, limit=recipe.limit, augment=recipe.augment)
+    where = environment()  # before anything is written: a folder under version control would make the commit look dirty
     # More seeds, ranks or methods only add runs. Low rank takes its FLOPs from the ranks: with it they may not change.
     additive = {"seeds", "methods"} | ({"ranks"} if "low-rank" not in recipe.methods else set())
     claim(folder, asdict(recipe), additive)
     log = RunLog(folder / "rows.json")
-    where = environment()
     todo = [(method, seed) for seed in recipe.seeds for method in recipe.roster()]
     for index, (method, seed) in enumerate(todo):
         run: Row = {"method": method.name, "rank": method.rank, "seed": seed}
