@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import strassen_tile as stl
 from strassen_tile.ops import cpu, generic, library
@@ -45,44 +43,6 @@ def test_steps_are_the_generic_ones(p: int, q: int, r: int, dtype: torch.dtype) 
         assert relative(y, generic.decode(z.double(), factor.double(), 2, n, k)) < STORED[dtype] * 2, (n, k)
         c = cpu.correlate(x, z, (p, q), False)
         assert relative(c, generic.correlate(x.double(), z.double(), (p, q), False)) < STORED[dtype] * 8, (n, k)
-
-
-@given(
-    n=st.integers(1, 40),
-    k=st.integers(1, 150),
-    m=st.integers(1, 150),
-    r=st.integers(1, 30),
-    side=st.sampled_from([1, 2, 4, 8]),
-)
-def test_linear_at_any_size(n: int, k: int, m: int, r: int, side: int) -> None:
-    x, bias = torch.randn(2, n, k), torch.randn(m)
-    weight = torch.randn(r, -(-k // side), -(-m // side))
-    e, d = torch.randn(r, side, side), torch.randn(r, side, side)
-    expected = generic.linear(x.double(), weight.double(), e.double(), d.double(), bias.double(), m)
-    assert relative(cpu.linear(x, weight, e, d, bias, m), expected) < 3e-6
-
-
-@pytest.mark.parametrize("workspace", [1, 3000, 20000, 1 << 20])
-@pytest.mark.parametrize("dtype", STORED, ids=str)
-def test_panels_do_not_show(workspace: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Panels of one tile row, of several with a shorter last one, across samples, and one panel: the same output."""
-    x, bias = torch.randn(3, 22, 40).to(dtype), torch.randn(36).to(dtype)
-    weight = torch.randn(7, 10, 9).to(dtype)
-    e, d = torch.randn(7, 4, 4).to(dtype), torch.randn(7, 4, 4).to(dtype)
-    whole = cpu.linear(x, weight, e, d, bias, 34 + 2)
-    cpu.panel_rows.cache_clear()
-    monkeypatch.setattr(cpu, "WORKSPACE_BYTES", workspace)
-    panelled = cpu.linear(x, weight, e, d, bias, 36)
-    cpu.panel_rows.cache_clear()
-    assert relative(panelled, whole.double()) < STORED[dtype]
-
-
-@given(total=st.integers(1, 10**9), row=st.integers(1, 10**8))
-def test_panels_fit_the_workspace(total: int, row: int) -> None:
-    """Memory beside the output is at most 64 MiB at any N (unless one tile row alone is more)."""
-    height = cpu.panel_rows(total, row)
-    assert 1 <= height <= total
-    assert height == 1 or height * row <= 64 << 20
 
 
 def test_every_element_is_written() -> None:
@@ -156,17 +116,3 @@ def test_what_the_kernels_cannot_do_is_done_without(monkeypatch: pytest.MonkeyPa
     assert not cpu.compiled()
     w = torch.randn(14, 6)
     torch.testing.assert_close(stl.stl_matmul(x, w, stl.bases.strassen(2)), x @ w, rtol=1e-4, atol=1e-4)
-
-
-def test_recompute_has_the_same_gradients() -> None:
-    """recompute=True keeps no X̂ and Ŷ; what it makes anew must give the gradients the kept ones do."""
-    tensors = [torch.randn(s) for s in ((2, 9, 14), (5, 4, 3), (5, 4, 4), (5, 4, 4), (10,))]
-    results = []
-    for recompute in (False, True):
-        leaves = [t.double().requires_grad_() for t in tensors]
-        y = stl.stl_linear(*leaves, out_features=10, recompute=recompute)
-        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
-        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
-        results.append((*first, *second))
-    for kept, anew in zip(*results, strict=True):
-        torch.testing.assert_close(anew, kept)

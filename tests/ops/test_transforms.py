@@ -3,14 +3,16 @@
 import pytest
 import torch
 import torch._dynamo.testing
+from functorch.compile import make_boxed_func
 from operands import operands
+from torch._dynamo.backends.common import aot_autograd
 from torch.func import grad, jacrev, vmap
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import strassen_tile as stl
 from strassen_tile import cost
-from strassen_tile.ops import library
+from strassen_tile.ops import composed, library
 
 
 def loss(*tensors: torch.Tensor) -> torch.Tensor:
@@ -27,10 +29,25 @@ def test_opcheck(dtype: torch.dtype, per_tile: bool, requires_grad: bool) -> Non
     with torch.no_grad():
         encoded = library.encode(x, o.encoder)
         products = torch.bmm(encoded, o.encoded_weight)
+        y, kept = library.linear_forward(x, o.encoded_weight, encoder, decoder, o.bias, 6)
+    passes = (
+        ()
+        if requires_grad
+        else (  # their gradient is that of `linear`
+            (library.linear_forward, (x, o.encoded_weight, encoder, decoder, None, 6)),
+            (library.linear_backward, (y, x, o.encoded_weight, encoder, decoder, kept, [True] * 5)),
+            (
+                library.linear_backward,
+                (y, x, o.encoded_weight, encoder, decoder, None, [False, False, True, True, False]),
+            ),
+        )
+    )
     for operator, arguments in (
         (library.encode, (x, encoder)),
         (library.decode, (products.requires_grad_(requires_grad), decoder, 2, 5, 6)),
         (library.correlate, (x, encoded.requires_grad_(requires_grad), list(encoder.shape[-2:]), per_tile)),
+        (library.linear, (x, o.encoded_weight, encoder, decoder, o.bias, 6)),
+        *passes,
     ):
         results = opcheck(operator, arguments)
         assert set(results.values()) == {"SUCCESS"}
@@ -123,7 +140,7 @@ def test_export_save_load_run(tmp_path) -> None:
 @pytest.mark.parametrize("shape", ["ragged", "whole", "two leading"])
 @pytest.mark.parametrize("per_tile", [False, True], ids=["per layer", "per tile"])
 def test_flops_are_counted_truly(shape: str, per_tile: bool) -> None:
-    """Forward: encode, products, decode. Backward: as many again for dX and dŴ, and a correlation for E and for D."""
+    """Forward: encode, products, decode. Backward: one encode more, dX and dŴ, a correlation for E and one for D."""
     o = operands(shape, per_tile=per_tile, grad=True)
     lead, n, k = o.x.shape[:-2], *o.x.shape[-2:]
     p, q = o.encoder.shape[-2:]
@@ -135,5 +152,42 @@ def test_flops_are_counted_truly(shape: str, per_tile: bool) -> None:
     with FlopCounterMode(display=False) as backward:
         y.sum().backward()
     coding = one.flops - one.product_flops
-    # encode dY, decode dX, correlate for E and for D: each step as much as its forward counterpart
-    assert backward.get_total_flops() == 2 * one.product_flops + 2 * coding
+    # encode dY, decode dX, correlate for E and for D: each as much as its forward counterpart; and X̂ is made anew
+    again = 2 * r * o.encoder.shape[-2] * o.encoder.shape[-1] * one_encoded(o)
+    assert backward.get_total_flops() == 2 * one.product_flops + 2 * coding + again
+
+
+def one_encoded(o) -> int:
+    """Numbers a channel of X̂."""
+    with torch.no_grad():
+        return library.encode(o.x.reshape(-1, *o.x.shape[-2:]), o.encoder)[0].numel()
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("asked", range(32), ids="{:05b}".format)
+def test_flops_of_a_backward_pass_are_those_of_its_parts(asked: int, keep: bool) -> None:
+    o = operands("ragged")
+    wants = [bool(asked >> i & 1) for i in range(5)]
+    y, kept = library.linear_forward(*o.tensors, o.out_features)
+    arguments = (torch.randn_like(y), *o.tensors[:4], kept if keep else None, wants)
+    with FlopCounterMode(display=False) as whole:
+        library.linear_backward(*arguments)
+    with FlopCounterMode(display=False) as parts:
+        composed.linear_backward(*arguments)
+    assert whole.get_total_flops() == parts.get_total_flops()
+
+
+def test_a_compiled_step_takes_the_fused_passes() -> None:
+    """Traced piece by piece, the backward pass would multiply once more."""
+    torch._dynamo.reset()
+    targets: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: object) -> object:
+        targets.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    o = operands("ragged", grad=True)
+    compiled = torch.compile(loss, backend=aot_autograd(fw_compiler=record, bw_compiler=record), fullgraph=True)
+    compiled(*o.tensors).backward()
+    ours = [target for target in targets if "strassen_tile" in target or "bmm" in target]
+    assert ours == ["strassen_tile.linear_forward.default", "strassen_tile.linear_backward.default"]

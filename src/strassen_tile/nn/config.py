@@ -45,7 +45,7 @@ class STLConfig:
             "auto" is "random" for the random basis and "fit" for the others.
         train_encoder, train_decoder: whether E and D are trained.
         backend: of `stl_linear`.
-        recompute: of `stl_linear`: keep no X̂ and Ŷ for the backward pass, make them anew.
+        recompute: of `stl_linear`: keep no Ŷ for the backward pass, make it anew.
 
     Raises:
         ConfigError: a value outside its choices.

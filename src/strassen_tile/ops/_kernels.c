@@ -147,44 +147,74 @@ INLINE void gather(const job *w, int64_t i, int64_t at, vec *v, const int p, con
     }
 }
 
+INLINE void store_channel(const job *w, int k, int64_t i, int64_t at, vec v) {
+    const int64_t to = k * w->channel + i * w->tiles + at, n = w->tiles - at;
+    if (n >= LANES) store(w->encoded, to, w->type, v);
+    else store_part(w->encoded, to, w->type, v, n);
+}
+
 INLINE void encode_block(const job *w, int64_t i, int64_t at, const int p, const int q) {
     vec v[MAX_PQ];
     gather(w, w->first + i, at, v, p, q);
-    const int64_t n = w->tiles - at;
     const int pq = p * q;
     int k = 0;
-    for (; k + 2 <= w->rank; k += 2) { /* two sums at a time hide the latency of one */
+    for (; k + 4 <= w->rank; k += 4) { /* four sums at a time hide the latency of one */
         const float *e = w->factor + (int64_t)k * pq;
-        vec s0 = e[0] * v[0], s1 = e[pq] * v[0];
-        for (int j = 1; j < pq; j++) { s0 += e[j] * v[j]; s1 += e[pq + j] * v[j]; }
-        const int64_t to = k * w->channel + i * w->tiles + at;
-        if (n >= LANES) { store(w->encoded, to, w->type, s0); store(w->encoded, to + w->channel, w->type, s1); }
-        else { store_part(w->encoded, to, w->type, s0, n); store_part(w->encoded, to + w->channel, w->type, s1, n); }
+        vec s0 = e[0] * v[0], s1 = e[pq] * v[0], s2 = e[2 * pq] * v[0], s3 = e[3 * pq] * v[0];
+        for (int j = 1; j < pq; j++) {
+            const vec x = v[j];
+            s0 += e[j] * x; s1 += e[pq + j] * x; s2 += e[2 * pq + j] * x; s3 += e[3 * pq + j] * x;
+        }
+        store_channel(w, k, i, at, s0);
+        store_channel(w, k + 1, i, at, s1);
+        store_channel(w, k + 2, i, at, s2);
+        store_channel(w, k + 3, i, at, s3);
     }
-    if (k < w->rank) {
+    for (; k < w->rank; k++) {
         const float *e = w->factor + (int64_t)k * pq;
         vec s = e[0] * v[0];
         for (int j = 1; j < pq; j++) s += e[j] * v[j];
-        const int64_t to = k * w->channel + i * w->tiles + at;
-        if (n >= LANES) store(w->encoded, to, w->type, s);
-        else store_part(w->encoded, to, w->type, s, n);
+        store_channel(w, k, i, at, s);
     }
 }
+
+/* Sums that stay in registers are named ones: GCC keeps an array that is indexed in a loop in memory. */
+#define EACH1(F) F(0)
+#define EACH4(F) F(0) F(1) F(2) F(3)
+#define EACH16(F) EACH4(F) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12) F(13) F(14) F(15)
+#define CLEAR(J) vec s##J = {0};
+#define DECODE(J) s##J += d[J] * y;
+#define KEEP(J) v[j + J] = s##J;
+#define CORRELATE(J) s##J += x * v[block][j + J];
+#define ADD(J) *(vec *)(to + (j + J) * LANES) += s##J;
 
 INLINE vec channel_block(const job *w, int k, int64_t i, int64_t at) {
     const int64_t from = k * w->channel + i * w->tiles + at, n = w->tiles - at;
     return n >= LANES ? load(w->encoded, from, w->type) : load_part(w->encoded, from, w->type, n);
 }
 
+INLINE void prefetch(const job *w, int k, int64_t i, int64_t at) {
+    const int64_t from = k * w->channel + i * w->tiles + at;
+    __builtin_prefetch(w->encoded + (w->type == BFLOAT16 ? 2 : 4) * from);
+}
+
 INLINE void decode_block(const job *w, int64_t i, int64_t at, const int p, const int q) {
     vec v[MAX_PQ];
     const int pq = p * q;
-    for (int j = 0; j < pq; j++) v[j] = (vec){0};
-    for (int k = 0; k < w->rank; k++) {
-        const float *d = w->factor + (int64_t)k * pq;
-        const vec y = channel_block(w, k, i, at);
-        for (int j = 0; j < pq; j++) v[j] += d[j] * y;
+    int j = 0;
+#define DECODE_ENTRIES(N)                                                 \
+    for (; j + N <= pq; j += N) {                                         \
+        EACH##N(CLEAR)                                                    \
+        for (int k = 0; k < w->rank; k++) {                               \
+            const float *d = w->factor + (int64_t)k * pq + j;             \
+            const vec y = channel_block(w, k, i, at);                     \
+            EACH##N(DECODE)                                               \
+        }                                                                 \
+        EACH##N(KEEP)                                                     \
     }
+    DECODE_ENTRIES(16)
+    DECODE_ENTRIES(4)
+    DECODE_ENTRIES(1)
     const int64_t row = (w->first + i) % w->tile_rows * p, column = at * q, width = w->columns - column;
     const int64_t start = (w->first + i) / w->tile_rows * w->sample_stride + column;
     for (int a = 0; a < p && row + a < w->rows; a++) {
@@ -207,6 +237,7 @@ INLINE void decode_block(const job *w, int64_t i, int64_t at, const int p, const
 
 /* One tile row at a time, in runs of blocks that stay in the first cache together with nothing else. */
 #define RUN 8
+#define AHEAD 4
 INLINE void correlate_row(const job *w, int64_t i, float *sums, const int p, const int q) {
     vec v[RUN][MAX_PQ];
     const int pq = p * q;
@@ -215,14 +246,22 @@ INLINE void correlate_row(const job *w, int64_t i, float *sums, const int p, con
         for (; blocks < RUN && at + blocks * LANES < w->tiles; blocks++)
             gather(w, w->first + i, at + blocks * LANES, v[blocks], p, q);
         for (int k = 0; k < w->rank; k++) {
-            vec s[MAX_PQ];
-            for (int j = 0; j < pq; j++) s[j] = (vec){0};
-            for (int block = 0; block < blocks; block++) {
-                const vec x = channel_block(w, k, i, at + block * LANES);
-                for (int j = 0; j < pq; j++) s[j] += x * v[block][j];
-            }
             float *to = sums + ((int64_t)k * pq) * LANES;
-            for (int j = 0; j < pq; j++) *(vec *)(to + j * LANES) += s[j];
+            int j = 0;
+            if (k + AHEAD < w->rank) /* a short run of each channel in turn: no prefetcher sees that coming */
+                for (int block = 0; block < blocks; block++) prefetch(w, k + AHEAD, i, at + block * LANES);
+#define CORRELATE_ENTRIES(N)                                              \
+    for (; j + N <= pq; j += N) {                                         \
+        EACH##N(CLEAR)                                                    \
+        for (int block = 0; block < blocks; block++) {                    \
+            const vec x = channel_block(w, k, i, at + block * LANES);     \
+            EACH##N(CORRELATE)                                            \
+        }                                                                 \
+        EACH##N(ADD)                                                      \
+    }
+            CORRELATE_ENTRIES(16)
+            CORRELATE_ENTRIES(4)
+            CORRELATE_ENTRIES(1)
         }
     }
 }

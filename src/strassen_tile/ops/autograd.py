@@ -56,33 +56,6 @@ class Encode(Function):
         return encoded.unflatten(1, (info.batch_size, encoded.shape[1] // info.batch_size)), 1
 
 
-class Multiply(Function):
-    """(a (r, I, J), b (r, J, L)) → a @ b (r, I, L)."""
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
-        return library.multiply(a, b)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, b = ctx.saved_tensors
-        return (
-            multiply(grad, b.mH) if ctx.needs_input_grad[0] else None,
-            multiply(a.mH, grad) if ctx.needs_input_grad[1] else None,
-        )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, a: Tensor, b: Tensor) -> tuple[Tensor, int]:
-        if in_dims[1] is not None:
-            return _map_samples(multiply, info, in_dims, a, b)
-        rows = a.movedim(in_dims[0], 1)
-        return multiply(rows.flatten(1, 2), b).unflatten(1, rows.shape[1:3]), 1
-
-
 class Decode(Function):
     """(encoded (r, B·I, L), decoder (r, p, s) or (L, r, p, s), B, N, M) → (B, N, M)."""
 
@@ -150,11 +123,6 @@ def encode(x: Tensor, encoder: Tensor) -> Tensor:
     return Encode.apply(x, encoder)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """The r products: (r, I, J) @ (r, J, L) → (r, I, L). Differentiable in both."""
-    return Multiply.apply(a, b)  # type: ignore[no-any-return, no-untyped-call]
-
-
 def decode(encoded: Tensor, decoder: Tensor, batch: int, rows: int, columns: int) -> Tensor:
     """Y_IL = Σ_k Ŷ[k, I, L] D_k: encoded (r, B·I, L) → (batch, rows, columns). Differentiable in both tensors."""
     return Decode.apply(encoded, decoder, batch, rows, columns)  # type: ignore[no-any-return, no-untyped-call]
@@ -165,12 +133,12 @@ def correlate(x: Tensor, encoded: Tensor, tile: tuple[int, int], per_column: boo
     return Correlate.apply(x, encoded, tuple(tile), per_column)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def differentiable(function: type[Function], operator: Any) -> Callable[..., Tensor]:
+def differentiable(function: Callable[..., Tensor], operator: Any) -> Callable[..., Tensor]:
     """What `operator` does under the Autograd key: a call through `torch.ops` has gradients too."""
 
     def kernel(*args: Any) -> Tensor:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return function.apply(*args)  # type: ignore[no-any-return]
+            return function(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)  # type: ignore[no-any-return]
 
@@ -178,9 +146,8 @@ def differentiable(function: type[Function], operator: Any) -> Callable[..., Ten
 
 
 for _function, _operator in (
-    (Encode, library.encode),
-    (Multiply, library.multiply),
-    (Decode, library.decode),
-    (Correlate, library.correlate),
+    (encode, library.encode),
+    (decode, library.decode),
+    (correlate, library.correlate),
 ):
     library.register_kernel(_operator, differentiable(_function, _operator), "Autograd")

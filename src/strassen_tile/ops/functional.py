@@ -14,7 +14,7 @@ from torch import Tensor
 
 from strassen_tile.basis import Basis
 from strassen_tile.errors import BackendError, ShapeError, shape_text
-from strassen_tile.ops import cpu as _cpu  # noqa: F401 - registers the CPU's kernels
+from strassen_tile.ops import panels as _panels  # noqa: F401 - registers the CPU's kernels
 from strassen_tile.ops.autograd import encode
 from strassen_tile.ops.fused import linear
 from strassen_tile.tiling import as_samples, tile_count
@@ -50,8 +50,8 @@ def stl_linear(
         bias: (M,) or None.
         out_features: M; by default a whole number of tiles, ⌈M/s⌉·s.
         backend: "auto" chooses; any other runs or raises.
-        recompute: what a training step keeps for its backward pass. By default X̂ and Ŷ (r/pq times x and r/ps times
-            y); if True nothing but the arguments, and the backward pass encodes and multiplies once more.
+        recompute: what a training step keeps for its backward pass beside the arguments. By default Ŷ (r/ps times the
+            size of y) if the decoder learns; if True nothing, and the backward pass multiplies once more.
 
     Returns:
         (…, N, M), contiguous, of the dtype of x (of autocast's where that is on).

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from strassen_tile.tiling import from_tiles, tile_count, to_tiles
@@ -27,11 +26,6 @@ def encode(x: Tensor, encoder: Tensor) -> Tensor:
         return encoded.permute(2, 1, 0).contiguous()
     flat = tiles.permute(3, 4, 0, 1, 2).reshape(p * q, batch * rows * columns)
     return (encoder.reshape(r, p * q) @ flat).view(r, batch * rows, columns)
-
-
-def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """C[k] = A[k] @ B[k], contiguous."""
-    return torch.bmm(a, b)
 
 
 def decode(encoded: Tensor, decoder: Tensor, batch: int, rows: int, columns: int) -> Tensor:
@@ -57,11 +51,3 @@ def correlate(x: Tensor, encoded: Tensor, tile: Sequence[int], per_column: bool)
         return (encoded.permute(2, 0, 1) @ flat).view(columns, r, p, q)
     flat = tiles.permute(3, 4, 0, 1, 2).reshape(p * q, rows * columns)
     return (encoded.reshape(r, rows * columns) @ flat.mT).view(r, p, q)
-
-
-def linear(
-    x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
-) -> Tensor:
-    """decode(encode(x) @ Ŵ) + bias: (B, N, columns)."""
-    y = decode(multiply(encode(x, encoder), encoded_weight), decoder, x.shape[0], x.shape[1], columns)
-    return y if bias is None else y.add_(bias)

@@ -1,9 +1,9 @@
 """The operator's primitives as `torch.library` operators: schemas, shapes for tracing, FLOP formulas.
 
 `encode`, `decode` and `correlate` are linear in each tensor argument and the gradient of each is made of the others
-(`ops/autograd.py`); `multiply` is the r products between them, `torch.bmm` into memory the device has had a word about.
-`linear` is the whole forward pass, for a device that can keep X̂ and Ŷ out of memory. A device brings its own kernels by
-registering them under its dispatch key; `ops/generic.py` serves all others.
+(`ops/autograd.py`); between them `torch.bmm` does the r products. `linear`, `linear_forward` and `linear_backward` are
+whole passes, for a device that can keep X̂ and Ŷ out of memory. A device brings its own kernels by registering them under
+its dispatch key; `ops/generic.py` and `ops/composed.py` serve all others.
 
 The operators are raw `Library` ones: `custom_op` breaks `torch.func.grad`, and `triton_op` needs a driver. Gradients and
 vmap rules sit on top, in autograd functions.
@@ -28,23 +28,27 @@ _library.define("encode(Tensor x, Tensor encoder) -> Tensor", tags=_tags)
 _library.define(
     "decode(Tensor encoded, Tensor decoder, SymInt batch, SymInt rows, SymInt columns) -> Tensor", tags=_tags
 )
-_library.define("multiply(Tensor a, Tensor b) -> Tensor", tags=_tags)
 _library.define("correlate(Tensor x, Tensor encoded, SymInt[] tile, bool per_column) -> Tensor", tags=_tags)
+_arguments = "Tensor x, Tensor encoded_weight, Tensor encoder, Tensor decoder, Tensor? bias, SymInt columns"
+_library.define(f"linear({_arguments}) -> Tensor", tags=_tags)
+_library.define(f"linear_forward({_arguments}) -> (Tensor y, Tensor kept)", tags=_tags)
 _library.define(
-    "linear(Tensor x, Tensor encoded_weight, Tensor encoder, Tensor decoder, Tensor? bias, SymInt columns) -> Tensor",
+    "linear_backward(Tensor grad, Tensor x, Tensor encoded_weight, Tensor encoder, Tensor decoder, Tensor? kept, "
+    "bool[] wants) -> (Tensor x, Tensor encoded_weight, Tensor encoder, Tensor decoder, Tensor bias)",
     tags=_tags,
 )
-for _kernel in (generic.encode, generic.multiply, generic.decode, generic.correlate, generic.linear):
+for _kernel in (generic.encode, generic.decode, generic.correlate):
     _library.impl(_kernel.__name__, _kernel, "CompositeExplicitAutograd")
 
 encode = torch.ops.strassen_tile.encode.default
-multiply = torch.ops.strassen_tile.multiply.default
 decode = torch.ops.strassen_tile.decode.default
 correlate = torch.ops.strassen_tile.correlate.default
 linear = torch.ops.strassen_tile.linear.default
+linear_forward = torch.ops.strassen_tile.linear_forward.default
+linear_backward = torch.ops.strassen_tile.linear_backward.default
 
 
-def register_kernel(operator: Any, kernel: Callable[..., Tensor], dispatch_key: str) -> None:
+def register_kernel(operator: Any, kernel: Callable[..., object], dispatch_key: str) -> None:
     """Make `kernel` what `operator` runs under `dispatch_key`, such as "CPU", "CUDA" or "Autograd"."""
     _library.impl(operator, kernel, dispatch_key)
 
@@ -53,11 +57,6 @@ def register_kernel(operator: Any, kernel: Callable[..., Tensor], dispatch_key: 
 def _encode_shape(x: Tensor, encoder: Tensor) -> Tensor:
     r, p, q = encoder.shape[-3:]
     return x.new_empty(r, x.shape[0] * tile_count(x.shape[1], p), tile_count(x.shape[2], q))
-
-
-@torch.library.register_fake(f"{NAMESPACE}::multiply")  # type: ignore[untyped-decorator]
-def _multiply_shape(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
 
 
 @torch.library.register_fake(f"{NAMESPACE}::decode")  # type: ignore[untyped-decorator]
@@ -76,15 +75,26 @@ def _linear_shape(x: Tensor, w: Tensor, encoder: Tensor, decoder: Tensor, bias: 
     return x.new_empty(x.shape[0], x.shape[1], columns)
 
 
+@torch.library.register_fake(f"{NAMESPACE}::linear_forward")  # type: ignore[untyped-decorator]
+def _forward_shapes(
+    x: Tensor, w: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
+) -> tuple[Tensor, Tensor]:
+    kept = w.shape[0] * x.shape[0] * tile_count(x.shape[1], encoder.shape[-2]) * w.shape[2]
+    return x.new_empty(x.shape[0], x.shape[1], columns), x.new_empty(kept)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::linear_backward")  # type: ignore[untyped-decorator]
+def _backward_shapes(
+    grad: Tensor, x: Tensor, w: Tensor, encoder: Tensor, decoder: Tensor, kept: Tensor | None, wants: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    shapes = (x.shape, w.shape, encoder.shape, decoder.shape, grad.shape[2:])
+    return tuple(x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, wants, strict=True))
+
+
 @register_flop_formula(torch.ops.strassen_tile.encode)  # type: ignore[untyped-decorator, unused-ignore]
 def _encode_flops(x: Sequence[int], encoder: Sequence[int], *_: Any, **__: Any) -> int:
     r, p, q = encoder[-3:]
     return 2 * r * x[0] * tile_count(x[1], p) * p * tile_count(x[2], q) * q
-
-
-@register_flop_formula(torch.ops.strassen_tile.multiply)  # type: ignore[untyped-decorator, unused-ignore]
-def _multiply_flops(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * a[0] * a[1] * a[2] * b[2]
 
 
 @register_flop_formula(torch.ops.strassen_tile.decode)  # type: ignore[untyped-decorator, unused-ignore]
@@ -98,11 +108,40 @@ def _correlate_flops(x: Sequence[int], encoded: Sequence[int], tile: Sequence[in
     return 2 * encoded[0] * encoded[1] * encoded[2] * tile[0] * tile[1]
 
 
-@register_flop_formula(torch.ops.strassen_tile.linear)  # type: ignore[untyped-decorator, unused-ignore]
+@register_flop_formula((torch.ops.strassen_tile.linear, torch.ops.strassen_tile.linear_forward))  # type: ignore[untyped-decorator, unused-ignore]
 def _linear_flops(
     x: Sequence[int], weight: Sequence[int], encoder: Sequence[int], decoder: Sequence[int], *_: Any, **__: Any
 ) -> int:
+    return sum(_pass_flops(x, weight, encoder, decoder))
+
+
+@register_flop_formula(torch.ops.strassen_tile.linear_backward)  # type: ignore[untyped-decorator, unused-ignore]
+def _backward_flops(
+    grad: Sequence[int],
+    x: Sequence[int],
+    weight: Sequence[int],
+    encoder: Sequence[int],
+    decoder: Sequence[int],
+    kept: Sequence[int] | None,
+    wants: Sequence[bool],
+    *_: Any,
+    **__: Any,
+) -> int:
+    encode, products, decode = _pass_flops(x, weight, encoder, decoder)  # their adjoints cost as much
+    wants_x, wants_weight, wants_encoder, wants_decoder, _bias = wants
+    through = wants_x or wants_encoder
+    anew = wants_decoder and kept is None
+    return (
+        encode * (wants_x + wants_encoder + (wants_weight or anew))
+        + products * (through + wants_weight + anew)
+        + decode * ((through or wants_weight) + wants_decoder)
+    )
+
+
+def _pass_flops(
+    x: Sequence[int], weight: Sequence[int], encoder: Sequence[int], decoder: Sequence[int]
+) -> tuple[int, int, int]:
+    """Those of encode, products and decode."""
     r, j, l = weight  # noqa: E741 - the tile index L
     rows = x[0] * tile_count(x[1], encoder[-2])
-    products = _multiply_flops((r, rows, j), (r, j, l))
-    return _encode_flops(x, encoder) + products + _decode_flops((r, rows, l), decoder)
+    return _encode_flops(x, encoder), 2 * r * rows * j * l, _decode_flops((r, rows, l), decoder)
