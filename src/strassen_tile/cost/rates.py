@@ -6,7 +6,8 @@ seconds, kept in the user's cache folder) and interpolated. The prediction is FL
     dense    2NKM / gemm(NKM)                                            + fresh Y
     STL      r products / batched gemm(NKM/pqs) + (X + X̂ + Ŷ) traffic    + fresh Y + calls
 
-A training step is three such passes: each product once forward and twice backward.
+A training step does each product once forward and twice backward, encodes X twice and dY, decodes Y and dX, correlates for
+E and D; fresh are Y, dX, the weight's gradient and, for STL, Ŷ (`ops/panels.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import json
 import math
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,8 +28,10 @@ from strassen_tile.cost.counts import linear
 from strassen_tile.errors import ConfigError
 from strassen_tile.tiling import as_tile
 
-_SIDES = {"gemm": (128, 256, 512, 1024, 2048), "batched": (32, 64, 128, 256, 512)}
+_SIDES = {"gemm": (128, 256, 512, 1024), "batched": (32, 64, 128, 256, 512)}
 _BATCH = 24
+_FRESH_FROM = 32 << 20  # bytes: the most that glibc's allocator keeps
+_FORWARD_CALLS, _STEP_CALLS = 6, 20  # operator calls beside the products: of panels, factors, and Python between them
 
 
 @dataclass(frozen=True)
@@ -60,22 +62,30 @@ class Machine:
         itemsize = torch.empty((), dtype=getattr(torch, self.dtype)).element_size()
         counted = linear(n, k, m, tile, rank or 1, itemsize=itemsize)
         p, q, s = as_tile(tile)
-        passes = 3 if name == "step" else 1
-        fresh = itemsize * n * m / self.fresh
-        dense = passes * (counted.dense_flops / self._rate(self.gemm, (n * k * m) ** (1 / 3)) + self.call) + fresh
-        side = (n * k * m / (p * q * s)) ** (1 / 3)
-        coding = (counted.bytes - itemsize * n * m) / self.copy
-        stl = passes * (counted.product_flops / self._rate(self.batched, side) + coding + 4 * self.call) + fresh
-        if name == "step":  # X̂ and Ŷ are kept, and with the gradients of X and Ŵ written to fresh memory
-            dense += itemsize * (n * k + k * m) / self.fresh
-            encoded = (rank or 1) * (n * k / (p * q) + n * m / (p * s))
-            stl += itemsize * (n * k + (rank or 1) * k * m / (q * s) + 2 * encoded) / self.fresh
-        return dense, stl
+        dense_s = counted.dense_flops / self._rate(self.gemm, (n * k * m) ** (1 / 3)) + self.call
+        products = counted.product_flops / self._rate(self.batched, (n * k * m / (p * q * s)) ** (1 / 3))
+        x, y = itemsize * n * k, itemsize * n * m
+        coding = (counted.flops - counted.product_flops) / self.gemm[-1][1]  # their arithmetic; their traffic follows
+        if name != "step":
+            dense = dense_s + self._made(y)
+            coding += (counted.bytes - y) / self.copy + self._made(y)
+            return dense, products + coding + _FORWARD_CALLS * self.call
+        encoded, products_bytes = ((rank or 1) * size / (p * edge) for size, edge in ((x, q), (y, s)))
+        weight = itemsize * (rank or 1) * k * m / (q * s)
+        # forward: X, X̂ twice, Ŷ read; dD: dY, Ŷ; dŶ: dY, written and read twice; X̂ again; dX̂: written, read twice; dE: X
+        traffic = 3 * x + 7 * encoded + 2 * y + 5 * products_bytes
+        dense = 3 * dense_s + self._made(y, x, itemsize * k * m)
+        coding = 3.5 * coding + traffic / self.copy + self._made(y, x, weight, products_bytes)
+        return dense, 3 * products + coding + _STEP_CALLS * self.call
 
     def speedup(self, n: int, k: int, m: int, tile: int | Sequence[int], rank: int, name: str = "forward") -> float:
         """Predicted dense over STL time."""
         dense, stl = self.linear(n, k, m, tile, rank, name)
         return dense / stl
+
+    def _made(self, *sizes: float) -> float:
+        """Seconds to write results of so many bytes: an allocator keeps small ones for reuse, large ones are fresh."""
+        return sum(size / (self.fresh if size >= _FRESH_FROM else self.copy) for size in sizes)
 
     @staticmethod
     def _rate(table: Sequence[tuple[int, float]], side: float) -> float:
@@ -121,31 +131,44 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
     """Measure the rates now."""
     scale = 1 if device == "cpu" else 4
 
-    def rate(batch: int, side: int) -> float:
+    def product(batch: int, side: int) -> Callable[[], object]:
         a = torch.randn(batch, side, side, device=device).to(dtype)
         b, out = torch.randn_like(a), torch.empty_like(a)
-        run = (lambda: torch.mm(a[0], b[0], out=out[0])) if batch == 1 else (lambda: torch.bmm(a, b, out=out))
-        return 2 * batch * side**3 / _seconds(run, device)
+        return (lambda: torch.mm(a[0], b[0], out=out[0])) if batch == 1 else (lambda: torch.bmm(a, b, out=out))
 
     x = torch.randn((1 << 24) * scale, device=device)  # 64 MiB: beyond what an allocator keeps for reuse
-    y = torch.empty_like(x)
-    copy = 2 * x.numel() * 4 / _seconds(lambda: y.copy_(x), device)
-    fresh = x.numel() * 4 / _seconds(lambda: torch.empty_like(x).fill_(1.0), device)
-    tiny = torch.ones(1, device=device)
+    y, tiny = torch.empty_like(x), torch.ones(1, device=device)
+    tasks: dict[object, Callable[[], object]] = {
+        (table, side * scale): product(1 if table == "gemm" else _BATCH, side * scale)
+        for table, sides in _SIDES.items()
+        for side in sides
+    }
+    tasks["copy"] = lambda: y.copy_(x)
+    tasks["fresh"] = lambda: torch.empty_like(x).fill_(1.0)
+    tasks["call"] = lambda: tiny.add_(1.0)
+    # Others on a shared machine only ever slow it down, for a while: the best of three rounds some time apart.
+    rounds = [{name: _seconds(run, device) for name, run in tasks.items()} for _ in range(3)]
+    best = {name: min(times[name] for times in rounds) for name in tasks}
+    tables = {
+        table: tuple(
+            (side * scale, 2 * batch * (side * scale) ** 3 / best[table, side * scale]) for side in _SIDES[table]
+        )
+        for table, batch in (("gemm", 1), ("batched", _BATCH))
+    }
     return Machine(
         device=device,
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        gemm=tuple((side * scale, rate(1, side * scale)) for side in _SIDES["gemm"]),
-        batched=tuple((side * scale, rate(_BATCH, side * scale)) for side in _SIDES["batched"]),
-        copy=copy,
-        fresh=fresh,
-        call=5 * _seconds(lambda: tiny.add_(1.0), device),
+        gemm=tables["gemm"],
+        batched=tables["batched"],
+        copy=2 * x.numel() * 4 / best["copy"],
+        fresh=x.numel() * 4 / best["fresh"],
+        call=5 * best["call"],
     )
 
 
-def _seconds(run: Callable[[], object], device: str, budget: float = 0.12) -> float:
-    """Median time of `run`, at least three times, for about `budget` seconds."""
+def _seconds(run: Callable[[], object], device: str, budget: float = 0.05) -> float:
+    """Time of `run`: the lower quartile of at least three, for about `budget` seconds."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -159,7 +182,7 @@ def _seconds(run: Callable[[], object], device: str, budget: float = 0.12) -> fl
     end = time.perf_counter() + budget
     while time.perf_counter() < end and len(times) < 1000:
         times.append(once())
-    return statistics.median(times)
+    return sorted(times)[len(times) // 4]
 
 
 def _cache_path(device: str, dtype: torch.dtype) -> Path:
