@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,16 @@ def _integers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"whole numbers joined by commas are wanted; got {text!r}") from error
+
+
+def _object(text: str) -> dict[str, object]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"a JSON object is wanted; got {text!r}: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'a JSON object such as {{"image_size": 224}} is wanted; got {text!r}')
+    return found
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -127,6 +138,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     add = command.add_argument
     add("model", nargs="?", default=None, help="package.module:callable, or the folder of a transformers model")
+    add("--arguments", type=_object, default=None, help="what the callable is called with, as JSON")
     add("--shapes", default=None, help="NxKxM,… instead of a model")
     add("--rows", type=int, default=4096, help="rows each layer is fed, all samples together")
     add("--rank", type=int, default=24, help="of the STL layers")
@@ -142,7 +154,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
     add("--min-speedup", type=float, default=1.05, help="convert from here on")
     add("--refresh", action="store_true", help="measure the machine again")
-    add("--out", type=Path, default=Path("out/plan"), help="folder for rows.json")
+    add("--out", type=Path, default=Path("out/plan"), help="folder for rows.json, report.html and plot.png")
     command.set_defaults(run="run_plan")
 
 

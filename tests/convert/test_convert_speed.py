@@ -15,7 +15,7 @@ ROOM = sys.modules["strassen_tile.convert.swap"]  # the package has a function o
 
 def machine(copy: float) -> cost.Machine:
     flat = ((128, 1e11), (2048, 1e11))
-    return cost.Machine("cpu", "float32", 2, gemm=flat, batched=flat, copy=copy, fresh=1e12, call=0.0)
+    return cost.Machine("cpu", "float32", 2, gemm=flat, batched=flat, coding=1e11, copy=copy, fresh=1e12, call=0.0)
 
 
 def model() -> nn.Module:
@@ -33,10 +33,14 @@ def test_layers_that_would_not_pay_are_left_with_the_prediction(monkeypatch: pyt
         assert "predicted" in conversion.skipped[name] and "below 1.2" in conversion.skipped[name]
 
 
-def test_a_machine_without_memory_limits_converts_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_memory_limits_what_pays_is_a_matter_of_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer's products save the same, but with 16 features on one side, coding costs more than they do."""
     monkeypatch.setattr(ROOM, "machine", lambda device, dtype: machine(copy=1e30))
-    conversion = st.convert(model(), st.STLConfig(rank=24), example_inputs=torch.randn(2, 256, 512), min_speedup=1.2)
-    assert list(conversion.converted) == ["0", "2", "4"]
+    for threshold, names in ((1.2, ["0"]), (0.1, ["0", "2", "4"])):
+        conversion = st.convert(
+            model(), st.STLConfig(rank=24), example_inputs=torch.randn(2, 256, 512), min_speedup=threshold
+        )
+        assert list(conversion.converted) == names
 
 
 def test_rows_must_be_known() -> None:

@@ -9,6 +9,7 @@ from strassen_tile import cost, nn
 from strassen_tile.cli import main
 from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import candidates, planning, speed
+from strassen_tile.report import bench as bench_report
 
 CONTRACT = {
     "device", "dtype", "n", "k", "m", "tile", "rank", "pass", "method", "median_s", "q20_s", "q80_s", "speedup", "limit",
@@ -20,6 +21,7 @@ FLAT = cost.Machine(
     2,
     gemm=((128, 1e11), (2048, 1e11)),
     batched=((32, 1e11), (512, 1e11)),
+    coding=1e11,
     copy=1e30,
     fresh=1e30,
     call=0.0,
@@ -93,8 +95,10 @@ def test_prediction_on_a_machine_of_constant_rate_is_the_flop_count() -> None:
     counted = cost.linear(512, 256, 1024, 4, 24)
     dense, stl = FLAT.linear(512, 256, 1024, 4, 24)
     assert dense == pytest.approx(counted.dense_flops / 1e11)
-    assert stl == pytest.approx(counted.product_flops / 1e11)
-    assert FLAT.linear(512, 256, 1024, 4, 24, "step")[1] == pytest.approx(3 * stl)
+    assert stl == pytest.approx(counted.flops / 1e11)
+    coding = counted.flops - counted.product_flops  # a step encodes and decodes as a forward pass, correlates, and more
+    step = FLAT.linear(512, 256, 1024, 4, 24, "step")
+    assert step == pytest.approx((3 * dense, (3 * counted.product_flops + 3.5 * coding) / 1e11))
 
 
 def test_machine_is_measured_once(monkeypatch) -> None:
@@ -121,7 +125,41 @@ def test_plan_command(tmp_path, capsys) -> None:
     assert main(["plan", "torch.nn:Transformer", "--rows", "256", "--out", str(tmp_path)]) == 0
     records = json.loads((tmp_path / "rows.json").read_text())
     assert {"layer", "shape", "decision", "reason", "predicted_speedup"} <= set(records[0])
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert records[0]["layer"] in (tmp_path / "report.html").read_text()
     assert main(["plan", "--shapes", "1024x1024x1024", "--out", str(tmp_path)]) == 0
     assert main(["plan", "no_such_module:thing", "--out", str(tmp_path)]) == 1
     assert main(["plan", "--out", str(tmp_path)]) == 1
     assert "cannot make a model of" in capsys.readouterr().err
+
+
+def test_plan_for_a_model_with_arguments_and_for_a_folder(tmp_path, capsys) -> None:
+    """A vision transformer by its arguments; a language model's folder by its config alone, weights unread."""
+    arguments = '{"name": "t2t_vit_wide", "image_size": 8, "in_channels": 1}'
+    command = ["plan", "strassen_tile.models:t2t_vit", "--rows", "64", "--out", str(tmp_path / "out")]
+    assert main([*command, "--arguments", arguments]) == 0
+    records = {row["layer"]: row for row in json.loads((tmp_path / "out" / "rows.json").read_text())}
+    assert records["blocks.0.attn.qkv"]["shape"] == "64x768x2304"
+    assert main([*command, "--arguments", '{"name": "t2t_vit_0"}']) == 1
+    assert "no such size" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--arguments", "[1]"])
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=50).save_pretrained(tmp_path / "llama")
+    assert main(["plan", str(tmp_path / "llama"), "--mixing", "none", "--out", str(tmp_path / "out")]) == 0
+    records = {row["layer"]: row for row in json.loads((tmp_path / "out" / "rows.json").read_text())}
+    assert records["layers.0.mlp.up_proj"]["shape"] == "4096x32x64"
+    assert records["layers.0.mlp.up_proj"]["tile"] == "1x4x4"
+    assert main(["plan", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert "cannot make a model" in capsys.readouterr().err
+
+
+def test_decisions_count_the_side_of_one() -> None:
+    rows = [
+        {"predicted_dense_s": 2.0, "predicted_s": 1.0, "speedup": 1.1},
+        {"predicted_dense_s": 2.0, "predicted_s": 1.0, "speedup": 0.9},
+        {"predicted_dense_s": 1.0, "predicted_s": 2.0, "speedup": 0.5},
+        {"predicted_dense_s": None, "predicted_s": None, "speedup": 0.5},
+    ]
+    assert bench_report.decisions(rows) == (2, 3)

@@ -30,6 +30,7 @@ from strassen_tile.tiling import as_tile
 
 _SIDES = {"gemm": (128, 256, 512, 1024), "batched": (32, 64, 128, 256, 512)}
 _BATCH = 24
+_CODING_SIDE = 512
 _FRESH_FROM = 32 << 20  # bytes: the most that glibc's allocator keeps
 _FORWARD_CALLS, _STEP_CALLS = 6, 20  # operator calls beside the products: of panels, factors, and Python between them
 
@@ -41,6 +42,7 @@ class Machine:
     Attributes:
         gemm: (side, FLOP/s) of square products, ascending.
         batched: (side, FLOP/s) of a batch of them, as the r channels are.
+        coding: FLOP/s of encoding and decoding, done in float32 whatever the dtype: that of a float32 product.
         copy: bytes/s read and written over memory in use.
         fresh: bytes/s written to memory just allocated.
         call: seconds an operator call costs before it does anything.
@@ -51,6 +53,7 @@ class Machine:
     threads: int
     gemm: tuple[tuple[int, float], ...]
     batched: tuple[tuple[int, float], ...]
+    coding: float
     copy: float
     fresh: float
     call: float
@@ -65,7 +68,7 @@ class Machine:
         dense_s = counted.dense_flops / self._rate(self.gemm, (n * k * m) ** (1 / 3)) + self.call
         products = counted.product_flops / self._rate(self.batched, (n * k * m / (p * q * s)) ** (1 / 3))
         x, y = itemsize * n * k, itemsize * n * m
-        coding = (counted.flops - counted.product_flops) / self.gemm[-1][1]  # their arithmetic; their traffic follows
+        coding = (counted.flops - counted.product_flops) / self.coding  # their arithmetic; their traffic follows
         if name != "step":
             dense = dense_s + self._made(y)
             coding += (counted.bytes - y) / self.copy + self._made(y)
@@ -143,6 +146,8 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
         for table, sides in _SIDES.items()
         for side in sides
     }
+    a = torch.randn(_CODING_SIDE, _CODING_SIDE, device=device)
+    tasks["coding"] = lambda: torch.mm(a, a)
     tasks["copy"] = lambda: y.copy_(x)
     tasks["fresh"] = lambda: torch.empty_like(x).fill_(1.0)
     tasks["call"] = lambda: tiny.add_(1.0)
@@ -161,6 +166,7 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
         threads=torch.get_num_threads(),
         gemm=tables["gemm"],
         batched=tables["batched"],
+        coding=2 * _CODING_SIDE**3 / best["coding"],
         copy=2 * x.numel() * 4 / best["copy"],
         fresh=x.numel() * 4 / best["fresh"],
         call=5 * best["call"],

@@ -16,9 +16,10 @@ from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import planning, speed, vision
 from strassen_tile.nn import STLConfig
 from strassen_tile.report import bench as bench_report
+from strassen_tile.report import plan as plan_report
 from strassen_tile.report.compare import columns, summarise, table_caption, write_report
 from strassen_tile.report.rows import Row, environment, write_rows
-from strassen_tile.report.table import Column, field, ratio, rich_table, seconds
+from strassen_tile.report.table import ratio, rich_table, seconds
 
 # A comparison's recipe where the command does not say: (model, epochs, batch size, augment) by data. Three epochs of
 # 60 000 images are too few to overfit, and augmentation only slows them.
@@ -118,7 +119,11 @@ def run_bench(options: argparse.Namespace) -> int:
     console.print(rich_table(title, bench_report.columns(), rows))
     notes = []
     if (missed := bench_report.prediction_error(rows)) is not None:
-        notes.append(f"Median absolute error of the predicted times: {missed:.0%}.")
+        alike, of = bench_report.decisions(rows)
+        notes.append(
+            f"Median absolute error of the predicted times: {missed:.0%}. Whether STL pays was predicted as measured in "
+            f"{alike} of {of} cases."
+        )
         console.print(notes[0])
     page = bench_report.write_report(options.out, rows, title, notes)
     console.print(f"{page}\n{options.out / 'plot.png'}\n{options.out / 'rows.json'}")
@@ -137,24 +142,19 @@ def run_plan(options: argparse.Namespace) -> int:
         shapes = speed.shapes_of(options.shapes)
         rows = planning.plan_shapes(shapes, config, here, min_speedup=options.min_speedup, name=options.passes)
     else:
-        model = planning.load_model(options.model)
+        model = planning.load_model(options.model, options.arguments)
         rows = planning.plan(
             model, config, here, rows=options.rows, min_speedup=options.min_speedup, name=options.passes
         )
     where = environment()
     rows = [{**row, **where} for row in rows]
-    columns_ = (
-        Column("Layer", "layer", "left"), Column("N×K×M", "shape", "left"), Column("Decision", "decision", "left"),
-        Column("Predicted", field("predicted_speedup", ratio)), Column("Reason", "reason", "left"),
-    )  # fmt: skip
-    console.print(rich_table(f"Rank {options.rank} on {here.device}, {here.dtype}", columns_, rows))
-    total = [sum(float(str(row[key])) for row in rows) for key in ("predicted_dense_s", "predicted_s")]
-    kept = sum(float(str(row["predicted_s" if row["decision"] == "convert" else "predicted_dense_s"])) for row in rows)
-    console.print(
-        f"Linear layers together: dense {seconds(total[0])}, as planned {seconds(kept)} ({total[0] / kept:.2f}×)."
-    )
-    write_rows(options.out / "rows.json", rows)
-    console.print(options.out / "rows.json")
+    title = f"Rank {options.rank} on {here.device}, {here.dtype}, {options.passes}"
+    console.print(rich_table(title, plan_report.columns(), rows))
+    dense, planned = plan_report.totals(rows)
+    note = f"Linear layers together: dense {seconds(dense)}, as planned {seconds(planned)} ({ratio(dense / planned)})."
+    console.print(note)
+    page = plan_report.write_report(options.out, rows, f"Which layers would pay: {title}", [note])
+    console.print(f"{page}\n{options.out / 'plot.png'}\n{options.out / 'rows.json'}")
     return 0
 
 

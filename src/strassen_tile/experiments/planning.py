@@ -14,13 +14,13 @@ from torch import nn
 from strassen_tile.convert.observe import observe
 from strassen_tile.convert.select import candidates, reasons
 from strassen_tile.cost import Machine
-from strassen_tile.errors import ConfigError
+from strassen_tile.errors import ConfigError, STLError
 from strassen_tile.nn import STLConfig
 from strassen_tile.report.rows import Row
 
 
-def load_model(text: str) -> nn.Module:
-    """`package.module:callable` called without arguments, or the folder of a transformers model.
+def load_model(text: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
+    """`package.module:callable` called with `arguments`, or the folder of a transformers model.
 
     Only the shapes of its layers matter, so a folder's weights are not read.
 
@@ -30,16 +30,19 @@ def load_model(text: str) -> nn.Module:
     if Path(text).is_dir():
         from transformers import AutoConfig, AutoModel
 
-        with torch.device("meta"):
-            model: Any = AutoModel.from_config(AutoConfig.from_pretrained(text))
+        try:
+            with torch.device("meta"):
+                model: Any = AutoModel.from_config(AutoConfig.from_pretrained(text))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot make a model of the folder {text!r}: {error}") from error
     else:
         module, _, name = text.partition(":")
         try:
             model = importlib.import_module(module)
             for part in filter(None, name.split(".")):
                 model = getattr(model, part)
-            model = model() if not isinstance(model, nn.Module) and callable(model) else model
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            model = model(**arguments or {}) if not isinstance(model, nn.Module) and callable(model) else model
+        except (ImportError, AttributeError, TypeError, ValueError, STLError) as error:
             raise ConfigError(
                 f"cannot make a model of {text!r}: {error}. It is package.module:callable, or a folder"
             ) from error

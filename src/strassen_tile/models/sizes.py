@@ -1,7 +1,8 @@
 """The sizes of T2T-ViT: one frozen dataclass, a table of named sizes, and the splits for small images.
 
-Source: Yuan et al., "Tokens-to-Token ViT", 2021 (arXiv 2101.11986), table 1. `t2t_vit_mini`,
-`t2t_vit_micro` and `t2t_vit_nano` are not published: the same modules for images of 8 to 32 pixels.
+Source: Yuan et al., "Tokens-to-Token ViT", 2021 (arXiv 2101.11986), table 1. `t2t_vit_mini`, `t2t_vit_micro`,
+`t2t_vit_nano` and `t2t_vit_wide` are not published: the same modules for images of 8 to 32 pixels; `t2t_vit_wide` has
+ViT-B's width and two blocks, for questions of speed.
 
 Size of one image at 224×224, 1000 classes, beside the published figures (the authors' README). Parameters: all of
 them, the fixed position table and random features included. MACs: every matrix product, those inside attention and the
@@ -196,8 +197,9 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     "t2t_vit_mini": _size(256, 4, 4, 3.0, pool="mean"),
     "t2t_vit_micro": _size(128, 4, 4, 2.0, pool="mean"),
     "t2t_vit_nano": _size(256, 2, 4, 3.0, pool="mean"),
+    "t2t_vit_wide": _size(768, 2, 12, 4.0, pool="mean"),
 }
-SMALL_IMAGE_SIZES = ("t2t_vit_mini", "t2t_vit_micro", "t2t_vit_nano")
+SMALL_IMAGE_SIZES = ("t2t_vit_mini", "t2t_vit_micro", "t2t_vit_nano", "t2t_vit_wide")
 
 
 def named_config(name: str, *, image_size: int, **options: Any) -> T2TConfig:

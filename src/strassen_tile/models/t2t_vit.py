@@ -96,7 +96,7 @@ def t2t_vit(
     Args:
         name: "t2t_vit_7", "_10", "_12", "_14", "_19", "_24": published, with performer token modules;
             "t2t_vit_t_14", "_t_19", "_t_24": published, with transformer token modules;
-            "t2t_vit_mini", "t2t_vit_micro": for images of 8 to 32 pixels, with soft splits chosen from `image_size`
+            "t2t_vit_mini", "_micro", "_nano", "_wide": for images of 8 to 32 pixels, with soft splits chosen from `image_size`
             (a 4×4 grid of tokens for 8 to 16 pixels, 7×7 for 28, 8×8 for 32) and the mean over tokens in place of the
             class token, so that the token count stays a multiple of 4 where the grid allows it.
         num_classes: logits.

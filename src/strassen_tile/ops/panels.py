@@ -8,7 +8,7 @@ on it. So matrices are read and written once, and what lies between is a panel's
     forward    X panel → X̂ → Ŷ → Y panel
     backward   dY panel → dŶ → dX̂ → dX panel;  dŴ += X̂ᵀ dŶ;  dE += ⟨X, dX̂⟩;  dD += ⟨dY, Ŷ⟩
 
-Memory beside arguments and results: one workspace a thread, 60 MiB at most (128 MiB once it has trained), and from the
+Memory beside arguments and results: one workspace a thread, 64 MiB at most (128 MiB once it has trained), and from the
 forward to the backward pass Ŷ where the decoder learns.
 """
 
@@ -27,7 +27,7 @@ from strassen_tile.ops.cpu import as_factor, empty_sums, huge_pages, rows_dense,
 from strassen_tile.tiling import tile_count
 
 # Of a panel's X̂ and Ŷ. In training each panel also adds to all of dŴ, so that fewer, larger ones pay.
-INFERENCE_BYTES = 60 << 20
+INFERENCE_BYTES = 64 << 20
 TRAINING_BYTES = 128 << 20
 _held = threading.local()
 

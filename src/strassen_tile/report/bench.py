@@ -49,6 +49,17 @@ def prediction_error(rows: Iterable[Mapping[str, Value]]) -> float | None:
     return sorted(errors)[len(errors) // 2] if errors else None
 
 
+def decisions(rows: Iterable[Mapping[str, Value]]) -> tuple[int, int]:
+    """In how many rows the prediction is on the side of 1× that was measured, and of how many."""
+    pairs = [
+        (dense > stl, speedup > 1)
+        for row in rows
+        if (dense := number(row, "predicted_dense_s")) and (stl := number(row, "predicted_s"))
+        if (speedup := number(row, "speedup"))
+    ]
+    return sum(guess == truth for guess, truth in pairs), len(pairs)
+
+
 def figure(rows: Sequence[Mapping[str, Value]]) -> Figure:
     """Speed-up over dense against (NKM)^⅓: a panel for each dtype and pass, a line and a limit for each method and rank."""
     with report_extra():

@@ -1,0 +1,72 @@
+"""The report of `strassen-tile plan`: a table of layers, and each one's predicted speed-up as a bar."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from strassen_tile.report.page import Section, figure_svg, html_table, write_page
+from strassen_tile.report.rows import Value, environment_of, write_bytes, write_rows
+from strassen_tile.report.table import Column, field, number, ratio, report_extra
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLOURS = {"convert": "#0072B2", "leave": "#b0b7bf"}
+_SHOWN = 60  # bars; a model's layers repeat
+
+
+def columns() -> tuple[Column, ...]:
+    """Of the table."""
+    return (
+        Column("Layer", "layer", "left"),
+        Column("N×K×M", "shape", "left"),
+        Column("Decision", "decision", "left"),
+        Column("Predicted", field("predicted_speedup", ratio)),
+        Column("Reason", "reason", "left"),
+    )
+
+
+def totals(rows: Sequence[Mapping[str, Value]]) -> tuple[float, float]:
+    """Predicted seconds of all layers: dense, and with those converted that the plan converts."""
+    dense = sum(number(row, "predicted_dense_s") or 0.0 for row in rows)
+    keys = ("predicted_s" if row["decision"] == "convert" else "predicted_dense_s" for row in rows)
+    return dense, sum(number(row, key) or 0.0 for row, key in zip(rows, keys, strict=True))
+
+
+def figure(rows: Sequence[Mapping[str, Value]]) -> Figure:
+    """Predicted speed-up of each layer; grey where it is left as it is."""
+    with report_extra():
+        from matplotlib.figure import Figure
+    shown = rows[:_SHOWN]
+    made = Figure(figsize=(7, 1.2 + 0.26 * len(shown)), layout="constrained")
+    axes = made.subplots()
+    places = range(len(shown))
+    axes.barh(
+        list(places),
+        [number(row, "predicted_speedup") or 0.0 for row in shown],
+        color=[_COLOURS[str(row["decision"])] for row in shown],
+    )
+    axes.set_yticks(list(places), [str(row["layer"]) for row in shown], fontsize="small")
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="0.3", linewidth=1)
+    left_out = f" (first {_SHOWN} of {len(rows)} layers)" if len(rows) > _SHOWN else ""
+    axes.set_xlabel(f"predicted times faster than dense{left_out}")
+    axes.grid(alpha=0.25, axis="x")
+    return made
+
+
+def write_report(folder: Path, rows: Sequence[Mapping[str, Value]], title: str, notes: Sequence[str]) -> Path:
+    """Write rows.json, plot.png and report.html; returns the page's path."""
+    write_rows(folder / "rows.json", rows)
+    drawn = figure(rows)
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, format="png", dpi=150)
+    write_bytes(folder / "plot.png", buffer.getvalue())
+    page = folder / "report.html"
+    caption = "Blue: worth converting. Grey: left as it is, for the reason given."
+    sections = [Section("Layers", tuple(notes), html_table(columns(), rows), figure_svg(drawn), caption)]
+    write_page(page, title, sections, environment_of(rows))
+    return page
