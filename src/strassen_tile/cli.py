@@ -118,7 +118,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add = command.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
     add("--dtype", type=_names, default=("float32",), help="of float32, bfloat16, float16")
-    add("--shapes", default="squares", help="NxKxM,… or squares, vit-b, llama-7b, mlp")
+    add("--shapes", default="squares", help="NxKxM,… or squares, small, vit-b, llama-7b, mlp")
     add("--ranks", type=_integers, default=(16, 24, 32), help="of the STL runs")
     add("--pass", dest="passes", type=_names, default=("forward", "step"), help="forward, step (forward and backward)")
     add("--methods", type=_names, default=("stl", "low-rank"), help="of stl, low-rank, 2:4 (GPU)")
