@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from strassen_tile.report import bench
-from strassen_tile.report.rows import read_rows, write_bytes, write_rows
+from strassen_tile.report.rows import read_rows, write_rows
 
 ROOT = Path(__file__).parent
 
