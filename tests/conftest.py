@@ -1,5 +1,10 @@
 """Shared by all tests: a fixed seed each, and one profile for hypothesis."""
 
+import os
+
+# Read by triton when its kernels are imported: without a GPU they are run by its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

@@ -165,7 +165,7 @@ def test_checker_lets_through_what_is_allowed() -> None:
 
 
 PROBE = """
-import json, sys, torch
+import json, sys, torch, torch.utils.flop_counter  # torch's own, but it imports triton where that is installed
 def wake(): cuda.append("initialised"); raise RuntimeError("CUDA is not to be woken")
 torch.cuda._lazy_init = wake
 report = []

@@ -1,7 +1,8 @@
 """`stl_linear` and `stl_matmul`: validate, dispatch.
 
 Requires: all tensors on one device and of one dtype (under autocast, floating-point ones are cast as for `F.linear`).
-Backends: "cpu" (CPU tensors), "reference" (any device; the einsum definition, slow), "auto" (the fastest that can).
+Backends: "cpu" (CPU tensors), "triton" (CUDA tensors, a tile and dtype its kernels take), "reference" (any device; the
+einsum definition, slow), "auto" (the fastest that can).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from strassen_tile.basis import Basis
 from strassen_tile.errors import BackendError, ShapeError, shape_text
+from strassen_tile.ops import cuda
 from strassen_tile.ops import panels as _panels  # noqa: F401 - registers the CPU's kernels
 from strassen_tile.ops.autograd import encode
 from strassen_tile.ops.fused import linear
@@ -65,7 +67,7 @@ def stl_linear(
         x, encoded_weight, encoder, decoder = (a.to(dtype) for a in (x, encoded_weight, encoder, decoder))
         bias = None if bias is None else bias.to(dtype)
     columns = _check(x, encoded_weight, encoder, decoder, bias, out_features)
-    chosen = _choose(backend, x)
+    chosen = _choose(backend, x, encoder, decoder)
     if chosen is not None:
         return chosen(x, encoded_weight, encoder, decoder, bias, columns)
     y = linear(as_samples(x), encoded_weight, encoder, decoder, bias, columns, recompute=recompute)
@@ -107,7 +109,7 @@ def _autocasts(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" has no autocast
 
 
-def _choose(backend: str, x: Tensor) -> Linear | None:
+def _choose(backend: str, x: Tensor, encoder: Tensor, decoder: Tensor) -> Linear | None:
     """The registered backend of that name; None for the operators of this room."""
     if backend == "auto":
         return None
@@ -115,9 +117,13 @@ def _choose(backend: str, x: Tensor) -> Linear | None:
         if x.device.type != "cpu":
             raise BackendError(f"backend 'cpu' was asked for, but x is on {x.device}; move it or use backend='auto'")
         return None
+    if backend == "triton":
+        if (reason := cuda.refusal(x, encoder, decoder)) is not None:
+            raise BackendError(f"backend 'triton' was asked for, but {reason}; or use backend='auto'")
+        return None
     if backend in _backends:
         return _backends[backend]
-    known = ", ".join(sorted({"auto", "cpu", *_backends}))
+    known = ", ".join(sorted({"auto", "cpu", "triton", *_backends}))
     raise BackendError(f"backend {backend!r} is not available; available here: {known}")
 
 

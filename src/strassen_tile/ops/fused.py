@@ -72,4 +72,25 @@ def linear(
     return Linear.apply(x, encoded_weight, encoder, decoder, bias, columns, keep)[0]  # type: ignore[no-any-return, no-untyped-call]
 
 
+def recode(
+    encoded: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None,
+    encoder: Tensor,
+    batch: int,
+    rows: int,
+    columns: int,
+    *,
+    activation: str,
+    gated: bool = False,
+) -> Tensor:
+    """encode(activation(decode(Ŷ) + bias)), see `composed.recode`. Differentiable in all tensors, then composed."""
+    tensors = (encoded, decoder, bias, encoder)
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if learns or torch._C._are_functorch_transforms_active():
+        return composed.recode(*tensors, batch, rows, columns, activation, gated)
+    return library.recode(*tensors, batch, rows, columns, activation, gated)  # type: ignore[no-any-return]
+
+
+library.register_kernel(library.recode, differentiable(composed.recode, library.recode), "Autograd")
 library.register_kernel(library.linear, differentiable(linear, library.linear), "Autograd")

@@ -2,7 +2,8 @@
 
 `encode`, `decode` and `correlate` are linear in each tensor argument and the gradient of each is made of the others
 (`ops/autograd.py`); between them `torch.bmm` does the r products. `linear`, `linear_forward` and `linear_backward` are
-whole passes, for a device that can keep X̂ and Ŷ out of memory. A device brings its own kernels by registering them under
+whole passes, for a device that can keep X̂ and Ŷ out of memory; `recode` is decode, activate and encode again, for one
+that can keep the activations of an MLP out of memory. A device brings its own kernels by registering them under
 its dispatch key; `ops/generic.py` and `ops/composed.py` serve all others.
 
 The operators are raw `Library` ones: `custom_op` breaks `torch.func.grad`, and `triton_op` needs a driver. Gradients and
@@ -37,6 +38,11 @@ _library.define(
     "bool[] wants) -> (Tensor x, Tensor encoded_weight, Tensor encoder, Tensor decoder, Tensor bias)",
     tags=_tags,
 )
+_library.define(
+    "recode(Tensor encoded, Tensor decoder, Tensor? bias, Tensor encoder, SymInt batch, SymInt rows, SymInt columns, "
+    "str activation, bool gated) -> Tensor",
+    tags=_tags,
+)
 for _kernel in (generic.encode, generic.decode, generic.correlate):
     _library.impl(_kernel.__name__, _kernel, "CompositeExplicitAutograd")
 
@@ -46,6 +52,7 @@ correlate = torch.ops.strassen_tile.correlate.default
 linear = torch.ops.strassen_tile.linear.default
 linear_forward = torch.ops.strassen_tile.linear_forward.default
 linear_backward = torch.ops.strassen_tile.linear_backward.default
+recode = torch.ops.strassen_tile.recode.default
 
 
 def register_kernel(operator: Any, kernel: Callable[..., object], dispatch_key: str) -> None:
@@ -89,6 +96,21 @@ def _backward_shapes(
 ) -> tuple[Tensor, ...]:
     shapes = (x.shape, w.shape, encoder.shape, decoder.shape, grad.shape[2:])
     return tuple(x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, wants, strict=True))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::recode")  # type: ignore[untyped-decorator]
+def _recode_shape(
+    encoded: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None,
+    encoder: Tensor,
+    batch: int,
+    rows: int,
+    columns: int,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    return encoded.new_empty(encoder.shape[-3], encoded.shape[1], tile_count(columns, encoder.shape[-1]))
 
 
 @register_flop_formula(torch.ops.strassen_tile.encode)  # type: ignore[untyped-decorator, unused-ignore]
@@ -136,6 +158,21 @@ def _backward_flops(
         + products * (through + wants_weight + anew)
         + decode * ((through or wants_weight) + wants_decoder)
     )
+
+
+@register_flop_formula(torch.ops.strassen_tile.recode)  # type: ignore[untyped-decorator, unused-ignore]
+def _recode_flops(
+    encoded: Sequence[int],
+    decoder: Sequence[int],
+    bias: Sequence[int] | None,
+    encoder: Sequence[int],
+    batch: int,
+    rows: int,
+    columns: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return _decode_flops(encoded, decoder) + _encode_flops((batch, rows, columns), encoder)
 
 
 def _pass_flops(

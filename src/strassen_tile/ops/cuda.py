@@ -1,0 +1,113 @@
+"""What runs on a CUDA device: Triton's kernels where triton is there and takes the tile, plain PyTorch otherwise.
+
+Requires: tensors on one CUDA device. triton is imported when the first of them comes. Not yet measured on a GPU.
+
+    linear    encode → cuBLAS batched product → decode with the bias
+    recode    decode → activation → encode for the next layer, one kernel
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from strassen_tile.ops import composed, generic, library
+
+
+@lru_cache(maxsize=1)
+def launcher() -> ModuleType | None:
+    """The module of kernels; None without triton."""
+    try:
+        from strassen_tile.ops.triton import launch
+    except ImportError:
+        return None
+    return launch
+
+
+def encode(x: Tensor, encoder: Tensor) -> Tensor:
+    """As `generic.encode`."""
+    launch = launcher()
+    if launch is None or not launch.supports(x, encoder.shape):
+        return generic.encode(x, encoder)
+    return launch.encode(x, encoder)  # type: ignore[no-any-return]
+
+
+def decode(encoded: Tensor, decoder: Tensor, batch: int, rows: int, columns: int) -> Tensor:
+    """As `generic.decode`."""
+    launch = launcher()
+    if launch is None or not launch.supports(encoded, decoder.shape):
+        return generic.decode(encoded, decoder, batch, rows, columns)
+    return launch.decode(encoded, decoder, batch, rows, columns)  # type: ignore[no-any-return]
+
+
+def correlate(x: Tensor, encoded: Tensor, tile: Sequence[int], per_column: bool) -> Tensor:
+    """As `generic.correlate`; sums in float32."""
+    launch = launcher()
+    if launch is None or per_column or not launch.supports(x, (encoded.shape[0], *tile)):
+        return generic.correlate(x, encoded, tile, per_column)
+    return launch.correlate(x, encoded, tile)  # type: ignore[no-any-return]
+
+
+def linear(
+    x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
+) -> Tensor:
+    """As `composed.linear`, the bias added while decoding."""
+    return linear_forward(x, encoded_weight, encoder, decoder, bias, columns)[0]
+
+
+def linear_forward(
+    x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
+) -> tuple[Tensor, Tensor]:
+    """As `composed.linear_forward`."""
+    launch = launcher()
+    if launch is None or not (launch.supports(x, encoder.shape) and launch.supports(x, decoder.shape)):
+        return composed.linear_forward(x, encoded_weight, encoder, decoder, bias, columns)
+    products = torch.bmm(launch.encode(x, encoder, aligned=True), encoded_weight)
+    return launch.decode(products, decoder, x.shape[0], x.shape[1], columns, bias), products.view(-1)
+
+
+def recode(
+    encoded: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None,
+    encoder: Tensor,
+    batch: int,
+    rows: int,
+    columns: int,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """As `composed.recode`, in one kernel where the next layer's tiles are this one's."""
+    launch = launcher()
+    fits = launch is not None and launch.supports(encoded, decoder.shape) and launch.supports(encoded, encoder.shape)
+    if not fits or encoder.shape[1:] != decoder.shape[1:] or (gated and columns % decoder.shape[2]):
+        return composed.recode(encoded, decoder, bias, encoder, batch, rows, columns, activation, gated)
+    return launch.recode(encoded, decoder, encoder, batch, rows, columns, bias, activation, gated=gated)  # type: ignore[union-attr, no-any-return]
+
+
+def refusal(x: Tensor, encoder: Tensor, decoder: Tensor) -> str | None:
+    """Why Triton's kernels cannot run these arguments; None if they can."""
+    if x.device.type != "cuda":
+        return f"x is on {x.device}; move it to a CUDA device"
+    launch = launcher()
+    if launch is None:
+        return "triton is not installed: pip install triton"
+    for name, factor in (("encoder", encoder), ("decoder", decoder)):
+        if not launch.supports(x, factor.shape):
+            return f"its kernels do not take {x.dtype} with an {name} of shape {tuple(factor.shape)}"
+    return None
+
+
+for _operator, _kernel in (
+    (library.recode, recode),
+    (library.encode, encode),
+    (library.decode, decode),
+    (library.correlate, correlate),
+    (library.linear, linear),
+    (library.linear_forward, linear_forward),
+):
+    library.register_kernel(_operator, _kernel, "CUDA")

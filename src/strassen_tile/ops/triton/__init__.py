@@ -1,0 +1,1 @@
+"""Triton kernels for NVIDIA GPUs, imported when a CUDA tensor first needs them."""

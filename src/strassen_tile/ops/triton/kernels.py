@@ -1,0 +1,171 @@
+"""Encode, decode, decode-activate-encode, norm-encode, correlate: one program a block of tiles.
+
+Arguments: matrices with their strides, encoded tensors (r, total, tiles) with strides of channel and tile row, factors
+dense. `total` counts the tile rows of all samples, `tile_rows` those of one.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from strassen_tile.ops.triton.tiles import (
+    channel_positions,
+    entry_positions,
+    load_factor,
+    load_rows,
+    load_tiles,
+    product,
+    row_positions,
+    split_program,
+    store_tiles,
+    to_columns,
+)
+
+
+@triton.jit
+def activate(v, ACTIVATION: tl.constexpr):
+    """Elementwise: "none", "relu", "gelu", "gelu_tanh" or "silu"."""
+    if ACTIVATION == "relu":
+        v = tl.maximum(v, 0.0)
+    elif ACTIVATION == "gelu":
+        v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # tanh(u) = 2 sigmoid(2u) - 1
+        v = v * tl.sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v))
+    elif ACTIVATION == "silu":
+        v = v * tl.sigmoid(v)
+    return v
+
+
+@triton.jit
+def encode_kernel(x, factor, encoded, total, tile_rows, rows, columns, tiles, rank,
+                  stride_b, stride_n, stride_k, stride_r, stride_i,
+                  P: tl.constexpr, Q: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
+                  BI: tl.constexpr, BJ: tl.constexpr, FAST: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """X̂[k, I, J] = ⟨E_k, X_IJ⟩."""
+    block_i, block_j = split_program(tiles, BJ)
+    v = load_tiles(x, block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n, stride_k,
+                   P, Q, ENTRIES, BI, BJ, FAST)  # fmt: skip
+    e = load_factor(factor, rank, RANKS, P * Q, ENTRIES)
+    z = product(e, v, UPCAST)
+    where, there = channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i, RANKS, BI, BJ)
+    tl.store(encoded + where, z.to(encoded.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def norm_encode_kernel(x, scale, shift, factor, encoded, total, tile_rows, rows, columns, tiles, rank, eps,
+                       stride_b, stride_n, stride_k, stride_r, stride_i,
+                       P: tl.constexpr, Q: tl.constexpr, RANKS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
+                       CENTRE: tl.constexpr, SHIFT: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """Encode of LayerNorm(x) (CENTRE) or RMSNorm(x): a program has whole rows, reads them twice, the second time from L2."""
+    block_i = tl.program_id(0)
+    mean = tl.zeros((BI * P,), tl.float32)
+    square = tl.zeros((BI * P,), tl.float32)
+    if CENTRE:
+        for block_j in range(tl.cdiv(tiles, BJ)):
+            block = load_rows(x, block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n, stride_k,
+                              P, Q, BI, BJ).to(tl.float32)  # fmt: skip
+            mean += tl.sum(block, axis=1)
+        mean /= columns
+    for block_j in range(tl.cdiv(tiles, BJ)):
+        block = load_rows(x, block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n, stride_k,
+                          P, Q, BI, BJ).to(tl.float32)  # fmt: skip
+        column = block_j * BJ * Q + tl.arange(0, BJ * Q)
+        block = tl.where((column < columns)[None, :], block - mean[:, None], 0.0)
+        square += tl.sum(block * block, axis=1)
+    inverse = tl.rsqrt(square / columns + eps)
+    _sample, _row, row_there = row_positions(block_i, total, tile_rows, rows, P, BI)
+    e = load_factor(factor, rank, RANKS, P * Q, P * Q)
+    for block_j in range(tl.cdiv(tiles, BJ)):
+        block = load_rows(x, block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n, stride_k,
+                          P, Q, BI, BJ).to(tl.float32)  # fmt: skip
+        column = block_j * BJ * Q + tl.arange(0, BJ * Q)
+        inside = column < columns
+        block = (block - mean[:, None]) * inverse[:, None]
+        block *= tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if SHIFT:
+            block += tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        # Rows and columns over the edge are no longer zero, but must be.
+        block = tl.where(row_there[:, None] & inside[None, :], block, 0.0).to(x.dtype.element_ty)
+        z = product(e, to_columns(block, P, Q, BI, BJ), UPCAST)
+        where, there = channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i, RANKS, BI, BJ)
+        tl.store(encoded + where, z.to(encoded.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def decoded_block(encoded, d, bias, block_i, block_j, total, tile_rows, rows, columns, tiles, rank, stride_r, stride_i, offset,
+                  P: tl.constexpr, Q: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
+                  BI: tl.constexpr, BJ: tl.constexpr, BIAS: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """(ENTRIES, BI·BJ) of Y + bias in float32; `offset` tiles to the right, for the second of two outputs side by side."""
+    where, there = channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i, RANKS, BI, BJ)
+    y = product(tl.trans(d), tl.load(encoded + where + offset, mask=there, other=0.0), UPCAST)
+    if BIAS:
+        _sample, _row, column, inside = entry_positions(
+            block_i, block_j, total, tile_rows, rows, columns, P, Q, ENTRIES, BI, BJ
+        )
+        y += tl.load(bias + column + offset * Q, mask=inside, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
+def decode_kernel(encoded, factor, bias, y, total, tile_rows, rows, columns, tiles, rank,
+                  stride_r, stride_i, stride_b, stride_n,
+                  P: tl.constexpr, Q: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
+                  BI: tl.constexpr, BJ: tl.constexpr, FAST: tl.constexpr, BIAS: tl.constexpr,
+                  ACTIVATION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """Y_IL = activation(Σ_k Ŷ[k, I, L] D_k + bias)."""
+    block_i, block_j = split_program(tiles, BJ)
+    d = load_factor(factor, rank, RANKS, P * Q, ENTRIES)
+    v = decoded_block(encoded, d, bias, block_i, block_j, total, tile_rows, rows, columns, tiles, rank, stride_r, stride_i, 0,
+                      P, Q, ENTRIES, RANKS, BI, BJ, BIAS, UPCAST)  # fmt: skip
+    store_tiles(y, activate(v, ACTIVATION), block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n,
+                P, Q, ENTRIES, BI, BJ, FAST)  # fmt: skip
+
+
+@triton.jit
+def recode_kernel(encoded, decoder, bias, encoder, out, total, tile_rows, rows, columns, tiles, rank, next_rank,
+                  stride_r, stride_i, out_stride_r, out_stride_i,
+                  P: tl.constexpr, Q: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
+                  NEXT_RANKS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BIAS: tl.constexpr,
+                  GATED: tl.constexpr, ACTIVATION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """Decode, activate, encode for the next layer: its tile grid is this one's output grid, so no tile leaves registers.
+
+    GATED: Ŷ holds gate and up side by side, `tiles` each, and the activation is act(gate)·up.
+    """
+    block_i, block_j = split_program(tiles, BJ)
+    d = load_factor(decoder, rank, RANKS, P * Q, ENTRIES)
+    v = decoded_block(encoded, d, bias, block_i, block_j, total, tile_rows, rows, columns, tiles, rank, stride_r, stride_i, 0,
+                      P, Q, ENTRIES, RANKS, BI, BJ, BIAS, UPCAST)  # fmt: skip
+    v = activate(v, ACTIVATION)
+    if GATED:
+        v *= decoded_block(encoded, d, bias, block_i, block_j, total, tile_rows, rows, columns, tiles, rank,
+                           stride_r, stride_i, tiles,
+                           P, Q, ENTRIES, RANKS, BI, BJ, BIAS, UPCAST)  # fmt: skip
+    _sample, _row, _column, inside = entry_positions(
+        block_i, block_j, total, tile_rows, rows, columns, P, Q, ENTRIES, BI, BJ
+    )
+    v = tl.where(inside, v, 0.0)  # padding decodes to anything, and act(bias) is not zero
+    e = load_factor(encoder, next_rank, NEXT_RANKS, P * Q, ENTRIES)
+    z = product(e, v.to(encoder.dtype.element_ty), UPCAST)
+    where, there = channel_positions(
+        block_i, block_j, total, tiles, next_rank, out_stride_r, out_stride_i, NEXT_RANKS, BI, BJ
+    )
+    tl.store(out + where, z.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def correlate_kernel(x, encoded, sums, total, tile_rows, rows, columns, tiles, rank, blocks,
+                     stride_b, stride_n, stride_k, stride_r, stride_i,
+                     P: tl.constexpr, Q: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
+                     BI: tl.constexpr, BJ: tl.constexpr, FAST: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """Σ_IJ X̂[k, I, J] X_IJ over every n-th block, n programs: (n, RANKS, ENTRIES) float32, to be summed over n."""
+    across = tl.cdiv(tiles, BJ)
+    acc = tl.zeros((RANKS, ENTRIES), tl.float32)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        block_i, block_j = block // across, block % across
+        v = load_tiles(x, block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n, stride_k,
+                       P, Q, ENTRIES, BI, BJ, FAST)  # fmt: skip
+        where, there = channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i, RANKS, BI, BJ)
+        acc += product(tl.load(encoded + where, mask=there, other=0.0), tl.trans(v), UPCAST)
+    k, e = tl.arange(0, RANKS)[:, None], tl.arange(0, ENTRIES)[None, :]
+    tl.store(sums + (tl.program_id(0) * RANKS + k) * ENTRIES + e, acc)

@@ -1,0 +1,126 @@
+"""Device functions: tiles in and out of registers as (p·q, BI·BJ) blocks, one tile a column.
+
+A block is BI tile rows by BJ tiles. Where p and q are powers of two with p·q ≥ 16, whole matrix rows are read and written
+and regrouped in registers (FAST); other tiles are gathered entry by entry. What lies over an edge is zero, never read and
+never written. Offsets are 64-bit: matrices may have more than 2³¹ entries.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def split_program(tiles, BJ: tl.constexpr):
+    """(block of tile rows, block of tiles) of this program."""
+    across = tl.cdiv(tiles, BJ)
+    program = tl.program_id(0)
+    return program // across, program % across
+
+
+@triton.jit
+def tile_positions(block_i, block_j, BI: tl.constexpr, BJ: tl.constexpr):
+    """Tile row and tile column of each of the BI·BJ tiles."""
+    t = tl.arange(0, BI * BJ)
+    return block_i * BI + t // BJ, block_j * BJ + t % BJ
+
+
+@triton.jit
+def row_positions(block_i, total, tile_rows, rows, P: tl.constexpr, BI: tl.constexpr):
+    """Sample, row in it, and whether it exists, for each of the BI·P matrix rows of a block of tile rows."""
+    at = tl.arange(0, BI * P)
+    i = block_i * BI + at // P
+    row = i % tile_rows * P + at % P
+    return i // tile_rows, row, (i < total) & (row < rows)
+
+
+@triton.jit
+def load_rows(x, block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n, stride_k,
+              P: tl.constexpr, Q: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr):  # fmt: skip
+    """The block as it lies in the matrix: (BI·P, BJ·Q)."""
+    sample, row, there = row_positions(block_i, total, tile_rows, rows, P, BI)
+    column = block_j * BJ * Q + tl.arange(0, BJ * Q)
+    start = sample.to(tl.int64) * stride_b + row.to(tl.int64) * stride_n
+    where = start[:, None] + column.to(tl.int64)[None, :] * stride_k
+    return tl.load(x + where, mask=there[:, None] & (column < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def to_columns(block, P: tl.constexpr, Q: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr):
+    """(BI·P, BJ·Q) → (P·Q, BI·BJ)."""
+    return tl.reshape(tl.permute(tl.reshape(block, (BI, P, BJ, Q)), (1, 3, 0, 2)), (P * Q, BI * BJ))
+
+
+@triton.jit
+def entry_positions(block_i, block_j, total, tile_rows, rows, columns, P: tl.constexpr, Q: tl.constexpr,
+                    ENTRIES: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr):  # fmt: skip
+    """Sample, row, column and existence of every entry of every tile: (ENTRIES, BI·BJ), ENTRIES ≥ P·Q."""
+    i, j = tile_positions(block_i, block_j, BI, BJ)
+    e = tl.arange(0, ENTRIES)
+    row = (i % tile_rows * P)[None, :] + (e // Q)[:, None]
+    column = (j * Q)[None, :] + (e % Q)[:, None]
+    there = (e < P * Q)[:, None] & (i < total)[None, :] & (row < rows) & (column < columns)
+    return (i // tile_rows)[None, :], row, column, there
+
+
+@triton.jit
+def load_tiles(x, block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n, stride_k,
+               P: tl.constexpr, Q: tl.constexpr, ENTRIES: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
+               FAST: tl.constexpr):  # fmt: skip
+    """(ENTRIES, BI·BJ): entry e of tile t; zero beyond the matrix and for e ≥ P·Q."""
+    if FAST:
+        block = load_rows(
+            x, block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n, stride_k, P, Q, BI, BJ
+        )
+        return to_columns(block, P, Q, BI, BJ)
+    sample, row, column, there = entry_positions(
+        block_i, block_j, total, tile_rows, rows, columns, P, Q, ENTRIES, BI, BJ
+    )
+    where = sample.to(tl.int64) * stride_b + row.to(tl.int64) * stride_n + column.to(tl.int64) * stride_k
+    return tl.load(x + where, mask=there, other=0.0)
+
+
+@triton.jit
+def store_tiles(y, v, block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n,
+                P: tl.constexpr, Q: tl.constexpr, ENTRIES: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
+                FAST: tl.constexpr):  # fmt: skip
+    """The inverse of `load_tiles`, into dense rows."""
+    v = v.to(y.dtype.element_ty)
+    if FAST:
+        block = tl.reshape(tl.permute(tl.reshape(v, (P, Q, BI, BJ)), (2, 0, 3, 1)), (BI * P, BJ * Q))
+        sample, row, there = row_positions(block_i, total, tile_rows, rows, P, BI)
+        column = block_j * BJ * Q + tl.arange(0, BJ * Q)
+        start = sample.to(tl.int64) * stride_b + row.to(tl.int64) * stride_n
+        tl.store(y + start[:, None] + column[None, :], block, mask=there[:, None] & (column < columns)[None, :])
+    else:
+        sample, row, column, there = entry_positions(
+            block_i, block_j, total, tile_rows, rows, columns, P, Q, ENTRIES, BI, BJ
+        )
+        where = sample.to(tl.int64) * stride_b + row.to(tl.int64) * stride_n + column
+        tl.store(y + where, v, mask=there)
+
+
+@triton.jit
+def load_factor(factor, rank, RANKS: tl.constexpr, PQ: tl.constexpr, ENTRIES: tl.constexpr):
+    """E or D as (RANKS, ENTRIES), zero beyond (rank, PQ)."""
+    k, e = tl.arange(0, RANKS)[:, None], tl.arange(0, ENTRIES)[None, :]
+    return tl.load(factor + k * PQ + e, mask=(k < rank) & (e < PQ), other=0.0)
+
+
+@triton.jit
+def channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i,
+                      RANKS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr):  # fmt: skip
+    """Offsets of (RANKS, BI·BJ) numbers in X̂ or Ŷ, and which of them exist."""
+    i, j = tile_positions(block_i, block_j, BI, BJ)
+    k = tl.arange(0, RANKS)
+    where = k.to(tl.int64)[:, None] * stride_r + (i.to(tl.int64) * stride_i + j)[None, :]
+    return where, (k < rank)[:, None] & ((i < total) & (j < tiles))[None, :]
+
+
+@triton.jit
+def product(a, b, UPCAST: tl.constexpr):
+    """The product a @ b, summed in float32. The interpreter multiplies the bits of bfloat16: there, they are widened."""
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision="ieee")

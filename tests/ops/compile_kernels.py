@@ -1,0 +1,91 @@
+"""Compile every kernel for an NVIDIA GPU that is not there, and print what the compiler made of it, as JSON lines.
+
+Run as a script, without TRITON_INTERPRET: `python compile_kernels.py 90`. Sizes and strides are taken as multiples of 16,
+which is the case where speed is promised.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from strassen_tile.ops.triton import kernels, launch
+
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+POINTERS = {"x", "factor", "encoded", "bias", "y", "decoder", "encoder", "out", "scale", "shift", "sums"}
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+def compiled(kernel, element: str, constants: dict, capability: int) -> dict:
+    names, warps = kernel.arg_names, constants.pop("num_warps")
+    signature, attrs = {}, {}
+    for index, name in enumerate(names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        if name in POINTERS:
+            signature[name] = "*fp32" if name == "sums" else f"*{element}"
+        else:
+            signature[name] = "fp32" if name == "eps" else "i32"
+        if name not in ("rank", "next_rank", "eps", "total", "tile_rows", "blocks"):
+            attrs[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs={(names.index(k),): v for k, v in constants.items()}, attrs=attrs)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(made.asm["cubin"])
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
+        sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+    fields = dict(part.split(":") for part in usage.split() if part.count(":") == 1 and part.split(":")[1].isdigit())
+    return {
+        "registers": int(fields["REG"]), "stack": int(fields["STACK"]), "local": int(fields["LOCAL"]),
+        "shared": int(fields["SHARED"]), "wide_stores": sass.count("STG.E.128"), "wide_loads": sass.count("LDG.E.128"),
+        "tensor_core": sass.count("HMMA") + sass.count("HGMMA"),
+    }  # fmt: skip
+
+
+def variants():
+    """(name, kernel, element, constants) of what is promised to be fast, and of one slow path each."""
+    for tile, rank in (((4, 4), 16), ((4, 4), 24), ((4, 4), 32), ((4, 4), 49), ((8, 8), 64), ((2, 4), 24), ((1, 4), 6)):
+        for element in ("bf16", "fp16", "fp32") if (tile, rank) == ((4, 4), 24) else ("bf16",):
+            p, q = tile
+            shape = {**launch.compile_time(p, q, rank, TYPES[element]), "UPCAST": False}
+            unfast = {key: value for key, value in shape.items() if key != "FAST"}
+            label = f"{p}x{q} r={rank} {element}"
+            common = {"stride_k": 1}
+            yield f"encode {label}", kernels.encode_kernel, element, {**shape, **common}
+            for activation in ("none", "gelu_tanh") if rank == 24 else ("none",):
+                extra = {"BIAS": True, "ACTIVATION": activation}
+                yield f"decode {label} {activation}", kernels.decode_kernel, element, {**shape, **extra}
+            extra = {"BIAS": True, "ACTIVATION": "silu", "NEXT_RANKS": shape["RANKS"]}
+            for gated in (False, True):
+                yield (
+                    f"recode {label} gated={gated}",
+                    kernels.recode_kernel,
+                    element,
+                    {**unfast, **extra, "GATED": gated},
+                )
+            yield f"correlate {label}", kernels.correlate_kernel, element, {**shape, **common}
+            if shape["FAST"]:
+                norm = {key: value for key, value in unfast.items() if key != "ENTRIES"}
+                extra = {"CENTRE": True, "SHIFT": True}
+                yield f"norm {label}", kernels.norm_encode_kernel, element, {**norm, **common, **extra}
+
+
+if __name__ == "__main__":
+    for name, kernel, element, constants in variants():
+        if len(sys.argv) > 2 and sys.argv[2] not in name:
+            continue
+        try:
+            found = compiled(kernel, element, constants, int(sys.argv[1]))
+        except Exception as error:  # said, and the others go on
+            found = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        print(json.dumps({"name": name, **found}), flush=True)

@@ -1,0 +1,134 @@
+"""Every Triton kernel, run by Triton's interpreter on the CPU, against the definition in float64.
+
+What this shows: indices, masks, padding and arithmetic. What it cannot: whether the code compiles (test_triton_compiles.py)
+and what a GPU does with it. Memory is poisoned, so that an element left out or read too many shows.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs under TRITON_INTERPRET=1", allow_module_level=True)
+
+from strassen_tile.ops import generic  # noqa: E402
+from strassen_tile.ops.triton import launch  # noqa: E402
+
+TILES = [(4, 4, 24), (4, 4, 49), (2, 2, 7), (2, 4, 11), (1, 4, 6), (8, 8, 33), (3, 2, 5), (4, 4, 1)]
+SIZES = [(1, 1), (4, 16), (5, 63), (9, 130), (13, 260)]
+# One rounding of the result; bfloat16 truncates under the interpreter instead of rounding.
+STORED = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+ACTIVATE = {
+    "none": lambda v: v,
+    "relu": torch.relu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda v: nn.functional.gelu(v, approximate="tanh"),
+    "silu": nn.functional.silu,
+}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """Every empty tensor starts as NaN."""
+    original = torch.Tensor.new_empty
+
+    def poisoned(self, *size, **options):
+        made = original(self, *size, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+@pytest.mark.parametrize("p,q,r", TILES)
+def test_encode_decode_correlate(p: int, q: int, r: int, dtype: torch.dtype) -> None:
+    for n, k in SIZES if dtype == torch.float32 else SIZES[2:4]:
+        x, factor = torch.randn(2, n, k).to(dtype), torch.randn(r, p, q).to(dtype)
+        encoded = generic.encode(x.double(), factor.double())
+        assert relative(launch.encode(x, factor), encoded) < STORED[dtype], (n, k)
+        z = torch.randn(encoded.shape).to(dtype)
+        y = generic.decode(z.double(), factor.double(), 2, n, k)
+        assert relative(launch.decode(z, factor, 2, n, k), y) < STORED[dtype], (n, k)
+        c = generic.correlate(x.double(), z.double(), (p, q), False)
+        assert relative(launch.correlate(x, z, (p, q)), c) < STORED[dtype], (n, k)
+
+
+@pytest.mark.parametrize("activation", ACTIVATE)
+@pytest.mark.parametrize("biased", [False, True])
+def test_decode_with_bias_and_activation(activation: str, biased: bool) -> None:
+    z, d, bias = torch.randn(5, 2 * 3, 6), torch.randn(5, 4, 4), torch.randn(22) if biased else None
+    y = generic.decode(z.double(), d.double(), 2, 11, 22)
+    expected = ACTIVATE[activation](y + bias.double() if biased else y)
+    assert relative(launch.decode(z, d, 2, 11, 22, bias, activation), expected) < 2e-6
+
+
+@pytest.mark.parametrize("tile,rank,following", [((4, 4), 24, 16), ((2, 2), 7, 7), ((1, 4), 6, 5), ((2, 4), 11, 24)])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_recode(tile: tuple[int, int], rank: int, following: int, gated: bool, activation: str) -> None:
+    """Rows are ragged; the bias is large, so that act(bias) in the padding would show if it were encoded."""
+    (p, s), rows, columns = tile, 7, 24
+    total, tiles = 2 * -(-rows // p), columns // s
+    z = torch.randn(rank, total, tiles * (2 if gated else 1))
+    d, e = torch.randn(rank, p, s), torch.randn(following, p, s)
+    bias = torch.randn(columns * (2 if gated else 1)) + 3
+    y = generic.decode(z.double(), d.double(), 2, rows, columns * (2 if gated else 1)) + bias.double()
+    gate, up = y.chunk(2, dim=-1) if gated else (y, 1)
+    expected = generic.encode(ACTIVATE[activation](gate) * up, e.double())
+    found = launch.recode(z, d, e, 2, rows, columns, bias, activation, gated=gated)
+    assert relative(found, expected) < 2e-6
+
+
+def test_recode_cuts_ragged_columns() -> None:
+    z, d, e, bias = torch.randn(5, 4, 3), torch.randn(5, 4, 4), torch.randn(6, 4, 4), torch.randn(10) + 3
+    y = generic.decode(z.double(), d.double(), 2, 7, 10) + bias.double()
+    expected = generic.encode(torch.relu(y), e.double())
+    assert relative(launch.recode(z, d, e, 2, 7, 10, bias, "relu"), expected) < 2e-6
+
+
+@pytest.mark.parametrize("centre", [True, False], ids=["layer norm", "rms norm"])
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("p,q,r", [(4, 4, 24), (8, 8, 9), (2, 8, 5)])
+@pytest.mark.parametrize("n,k", [(4, 64), (5, 63), (9, 270)])
+def test_norm_encode(p: int, q: int, r: int, n: int, k: int, centre: bool, shifted: bool) -> None:
+    x, scale, shift = torch.randn(2, n, k) * 3 + 2, torch.randn(k), torch.randn(k) + 2 if shifted else None
+    e = torch.randn(r, p, q)
+    wide = x.double()
+    if centre:
+        normed = nn.functional.layer_norm(wide, (k,), scale.double(), None, 1e-5)
+    else:
+        normed = nn.functional.rms_norm(wide, (k,), scale.double(), 1e-5)
+    normed = normed if shift is None else normed + shift.double()
+    found = launch.norm_encode(x, scale, shift, 1e-5, e, centre=centre)
+    assert relative(found, generic.encode(normed, e.double())) < 4e-6
+
+
+def test_strides_and_alignment() -> None:
+    """A transposed x, a slice of it, and encoded tensors whose rows are padded to 16 numbers."""
+    e, base = torch.randn(5, 4, 4), torch.randn(3, 30, 90)
+    for x in (base.mT, base[:2, 3:, 5:71], base.transpose(0, 1), base[:1].expand(3, -1, -1)):
+        expected = generic.encode(x.double(), e.double())
+        found = launch.encode(x, e, aligned=True)
+        assert found.stride(1) % 16 == 0
+        assert relative(found, expected) < 1e-6
+        y = generic.decode(found.double(), e.double(), *x.shape)
+        assert relative(launch.decode(found, e, *x.shape), y) < 1e-6
+        c = generic.correlate(x.double(), found.double(), (4, 4), False)
+        assert relative(launch.correlate(x, found, (4, 4)), c) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 7), (2, 0, 7), (2, 5, 0)])
+def test_nothing_to_do(shape: tuple[int, int, int]) -> None:
+    x, e = torch.randn(shape), torch.randn(5, 4, 4)
+    encoded = launch.encode(x, e)
+    assert encoded.shape == generic.encode(x, e).shape
+    assert launch.decode(encoded, e, *shape).shape == x.shape
+    assert torch.equal(launch.correlate(x, encoded, (4, 4)), torch.zeros(5, 4, 4))
