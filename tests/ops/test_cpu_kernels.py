@@ -52,7 +52,7 @@ def test_every_element_is_written() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
     try:
-        outputs = [library.linear(x, weight, e, d, None, 523), library.encode(x, e)]
+        outputs = [library.linear(x, weight, e, d, None, 523, "silu"), library.encode(x, e)]
         outputs.append(library.decode(outputs[1], d, 3, 1000, 259))
     finally:
         torch.use_deterministic_algorithms(False)

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from operands import SHAPES, operands
+from torch import nn
 
 import strassen_tile as stl
-from strassen_tile.errors import BackendError, ShapeError
+from strassen_tile.errors import BackendError, ConfigError, ShapeError
 from strassen_tile.ops import library
 
 EXACT = {
@@ -175,3 +176,22 @@ class _Recorder(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("learns", [False, True])
+def test_activation(backend: str, learns: bool) -> None:
+    """The same value and gradients as the activation applied afterwards, whether or not a gradient is to come."""
+    o = operands("ragged", grad=learns)
+    applied = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu, "none": lambda y: y}
+    applied["gelu_tanh"] = lambda y: nn.functional.gelu(y, approximate="tanh")
+    for name, function in applied.items():
+        y = stl.stl_linear(*o.tensors, out_features=o.out_features, activation=name, backend=backend)
+        expected = function(stl.stl_linear(*o.tensors, out_features=o.out_features))
+        torch.testing.assert_close(y, expected)
+        if learns:
+            found = torch.autograd.grad(y.square().sum(), o.tensors)
+            for got, wanted in zip(found, torch.autograd.grad(expected.square().sum(), o.tensors), strict=True):
+                torch.testing.assert_close(got, wanted)
+    with pytest.raises(ConfigError, match="gelu_tanh"):
+        stl.stl_linear(*o.tensors, out_features=o.out_features, activation="tanh")

@@ -46,7 +46,7 @@ def test_opcheck(dtype: torch.dtype, per_tile: bool, requires_grad: bool) -> Non
         (library.encode, (x, encoder)),
         (library.decode, (products.requires_grad_(requires_grad), decoder, 2, 5, 6)),
         (library.correlate, (x, encoded.requires_grad_(requires_grad), list(encoder.shape[-2:]), per_tile)),
-        (library.linear, (x, o.encoded_weight, encoder, decoder, o.bias, 6)),
+        (library.linear, (x, o.encoded_weight, encoder, decoder, o.bias, 6, "gelu")),
         *passes,
     ):
         results = opcheck(operator, arguments)

@@ -27,7 +27,9 @@ def test_linear(n: int, k: int, m: int, biased: bool) -> None:
     wide = [None if t is None else t.double() for t in tensors]
     y, kept = cuda.linear_forward(*tensors, m)
     assert relative(y, composed.linear(*wide, m)) < 2e-6
-    assert torch.equal(y, cuda.linear(*tensors, m))
+    assert torch.equal(y, cuda.linear(*tensors, m, "none"))
+    for activation in ("gelu", "silu"):
+        assert relative(cuda.linear(*tensors, m, activation), composed.linear(*wide, m, activation)) < 2e-6
     gradients = composed.linear_backward(torch.randn_like(y), *tensors[:4], kept, [True] * 5)
     again = composed.linear_backward(torch.ones_like(y), *tensors[:4], None, [True] * 5)
     kept_gradients = composed.linear_backward(torch.ones_like(y), *tensors[:4], kept, [True] * 5)

@@ -31,18 +31,22 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def linear(
-    x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
+    x: Tensor,
+    encoded_weight: Tensor,
+    encoder: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None,
+    columns: int,
+    activation: str = "none",
 ) -> Tensor:
-    """decode(encode(x) @ Ŵ) + bias: (B, N, columns)."""
-    products = torch.bmm(encode(x, encoder), encoded_weight)
-    y = decode(products, decoder, x.shape[0], x.shape[1], columns)
-    return y if bias is None else y + bias
+    """activation(decode(encode(x) @ Ŵ) + bias): (B, N, columns)."""
+    return ACTIVATIONS[activation](linear_forward(x, encoded_weight, encoder, decoder, bias, columns)[0])
 
 
 def linear_forward(
     x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
 ) -> tuple[Tensor, Tensor]:
-    """`linear`, and the r·B·I·L numbers of Ŷ in an order that the same device's `linear_backward` knows."""
+    """`linear` without an activation, and Ŷ's r·B·I·L numbers in an order that the device's `linear_backward` knows."""
     products = torch.bmm(encode(x, encoder), encoded_weight)
     y = decode(products, decoder, x.shape[0], x.shape[1], columns)
     return y if bias is None else y + bias, products.view(-1)

@@ -53,10 +53,20 @@ def correlate(x: Tensor, encoded: Tensor, tile: Sequence[int], per_column: bool)
 
 
 def linear(
-    x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
+    x: Tensor,
+    encoded_weight: Tensor,
+    encoder: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None,
+    columns: int,
+    activation: str,
 ) -> Tensor:
-    """As `composed.linear`, the bias added while decoding."""
-    return linear_forward(x, encoded_weight, encoder, decoder, bias, columns)[0]
+    """As `composed.linear`, bias and activation applied while decoding."""
+    launch = launcher()
+    if launch is None or not (launch.supports(x, encoder.shape) and launch.supports(x, decoder.shape)):
+        return composed.linear(x, encoded_weight, encoder, decoder, bias, columns, activation)
+    products = torch.bmm(launch.encode(x, encoder, aligned=True), encoded_weight)
+    return launch.decode(products, decoder, x.shape[0], x.shape[1], columns, bias, activation)  # type: ignore[no-any-return]
 
 
 def linear_forward(

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from strassen_tile.basis import Basis
-from strassen_tile.errors import BackendError, ShapeError, shape_text
+from strassen_tile.errors import BackendError, ConfigError, ShapeError, shape_text
 from strassen_tile.ops import cuda
 from strassen_tile.ops import panels as _panels  # noqa: F401 - registers the CPU's kernels
 from strassen_tile.ops.autograd import encode
+from strassen_tile.ops.composed import ACTIVATIONS
 from strassen_tile.ops.fused import linear
 from strassen_tile.tiling import as_samples, tile_count
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
+Activation = Literal["none", "relu", "gelu", "gelu_tanh", "silu"]
 Linear = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
 _backends: dict[str, Linear] = {}
 
@@ -39,10 +41,11 @@ def stl_linear(
     bias: Tensor | None = None,
     *,
     out_features: int | None = None,
+    activation: Activation = "none",
     backend: Backend = "auto",
     recompute: bool = False,
 ) -> Tensor:
-    """Y_IL = Σ_k D_k · Σ_J ⟨E_k, X_IJ⟩ Ŵ[k, J, L] + bias: the Strassen-Tile operator on an encoded weight.
+    """activation(Y + bias), Y_IL = Σ_k D_k · Σ_J ⟨E_k, X_IJ⟩ Ŵ[k, J, L]: the Strassen-Tile operator on an encoded weight.
 
     Args:
         x: (…, N, K). Tiles are cut along N and K; every leading index is a sample of its own, padded on its own.
@@ -51,6 +54,7 @@ def stl_linear(
         decoder: D (r, p, s), or (⌈M/s⌉, r, p, s) for one an output tile.
         bias: (M,) or None.
         out_features: M; by default a whole number of tiles, ⌈M/s⌉·s.
+        activation: applied to the result, in inference as it is written: "none", "relu", "gelu", "gelu_tanh", "silu".
         backend: "auto" chooses; any other runs or raises.
         recompute: what a training step keeps for its backward pass beside the arguments. By default Ŷ (r/ps times the
             size of y) if the decoder learns; if True nothing, and the backward pass multiplies once more.
@@ -60,8 +64,11 @@ def stl_linear(
 
     Raises:
         ShapeError: shapes, dtypes or devices that do not fit together.
+        ConfigError: an unknown activation.
         BackendError: the named backend does not exist or cannot run these arguments.
     """
+    if activation not in ACTIVATIONS:
+        raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     if _autocasts(x) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, encoded_weight, encoder, decoder = (a.to(dtype) for a in (x, encoded_weight, encoder, decoder))
@@ -69,8 +76,8 @@ def stl_linear(
     columns = _check(x, encoded_weight, encoder, decoder, bias, out_features)
     chosen = _choose(backend, x, encoder, decoder)
     if chosen is not None:
-        return chosen(x, encoded_weight, encoder, decoder, bias, columns)
-    y = linear(as_samples(x), encoded_weight, encoder, decoder, bias, columns, recompute=recompute)
+        return ACTIVATIONS[activation](chosen(x, encoded_weight, encoder, decoder, bias, columns))
+    y = linear(as_samples(x), encoded_weight, encoder, decoder, bias, columns, activation, recompute=recompute)
     return y.view(*x.shape[:-1], columns)
 
 

@@ -32,7 +32,7 @@ class Linear(Function):
     ) -> tuple[Tensor, Tensor]:
         if keep:
             return library.linear_forward(x, encoded_weight, encoder, decoder, bias, columns)  # type: ignore[no-any-return]
-        return library.linear(x, encoded_weight, encoder, decoder, bias, columns), x.new_empty(0)
+        return library.linear(x, encoded_weight, encoder, decoder, bias, columns, "none"), x.new_empty(0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -58,18 +58,23 @@ def linear(
     decoder: Tensor,
     bias: Tensor | None,
     columns: int,
+    activation: str = "none",
     *,
     recompute: bool = False,
 ) -> Tensor:
-    """decode(encode(x) @ Ŵ) + bias: x (B, N, K) → (B, N, columns). Differentiable in all tensors.
+    """activation(decode(encode(x) @ Ŵ) + bias): x (B, N, K) → (B, N, columns). Differentiable in all tensors.
 
-    Where the decoder will be asked for a gradient, Ŷ is kept for it (r/ps times the size of y), unless `recompute`:
-    then the backward pass encodes and multiplies once more.
+    Without a gradient to come, the activation is applied as the output is written. Where the decoder will be asked for
+    a gradient, Ŷ is kept for it (r/ps times the size of y), unless `recompute`: then the backward pass encodes and
+    multiplies once more.
     """
+    tensors = (x, encoded_weight, encoder, decoder, bias)
     if torch._C._are_functorch_transforms_active():
-        return composed.linear(x, encoded_weight, encoder, decoder, bias, columns)
-    keep = not recompute and decoder.requires_grad and torch.is_grad_enabled()
-    return Linear.apply(x, encoded_weight, encoder, decoder, bias, columns, keep)[0]  # type: ignore[no-any-return, no-untyped-call]
+        return composed.linear(*tensors, columns, activation)
+    if not _learns(*tensors):
+        return library.linear(*tensors, columns, activation)  # type: ignore[no-any-return]
+    keep = not recompute and decoder.requires_grad
+    return composed.ACTIVATIONS[activation](Linear.apply(*tensors, columns, keep)[0])  # type: ignore[no-untyped-call]
 
 
 def recode(
@@ -86,10 +91,13 @@ def recode(
 ) -> Tensor:
     """encode(activation(decode(Ŷ) + bias)), see `composed.recode`. Differentiable in all tensors, then composed."""
     tensors = (encoded, decoder, bias, encoder)
-    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if learns or torch._C._are_functorch_transforms_active():
+    if _learns(*tensors) or torch._C._are_functorch_transforms_active():
         return composed.recode(*tensors, batch, rows, columns, activation, gated)
     return library.recode(*tensors, batch, rows, columns, activation, gated)  # type: ignore[no-any-return]
+
+
+def _learns(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 library.register_kernel(library.recode, differentiable(composed.recode, library.recode), "Autograd")

@@ -31,7 +31,7 @@ _library.define(
 )
 _library.define("correlate(Tensor x, Tensor encoded, SymInt[] tile, bool per_column) -> Tensor", tags=_tags)
 _arguments = "Tensor x, Tensor encoded_weight, Tensor encoder, Tensor decoder, Tensor? bias, SymInt columns"
-_library.define(f"linear({_arguments}) -> Tensor", tags=_tags)
+_library.define(f"linear({_arguments}, str activation) -> Tensor", tags=_tags)
 _library.define(f"linear_forward({_arguments}) -> (Tensor y, Tensor kept)", tags=_tags)
 _library.define(
     "linear_backward(Tensor grad, Tensor x, Tensor encoded_weight, Tensor encoder, Tensor decoder, Tensor? kept, "
@@ -78,7 +78,9 @@ def _correlate_shape(x: Tensor, encoded: Tensor, tile: Sequence[int], per_column
 
 
 @torch.library.register_fake(f"{NAMESPACE}::linear")  # type: ignore[untyped-decorator]
-def _linear_shape(x: Tensor, w: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int) -> Tensor:
+def _linear_shape(
+    x: Tensor, w: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int, activation: str
+) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1], columns)
 
 

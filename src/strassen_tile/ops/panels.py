@@ -15,9 +15,9 @@ forward to the backward pass Ŷ where the decoder learns.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -30,6 +30,12 @@ from strassen_tile.tiling import tile_count
 INFERENCE_BYTES = 64 << 20
 TRAINING_BYTES = 128 << 20
 _held = threading.local()
+_IN_PLACE: Mapping[str, Callable[[Tensor], object]] = {
+    "relu": torch.relu_,
+    "gelu": torch.ops.aten.gelu_.default,
+    "gelu_tanh": partial(torch.ops.aten.gelu_.default, approximate="tanh"),
+    "silu": torch.ops.aten.silu_.default,
+}
 
 
 @dataclass(frozen=True)
@@ -64,12 +70,18 @@ class _Panels:
 
 
 def linear(
-    x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
+    x: Tensor,
+    encoded_weight: Tensor,
+    encoder: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None,
+    columns: int,
+    activation: str,
 ) -> Tensor:
     """As `composed.linear`: memory beside the output is one workspace."""
     if not _fits(x, encoder, decoder):
-        return composed.linear(x, encoded_weight, encoder, decoder, bias, columns)
-    return _forward(x, encoded_weight, encoder, decoder, bias, columns, None)
+        return composed.linear(x, encoded_weight, encoder, decoder, bias, columns, activation)
+    return _forward(x, encoded_weight, encoder, decoder, bias, columns, None, activation)
 
 
 def linear_forward(
@@ -161,6 +173,7 @@ def _forward(
     bias: Tensor | None,
     columns: int,
     kept: Tensor | None,
+    activation: str = "none",
 ) -> Tensor:
     y = x.new_empty(x.shape[0], x.shape[1], columns)
     if 0 in y.shape:
@@ -175,7 +188,18 @@ def _forward(
         step("encode", x, encoded, e, first, count)
         torch.bmm(encoded, encoded_weight, out=products)
         step("decode", y, products, d, first, count, added)
+        if activation != "none":  # while the panel is in cache
+            for rows in _rows_of(y, encoder.shape[1], first, count):
+                _IN_PLACE[activation](rows)
     return y
+
+
+def _rows_of(y: Tensor, p: int, first: int, count: int) -> Iterator[Tensor]:
+    """The rows of y (B, N, M) that tile rows first … first + count cover, sample by sample."""
+    a_sample = tile_count(y.shape[1], p)
+    for sample in range(first // a_sample, (first + count - 1) // a_sample + 1):
+        start, end = (min(max(i - sample * a_sample, 0), a_sample) * p for i in (first, first + count))
+        yield y[sample, start:end]
 
 
 def _fits(x: Tensor, encoder: Tensor, decoder: Tensor) -> bool:

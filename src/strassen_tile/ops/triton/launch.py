@@ -18,7 +18,6 @@ from strassen_tile.ops.triton import kernels
 from strassen_tile.tiling import tile_count
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 _PROGRAMS = 512  # of a correlation: a few on each multiprocessor, and as many partial sums to add
 _MOST_RANKS, _MOST_ENTRIES = 128, 64
 
@@ -110,7 +109,7 @@ def recode(
         encoder: (r', p, s) of the next layer.
         batch, rows, columns: of Y, or of gate and up each: columns = s·L or less, and if `gated` s·L exactly.
         bias: (columns,) or if `gated` (2·columns,).
-        activation: of `ACTIVATIONS`; if `gated` act(gate)·up.
+        activation: of `composed.ACTIVATIONS`; if `gated` act(gate)·up.
         gated: see there.
         aligned: as for `encode`.
     """
