@@ -4,13 +4,14 @@ from strassen_tile import bases, cost, models, reference
 from strassen_tile._version import __version__
 from strassen_tile.basis import Basis
 from strassen_tile.convert import Conversion, convert
-from strassen_tile.nn import STLConfig, STLLinear, param_groups
+from strassen_tile.nn import STLMLP, STLConfig, STLLinear, param_groups
 from strassen_tile.ops import register_backend, stl_linear, stl_matmul
 
 # The fast path and its oracle do not know each other; they meet here.
 register_backend("reference", lambda x, w, e, d, bias, m: reference.stl_linear(x, w, e, d, bias, out_features=m))
 
 __all__ = [
+    "STLMLP",
     "Basis",
     "Conversion",
     "STLConfig",

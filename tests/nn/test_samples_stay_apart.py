@@ -56,7 +56,7 @@ def test_rows_without_samples_are_refused(config, monkeypatch):
         layer(x)
     expected = layer(x.unsqueeze(0)).squeeze(0)  # the way out that the message names
 
-    monkeypatch.setattr(STLLinear, "_check_rows", lambda self, x: None)
+    monkeypatch.setattr(STLLinear, "check_input", lambda self, x: None)
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
     changed = x.clone()
     changed[0] += 1

@@ -9,7 +9,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs under TRITON_INTERPRET=1", allow_module_level=True)
 
-from strassen_tile.ops import composed, cuda, fused, generic
+from strassen_tile.ops import composed, cuda, generic, mlp
+from strassen_tile.ops.mlp import Weights
 from strassen_tile.ops.triton import launch
 
 
@@ -38,25 +39,36 @@ def test_linear(n: int, k: int, m: int, biased: bool) -> None:
     assert [g.shape for g in gradients[:4]] == [t.shape for t in tensors[:4]]
 
 
+def weights(k: int, m: int, r: int, tile: tuple[int, int, int] = (4, 4, 4), biased: bool = True) -> Weights:
+    p, q, s = tile
+    shapes = ((r, -(-k // q), -(-m // s)), (r, p, q), (r, p, s), (m,))
+    tensors = [torch.randn(shape) for shape in shapes]
+    return Weights(*tensors[:3], tensors[3] + 2 if biased else None)
+
+
+def wide(layer: Weights) -> Weights:
+    return Weights(*(None if t is None else t.double() for t in layer))
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("activation", composed.ACTIVATIONS)
-def test_recode(activation: str, gated: bool) -> None:
-    encoded, bias = torch.randn(7, 4, 12 if gated else 6), torch.randn(48 if gated else 24)
-    decoder, encoder = torch.randn(7, 4, 4), torch.randn(5, 4, 4)
-    expected = composed.recode(
-        encoded.double(), decoder.double(), bias.double(), encoder.double(), 2, 7, 24, activation, gated
-    )
-    assert relative(cuda.recode(encoded, decoder, bias, encoder, 2, 7, 24, activation, gated), expected) < 2e-6
-    assert (
-        relative(fused.recode(encoded, decoder, bias, encoder, 2, 7, 24, activation=activation, gated=gated), expected)
-        < 2e-6
-    )
+@pytest.mark.parametrize("hidden,biased", [(24, True), (22, False)])
+def test_mlp(activation: str, gated: bool, hidden: int, biased: bool) -> None:
+    """Ragged rows, ragged hidden features (gated ones then pass by pass), ranks that differ."""
+    x = torch.randn(2, 7, 30)
+    up, down = weights(30, hidden * (2 if gated else 1), 7, biased=biased), weights(hidden, 21, 5, biased=biased)
+    expected = mlp.two_passes(x.double(), *wide(up), *wide(down), hidden, 21, activation, gated)
+    for found in (
+        cuda.mlp(x, *up, *down, hidden, 21, activation, gated),
+        mlp.mlp(x, up, down, hidden, 21, activation=activation, gated=gated),
+    ):
+        assert relative(found, expected) < 3e-6
 
 
-def test_recode_between_different_tiles_is_composed() -> None:
-    encoded, decoder, encoder = torch.randn(7, 4, 6), torch.randn(7, 4, 4), torch.randn(5, 4, 2)
-    expected = composed.recode(encoded.double(), decoder.double(), None, encoder.double(), 2, 7, 24, "relu", False)
-    assert relative(cuda.recode(encoded, decoder, None, encoder, 2, 7, 24, "relu", False), expected) < 2e-6
+def test_mlp_of_different_tiles_goes_pass_by_pass() -> None:
+    x, up, down = torch.randn(2, 7, 30), weights(30, 24, 7), weights(24, 21, 5, (4, 2, 4))
+    expected = mlp.two_passes(x.double(), *wide(up), *wide(down), 24, 21, "relu", False)
+    assert relative(cuda.mlp(x, *up, *down, 24, 21, "relu", False), expected) < 3e-6
 
 
 def test_what_the_kernels_do_not_take_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:

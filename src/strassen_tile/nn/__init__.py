@@ -2,7 +2,8 @@
 
 from strassen_tile.nn.config import STLConfig
 from strassen_tile.nn.linear import STLLinear
+from strassen_tile.nn.mlp import STLMLP
 from strassen_tile.nn.optim import param_groups
 from strassen_tile.nn.padding import PaddingMask
 
-__all__ = ["PaddingMask", "STLConfig", "STLLinear", "param_groups"]
+__all__ = ["STLMLP", "PaddingMask", "STLConfig", "STLLinear", "param_groups"]

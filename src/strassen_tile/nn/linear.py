@@ -130,7 +130,7 @@ class STLLinear(nn.Module):
             return layer
         layer = layer.to_empty(device=linear.weight.device)
         if inputs is not None:
-            layer._check_rows(inputs)
+            layer.check_input(inputs)
         layer.reset_parameters(linear.weight.mT, inputs)
         if layer.bias is not None and linear.bias is not None:
             with torch.no_grad():
@@ -152,13 +152,12 @@ class STLLinear(nn.Module):
         return self.encoder * read, self.decoder * written
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, N, K) → (…, N, M). Raises ShapeError for a 2-D input if rows mix: its rows are a batch."""
-        if self.config.mixes_rows:
-            self._check_rows(x)
-            if self.padding is not None:
-                self.padding.check_start(self.config.pqs[0])
-                if self.config.mixing == "sequence":  # causal rows see nothing behind them, padding included
-                    x = self.padding.zero(x)
+        """(…, N, K) → (…, N, M). Raises ShapeError for other features, and for a 2-D input if rows mix."""
+        self.check_input(x)
+        if self.config.mixes_rows and self.padding is not None:
+            self.padding.check_start(self.config.pqs[0])
+            if self.config.mixing == "sequence":  # causal rows see nothing behind them, padding included
+                x = self.padding.zero(x)
         encoder, decoder = self.factors()
         return stl_linear(
             x,
@@ -178,7 +177,10 @@ class STLLinear(nn.Module):
         features = self.in_features, self.out_features
         return cost.linear(rows, *features, tile, self.config.rank, batch=batch, itemsize=size, encoder_scope=scope)
 
-    def _check_rows(self, x: Tensor) -> None:
+    def check_input(self, x: Tensor) -> None:
+        """Raise ShapeError if `x` has other features, or is 2-D though the rows of a tile depend on each other."""
+        if x.ndim and x.shape[-1] != self.in_features:  # a tile would pad what is missing
+            raise ShapeError(f"x must have {self.in_features} features; got {shape_text(x.shape)}")
         if self.config.mixes_rows and x.ndim < 3:
             raise ShapeError(
                 f"a 2-D input {shape_text(x.shape)} is a batch of rows, and this layer (mixing={self.config.mixing!r}, "

@@ -81,31 +81,7 @@ def linear_backward(
     return dx, dw, de, dd, grad.sum(dim=(0, 1)) if wants_bias else db
 
 
-def recode(
-    encoded: Tensor,
-    decoder: Tensor,
-    bias: Tensor | None,
-    encoder: Tensor,
-    batch: int,
-    rows: int,
-    columns: int,
-    activation: str,
-    gated: bool,
-) -> Tensor:
-    """encode(activation(decode(Ŷ) + bias)): (r, B·I, L) → (r', B·I, L'), the step between the layers of an MLP.
-
-    If `gated`, Y has 2·columns features, gate beside up, and what is encoded is activation(gate)·up.
-    """
-    y = decode(encoded, decoder, batch, rows, columns * (2 if gated else 1))
-    y = y if bias is None else y + bias
-    if gated:
-        gate, up = y.chunk(2, dim=-1)
-        return encode(ACTIVATIONS[activation](gate) * up, encoder)
-    return encode(ACTIVATIONS[activation](y), encoder)
-
-
 for _operator, _kernel in (
-    (library.recode, recode),
     (library.linear, linear),
     (library.linear_forward, linear_forward),
     (library.linear_backward, linear_backward),

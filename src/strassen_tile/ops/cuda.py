@@ -3,7 +3,7 @@
 Requires: tensors on one CUDA device. triton is imported when the first of them comes. Not yet measured on a GPU.
 
     linear    encode → cuBLAS batched product → decode with the bias
-    recode    decode → activation → encode for the next layer, one kernel
+    mlp       encode → product → decode, activate and encode again in one kernel → product → decode
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from strassen_tile.ops import composed, generic, library
+from strassen_tile.ops.mlp import two_passes
 
 
 @lru_cache(maxsize=1)
@@ -80,23 +81,36 @@ def linear_forward(
     return launch.decode(products, decoder, x.shape[0], x.shape[1], columns, bias), products.view(-1)
 
 
-def recode(
-    encoded: Tensor,
-    decoder: Tensor,
-    bias: Tensor | None,
-    encoder: Tensor,
-    batch: int,
-    rows: int,
+def mlp(
+    x: Tensor,
+    up: Tensor,
+    up_encoder: Tensor,
+    up_decoder: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_encoder: Tensor,
+    down_decoder: Tensor,
+    down_bias: Tensor | None,
+    hidden: int,
     columns: int,
     activation: str,
     gated: bool,
 ) -> Tensor:
-    """As `composed.recode`, in one kernel where the next layer's tiles are this one's."""
-    launch = launcher()
-    fits = launch is not None and launch.supports(encoded, decoder.shape) and launch.supports(encoded, encoder.shape)
-    if not fits or encoder.shape[1:] != decoder.shape[1:] or (gated and columns % decoder.shape[2]):
-        return composed.recode(encoded, decoder, bias, encoder, batch, rows, columns, activation, gated)
-    return launch.recode(encoded, decoder, encoder, batch, rows, columns, bias, activation, gated=gated)  # type: ignore[union-attr, no-any-return]
+    """As `mlp.two_passes`; where the second layer's tiles are the first one's, what lies between stays in registers."""
+    launch, factors = launcher(), (up_encoder, up_decoder, down_encoder, down_decoder)
+    fits = launch is not None and all(launch.supports(x, factor.shape) for factor in factors)
+    if not fits or down_encoder.shape[1:] != up_decoder.shape[1:] or (gated and hidden % up_decoder.shape[2]):
+        return two_passes(
+            x, up, up_encoder, up_decoder, up_bias, down, down_encoder, down_decoder, down_bias,
+            hidden, columns, activation, gated,
+        )  # fmt: skip
+    assert launch is not None
+    batch, rows, _ = x.shape
+    products = torch.bmm(launch.encode(x, up_encoder, aligned=True), up)
+    between = launch.recode(
+        products, up_decoder, down_encoder, batch, rows, hidden, up_bias, activation, gated=gated, aligned=True
+    )
+    return launch.decode(torch.bmm(between, down), down_decoder, batch, rows, columns, down_bias)  # type: ignore[no-any-return]
 
 
 def refusal(x: Tensor, encoder: Tensor, decoder: Tensor) -> str | None:
@@ -113,7 +127,7 @@ def refusal(x: Tensor, encoder: Tensor, decoder: Tensor) -> str | None:
 
 
 for _operator, _kernel in (
-    (library.recode, recode),
+    (library.mlp, mlp),
     (library.encode, encode),
     (library.decode, decode),
     (library.correlate, correlate),

@@ -73,7 +73,7 @@ def stl_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, encoded_weight, encoder, decoder = (a.to(dtype) for a in (x, encoded_weight, encoder, decoder))
         bias = None if bias is None else bias.to(dtype)
-    columns = _check(x, encoded_weight, encoder, decoder, bias, out_features)
+    columns = check(x, encoded_weight, encoder, decoder, bias, out_features)
     chosen = _choose(backend, x, encoder, decoder)
     if chosen is not None:
         return ACTIVATIONS[activation](chosen(x, encoded_weight, encoder, decoder, bias, columns))
@@ -134,7 +134,7 @@ def _choose(backend: str, x: Tensor, encoder: Tensor, decoder: Tensor) -> Linear
     raise BackendError(f"backend {backend!r} is not available; available here: {known}")
 
 
-def _check(
+def check(
     x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, out_features: int | None
 ) -> int:
     """M, once everything fits together."""

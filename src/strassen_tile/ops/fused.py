@@ -71,34 +71,15 @@ def linear(
     tensors = (x, encoded_weight, encoder, decoder, bias)
     if torch._C._are_functorch_transforms_active():
         return composed.linear(*tensors, columns, activation)
-    if not _learns(*tensors):
+    if not learns(*tensors):
         return library.linear(*tensors, columns, activation)  # type: ignore[no-any-return]
     keep = not recompute and decoder.requires_grad
     return composed.ACTIVATIONS[activation](Linear.apply(*tensors, columns, keep)[0])  # type: ignore[no-untyped-call]
 
 
-def recode(
-    encoded: Tensor,
-    decoder: Tensor,
-    bias: Tensor | None,
-    encoder: Tensor,
-    batch: int,
-    rows: int,
-    columns: int,
-    *,
-    activation: str,
-    gated: bool = False,
-) -> Tensor:
-    """encode(activation(decode(Ŷ) + bias)), see `composed.recode`. Differentiable in all tensors, then composed."""
-    tensors = (encoded, decoder, bias, encoder)
-    if _learns(*tensors) or torch._C._are_functorch_transforms_active():
-        return composed.recode(*tensors, batch, rows, columns, activation, gated)
-    return library.recode(*tensors, batch, rows, columns, activation, gated)  # type: ignore[no-any-return]
-
-
-def _learns(*tensors: Tensor | None) -> bool:
+def learns(*tensors: Tensor | None) -> bool:
+    """Whether a gradient of any of them may be asked for."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-library.register_kernel(library.recode, differentiable(composed.recode, library.recode), "Autograd")
 library.register_kernel(library.linear, differentiable(linear, library.linear), "Autograd")

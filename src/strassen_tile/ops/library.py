@@ -2,8 +2,8 @@
 
 `encode`, `decode` and `correlate` are linear in each tensor argument and the gradient of each is made of the others
 (`ops/autograd.py`); between them `torch.bmm` does the r products. `linear`, `linear_forward` and `linear_backward` are
-whole passes, for a device that can keep X̂ and Ŷ out of memory; `recode` is decode, activate and encode again, for one
-that can keep the activations of an MLP out of memory. A device brings its own kernels by registering them under
+whole passes, for a device that can keep X̂ and Ŷ out of memory; `mlp` is two of them, for one that can keep what lies
+between them out of memory. A device brings its own kernels by registering them under
 its dispatch key; `ops/generic.py` and `ops/composed.py` serve all others.
 
 The operators are raw `Library` ones: `custom_op` breaks `torch.func.grad`, and `triton_op` needs a driver. Gradients and
@@ -39,8 +39,8 @@ _library.define(
     tags=_tags,
 )
 _library.define(
-    "recode(Tensor encoded, Tensor decoder, Tensor? bias, Tensor encoder, SymInt batch, SymInt rows, SymInt columns, "
-    "str activation, bool gated) -> Tensor",
+    "mlp(Tensor x, Tensor up, Tensor up_encoder, Tensor up_decoder, Tensor? up_bias, Tensor down, Tensor down_encoder, "
+    "Tensor down_decoder, Tensor? down_bias, SymInt hidden, SymInt columns, str activation, bool gated) -> Tensor",
     tags=_tags,
 )
 for _kernel in (generic.encode, generic.decode, generic.correlate):
@@ -52,7 +52,7 @@ correlate = torch.ops.strassen_tile.correlate.default
 linear = torch.ops.strassen_tile.linear.default
 linear_forward = torch.ops.strassen_tile.linear_forward.default
 linear_backward = torch.ops.strassen_tile.linear_backward.default
-recode = torch.ops.strassen_tile.recode.default
+mlp = torch.ops.strassen_tile.mlp.default
 
 
 def register_kernel(operator: Any, kernel: Callable[..., object], dispatch_key: str) -> None:
@@ -100,19 +100,9 @@ def _backward_shapes(
     return tuple(x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, wants, strict=True))
 
 
-@torch.library.register_fake(f"{NAMESPACE}::recode")  # type: ignore[untyped-decorator]
-def _recode_shape(
-    encoded: Tensor,
-    decoder: Tensor,
-    bias: Tensor | None,
-    encoder: Tensor,
-    batch: int,
-    rows: int,
-    columns: int,
-    activation: str,
-    gated: bool,
-) -> Tensor:
-    return encoded.new_empty(encoder.shape[-3], encoded.shape[1], tile_count(columns, encoder.shape[-1]))
+@torch.library.register_fake(f"{NAMESPACE}::mlp")  # type: ignore[untyped-decorator]
+def _mlp_shape(x: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], arguments[9])
 
 
 @register_flop_formula(torch.ops.strassen_tile.encode)  # type: ignore[untyped-decorator, unused-ignore]
@@ -162,19 +152,11 @@ def _backward_flops(
     )
 
 
-@register_flop_formula(torch.ops.strassen_tile.recode)  # type: ignore[untyped-decorator, unused-ignore]
-def _recode_flops(
-    encoded: Sequence[int],
-    decoder: Sequence[int],
-    bias: Sequence[int] | None,
-    encoder: Sequence[int],
-    batch: int,
-    rows: int,
-    columns: int,
-    *_: Any,
-    **__: Any,
-) -> int:
-    return _decode_flops(encoded, decoder) + _encode_flops((batch, rows, columns), encoder)
+@register_flop_formula(torch.ops.strassen_tile.mlp)  # type: ignore[untyped-decorator, unused-ignore]
+def _mlp_flops(x: Sequence[int], *arguments: Any, **__: Any) -> int:
+    up, up_encoder, up_decoder, _up_bias, down, down_encoder, down_decoder, _down_bias, hidden = arguments[:9]
+    between = (x[0], x[1], hidden)
+    return sum(_pass_flops(x, up, up_encoder, up_decoder)) + sum(_pass_flops(between, down, down_encoder, down_decoder))
 
 
 def _pass_flops(

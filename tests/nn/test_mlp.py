@@ -1,0 +1,75 @@
+"""STLMLP against the dense MLP it stands for, and against its own layers run one by one."""
+
+import pytest
+import torch
+from torch import nn
+
+import strassen_tile as stl
+from strassen_tile.errors import ConfigError, ShapeError
+
+EXACT = stl.STLConfig(rank=49, basis="strassen")
+DENSE = {
+    "relu": torch.relu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda y: nn.functional.gelu(y, approximate="tanh"),
+    "silu": nn.functional.silu,
+    "none": lambda y: y,
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", DENSE)
+def test_an_exact_basis_gives_the_dense_mlp(activation: str, gated: bool, bias: bool) -> None:
+    """Sizes that are no whole tiles; gate and up are told apart, and the gate is the one that is activated."""
+    up, gate, down = (nn.Linear(*size, bias=bias).double() for size in ((14, 22), (14, 22), (22, 10)))
+    mlp = stl.STLMLP.from_linears(up, down, EXACT, gate=gate if gated else None, activation=activation)
+    x = torch.randn(3, 7, 14, dtype=torch.float64)
+    hidden = DENSE[activation](gate(x)) * up(x) if gated else DENSE[activation](up(x))
+    torch.testing.assert_close(mlp(x), down(hidden))
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), down(hidden))
+        assert mlp(x).dtype == torch.float64
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_one_step_is_the_layers_one_by_one(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp = stl.STLMLP(16, 24, 12, gated=gated, activation="silu", config=stl.STLConfig(rank=16))
+    x = torch.randn(2, 9, 16)
+    with torch.no_grad():
+        together = mlp(x)
+    gradients = torch.autograd.grad(mlp(x).square().sum(), list(mlp.parameters()))
+    monkeypatch.setattr(stl.STLMLP, "_in_one_step", lambda self, x: False)
+    apart = mlp(x)
+    torch.testing.assert_close(together, apart)
+    for got, wanted in zip(gradients, torch.autograd.grad(apart.square().sum(), list(mlp.parameters())), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_a_module_like_others(tmp_path) -> None:
+    mlp = stl.STLMLP(16, 24, gated=True, config=stl.STLConfig(rank=8))
+    other = stl.STLMLP(16, 24, gated=True, config=stl.STLConfig(rank=8))
+    other.load_state_dict(mlp.state_dict())
+    x = torch.randn(2, 9, 16)
+    with torch.no_grad():
+        assert torch.equal(mlp(x), other(x))
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(mlp, fullgraph=True)(x), mlp(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mlp(x).dtype == torch.bfloat16
+    assert {name.split(".")[0] for name, _ in mlp.named_parameters()} == {"up", "down"}
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ConfigError, match="gelu_tanh"):
+        stl.STLMLP(8, 8, activation="swish")
+    with pytest.raises(ShapeError, match="down takes 9"):
+        stl.STLMLP.from_linears(nn.Linear(4, 8), nn.Linear(9, 4))
+    with pytest.raises(ShapeError, match="alike"):
+        stl.STLMLP.from_linears(nn.Linear(4, 8), nn.Linear(8, 4), gate=nn.Linear(4, 8, bias=False))
+    with pytest.raises(ShapeError, match="2-D input"), torch.no_grad():
+        stl.STLMLP(8, 8)(torch.randn(4, 8))
+    for layer in (stl.STLMLP(8, 8), stl.STLLinear(8, 8)):  # 7 features fill as many tiles as 8
+        for learning in (False, True):
+            with pytest.raises(ShapeError, match="must have 8 features"), torch.set_grad_enabled(learning):
+                layer(torch.randn(1, 4, 7))
