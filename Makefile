@@ -5,7 +5,7 @@ OUT    ?= out
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench gpu-check clean
 
 demo: $(STAMP)  ## train dense, 2:4 and STL on real images and compare them (about 6 minutes on 2 cores)
 	$(BIN)/strassen-tile compare --out $(OUT)/demo
@@ -23,6 +23,9 @@ lint: $(STAMP)  ## style and types
 
 bench: $(STAMP)  ## time the operator against the dense product on this machine
 	$(BIN)/strassen-tile bench --out $(OUT)/bench
+
+gpu-check:  ## on a machine with an NVIDIA GPU, torch and triton: are the kernels right, and how fast (8 minutes)
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu_check.py --out $(OUT)/gpu-check $(ARGUMENTS)
 
 # torch first and alone: with it there, nothing else can ask for another build of it.
 $(STAMP): pyproject.toml constraints.txt
