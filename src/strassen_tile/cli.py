@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from strassen_tile.experiments import commands as programs  # rich and matplotlib: only once there is work
 
         return int(getattr(programs, options.run)(options))
-    except (STLError, ImportError) as error:
+    except (STLError, ImportError, OSError) as error:
         print(f"strassen-tile: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

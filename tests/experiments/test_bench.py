@@ -7,8 +7,10 @@ import torch
 
 from strassen_tile import cost, nn
 from strassen_tile.cli import main
+from strassen_tile.cost import rates
 from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import candidates, planning, speed
+from strassen_tile.ops import panels
 from strassen_tile.report import bench as bench_report
 
 CONTRACT = {
@@ -163,3 +165,62 @@ def test_decisions_count_the_side_of_one() -> None:
         {"predicted_dense_s": None, "predicted_s": None, "speedup": 0.5},
     ]
     assert bench_report.decisions(rows) == (2, 3)
+
+
+def test_a_panel_left_out_of_a_gradient_is_seen(monkeypatch) -> None:
+    monkeypatch.setattr(panels, "TRAINING_BYTES", 1 << 16)
+    original = panels._Sum.add
+
+    def first_only(self, a, b) -> None:
+        if self._first:
+            original(self, a, b)
+
+    monkeypatch.setattr(panels._Sum, "add", first_only)
+    with pytest.raises(speed.VerificationError, match="gradient 1"):
+        next(speed.bench([(1024, 64, 64)], [24], methods=("stl",), passes=("step",), seconds=0.0))
+
+
+@pytest.mark.parametrize(
+    "arguments,said",
+    [
+        (["bench", "--shapes", "64x64x64", "--methods", "junk"], "unknown methods junk"),
+        (["bench", "--shapes", "64x64x64", "--ranks", "0"], "ranks must be positive"),
+        (["bench", "--shapes", "64x64x64", "--seconds", "nan"], "seconds not negative"),
+        (["bench", "--shapes", "64x64x64", "--threads", "0"], "--threads must be positive"),
+        (["bench", "--shapes", "4x4x4"], "too small"),
+        (["bench", "--shapes", "²x4x4"], "NxKxM"),
+        (["plan", "--shapes", ""], "NxKxM"),
+        (["plan", "--shapes", "9" * 400 + "x1x1"], "NxKxM"),
+        (["plan", "--shapes", "64x64x64", "--min-speedup", "nan"], "--min-speedup a number"),
+        (["plan", "--shapes", "64x64x64", "--rows", "0"], "--rows must be positive"),
+        (["plan", "torch.nn:Identity"], "no linear layers"),
+        (["plan", "torch.nn:Linear", "--arguments", '{"in_features": -5, "out_features": 4}'], "cannot make a model"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(arguments, said, tmp_path, capsys) -> None:
+    assert main([*arguments, "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("command", ["bench", "plan"])
+def test_a_folder_that_cannot_be_is_said_in_one_line(command, tmp_path, capsys) -> None:
+    (tmp_path / "file").touch()
+    assert main([command, "--shapes", "64x64x64", "--out", str(tmp_path / "file" / "out")]) == 1
+    assert "file" in capsys.readouterr().err
+
+
+def test_quantiles_of_few_are_symmetric() -> None:
+    assert speed._quantile([1, 2, 3, 4, 5], 0.2) == pytest.approx(1.8)
+    assert speed._quantile([1, 2, 3, 4, 5], 0.8) == pytest.approx(4.2)
+    assert speed._quantile([7], 0.8) == 7
+
+
+def test_a_cache_of_nonsense_is_measured_again(monkeypatch) -> None:
+    monkeypatch.setattr("strassen_tile.cost.rates.measure", lambda *a: FLAT)
+    path = rates._cache_path("cpu", torch.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for text in ("[]", "{}", json.dumps({**vars(FLAT), "gemm": []}), json.dumps({**vars(FLAT), "copy": 0.0})):
+        path.write_text(text)
+        assert cost.machine("cpu", torch.float32) == FLAT
+    path.unlink()

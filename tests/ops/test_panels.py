@@ -187,3 +187,29 @@ def test_what_is_kept(dtype: torch.dtype) -> None:
             stl.stl_linear(*tensors, out_features=10, recompute=recompute)
         own = {t.data_ptr() for t in tensors}
         assert sum(t.numel() for t in kept if t.data_ptr() not in own) == numbers
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", ROUNDED, ids=str)
+def test_default_dtypes_do_not_matter(
+    default: torch.dtype, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels write float32 sums; room made for them in torch's default dtype was half as large, or read as double."""
+    monkeypatch.setattr(panels, "TRAINING_BYTES", 20000)
+    tensors, grad = layer(43, 40, 36, 7, 4, dtype), torch.randn(2, 43, 36).to(dtype)
+    wanted = composed.linear_backward(grad.double(), *wide(tensors[:4]), None, [True] * 5)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        with torch.device("meta"):
+            found = panels.linear_backward(grad, *tensors[:4], None, [True] * 5)
+            c = cpu.correlate(tensors[0], library.encode(tensors[0], tensors[2]), (4, 4), False)
+    finally:
+        torch.set_default_dtype(before)
+    for name, got, gradient in zip(GRADIENTS, found, wanted, strict=True):
+        assert got.dtype == dtype
+        assert relative(got, gradient) < ROUNDED[dtype], name
+    x = tensors[0].double()
+    assert (
+        relative(c, composed.correlate(x, library.encode(x, tensors[2].double()), (4, 4), False)) < 2 * ROUNDED[dtype]
+    )

@@ -89,9 +89,12 @@ def run_bench(options: argparse.Namespace) -> int:
     console = Console()
     shapes = speed.shapes_of(options.shapes)
     title = f"Speed on {options.device}, {options.threads or torch.get_num_threads()} threads"
-    if options.threads:
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ConfigError(f"--threads must be positive; got {options.threads}")
         torch.set_num_threads(options.threads)
     rows: list[Row] = []
+    write_rows(options.out / "rows.json", rows)  # a folder that cannot be written is said before anything is timed
     each = len(options.ranks) * sum(method in ("stl", "low-rank") for method in options.methods) + (
         "2:4" in options.methods
     )
@@ -133,12 +136,16 @@ def run_bench(options: argparse.Namespace) -> int:
 def run_plan(options: argparse.Namespace) -> int:
     """`strassen-tile plan`."""
     console = Console()
+    if not options.min_speedup >= 0 or options.rows < 1:
+        raise ConfigError(
+            f"--rows must be positive and --min-speedup a number; got {options.rows}, {options.min_speedup}"
+        )
     if (options.model is None) == (options.shapes is None):
         raise ConfigError("say what to plan for: a model (package.module:callable, or a folder), or --shapes NxKxM,…")
-    with console.status("measuring this machine (about two seconds, once)"):
+    with console.status("measuring this machine (about three seconds, once)"):
         here = machine(options.device, speed.DTYPES[options.dtype], refresh=options.refresh)
     config = STLConfig(tile=options.tile, rank=options.rank, mixing=options.mixing)
-    if options.shapes:
+    if options.shapes is not None:
         shapes = speed.shapes_of(options.shapes)
         rows = planning.plan_shapes(shapes, config, here, min_speedup=options.min_speedup, name=options.passes)
     else:
@@ -150,6 +157,8 @@ def run_plan(options: argparse.Namespace) -> int:
     rows = [{**row, **where} for row in rows]
     title = f"Rank {options.rank} on {here.device}, {here.dtype}, {options.passes}"
     console.print(rich_table(title, plan_report.columns(), rows))
+    if not rows:
+        raise ConfigError("the model has no linear layers to plan for")
     dense, planned = plan_report.totals(rows)
     note = f"Linear layers together: dense {seconds(dense)}, as planned {seconds(planned)} ({ratio(dense / planned)})."
     console.print(note)

@@ -14,7 +14,7 @@ from torch import nn
 from strassen_tile.convert.observe import observe
 from strassen_tile.convert.select import candidates, reasons
 from strassen_tile.cost import Machine
-from strassen_tile.errors import ConfigError, STLError
+from strassen_tile.errors import ConfigError
 from strassen_tile.nn import STLConfig
 from strassen_tile.report.rows import Row
 
@@ -33,7 +33,7 @@ def load_model(text: str, arguments: Mapping[str, Any] | None = None) -> nn.Modu
         try:
             with torch.device("meta"):
                 model: Any = AutoModel.from_config(AutoConfig.from_pretrained(text))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever a config can do wrong
             raise ConfigError(f"cannot make a model of the folder {text!r}: {error}") from error
     else:
         module, _, name = text.partition(":")
@@ -42,7 +42,7 @@ def load_model(text: str, arguments: Mapping[str, Any] | None = None) -> nn.Modu
             for part in filter(None, name.split(".")):
                 model = getattr(model, part)
             model = model(**arguments or {}) if not isinstance(model, nn.Module) and callable(model) else model
-        except (ImportError, AttributeError, TypeError, ValueError, STLError) as error:
+        except Exception as error:  # whatever the user's code raises
             raise ConfigError(
                 f"cannot make a model of {text!r}: {error}. It is package.module:callable, or a folder"
             ) from error

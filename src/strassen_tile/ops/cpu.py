@@ -79,7 +79,8 @@ def as_factor(factor: Tensor) -> Tensor:
 
 def empty_sums(factor: Sequence[int]) -> Tensor:
     """What "correlate" adds to: (threads, r, p, q, lanes), zero."""
-    return torch.zeros(torch.get_num_threads(), *factor, _LANES)
+    # float32 on the CPU whatever torch's defaults are: the kernel writes just that
+    return torch.zeros(torch.get_num_threads(), *factor, _LANES, dtype=torch.float32, device="cpu")
 
 
 def total_of(sums: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,8 +8,9 @@ on it. So matrices are read and written once, and what lies between is a panel's
     forward    X panel → X̂ → Ŷ → Y panel
     backward   dY panel → dŶ → dX̂ → dX panel;  dŴ += X̂ᵀ dŶ;  dE += ⟨X, dX̂⟩;  dD += ⟨dY, Ŷ⟩
 
-Memory beside arguments and results: one workspace a thread, 64 MiB at most (128 MiB once it has trained), and from the
-forward to the backward pass Ŷ where the decoder learns.
+Memory beside arguments and results: one workspace a thread, 64 MiB at most (128 MiB once it has trained); from the forward
+to the backward pass Ŷ where the decoder learns; for bfloat16, in the backward pass, a float32 sum of dŴ if there are
+several panels. Matrices whose rows are not dense are copied first.
 """
 
 from __future__ import annotations
@@ -146,8 +147,9 @@ class _Sum:
     """dŴ over the panels: in place in float32; for bfloat16 in a float32 sum, since many small terms would be lost."""
 
     def __init__(self, like: Tensor, panels: int) -> None:
-        self._result = torch.empty(like.shape, dtype=like.dtype)
-        self._sum = torch.zeros(like.shape) if like.dtype != torch.float32 and panels > 1 else None
+        self._result = like.new_empty(like.shape)
+        widened = like.dtype != torch.float32 and panels > 1
+        self._sum = like.new_zeros(like.shape, dtype=torch.float32) if widened else None
         self._first = True
 
     def add(self, a: Tensor, b: Tensor) -> None:
@@ -224,7 +226,7 @@ def _workspace(numel: int, like: Tensor) -> Tensor:
     size = numel * like.element_size()
     buffer: Tensor | None = getattr(_held, "buffer", None)
     if buffer is None or buffer.numel() < size:
-        buffer = _held.buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = _held.buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         huge_pages(buffer)
     return buffer[:size].view(like.dtype)
 
