@@ -173,7 +173,8 @@ for statement in sys.argv[1:]:
     before, cuda = set(sys.modules), []
     exec(statement)
     new = {name.partition(".")[0] for name in set(sys.modules) - before}
-    report.append([sorted(new), cuda or torch.cuda.is_initialized()])
+    ours = [name for name in sys.modules if name.startswith("strassen_tile.ops.triton.")]
+    report.append([sorted(new), cuda or torch.cuda.is_initialized(), ours])
 print(json.dumps(report))
 """
 CONTROL = "import pandas\ntry: torch.cuda.current_device()\nexcept RuntimeError: pass"
@@ -186,8 +187,9 @@ def test_importing_the_package_is_light(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROBE, "import strassen_tile", CONTROL]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    (loaded, cuda), (control_loaded, control_cuda) = json.loads(done.stdout)
+    (loaded, cuda, kernels), (control_loaded, control_cuda, _) = json.loads(done.stdout)
     assert HEAVY & set(control_loaded) and control_cuda, "the probe itself sees nothing"
     assert PACKAGE in loaded
     assert not HEAVY & set(loaded)
     assert not cuda
+    assert not kernels  # those wake triton; whether it was there before us, the probe cannot tell any more

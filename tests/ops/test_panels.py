@@ -36,13 +36,12 @@ def wide(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     side=st.sampled_from([1, 2, 4, 8]),
 )
 def test_both_passes_at_any_size(n: int, k: int, m: int, r: int, side: int) -> None:
-    """Errors are measured against the sums of absolute values, for where terms cancel no relative bound can hold."""
+    """A gradient whose terms cancel is allowed, beside its relative error, two roundings of the sum of absolute values."""
     tensors, grad = layer(n, k, m, r, side), torch.randn(2, n, m)
     y, kept = panels.linear_forward(*tensors, m)
     doubles, scale = wide(tensors), [t.abs() for t in wide(tensors)]
-    expected, largest = composed.linear(*doubles, m), composed.linear(*scale, m)
     for found in (y, panels.linear(*tensors, m, "none")):
-        assert float((found.double() - expected).norm()) < 1e-6 * float(largest.norm())
+        assert relative(found, composed.linear(*doubles, m)) < 3e-6
     wants = [True] * 5
     gradients = composed.linear_backward(grad.double(), *doubles[:4], None, wants)
     bounds = composed.linear_backward(grad.double().abs(), *scale[:4], None, wants)
@@ -50,7 +49,8 @@ def test_both_passes_at_any_size(n: int, k: int, m: int, r: int, side: int) -> N
         found = panels.linear_backward(grad, *tensors[:4], given_kept, wants)
         for name, got, wanted, bound in zip(GRADIENTS, found, gradients, bounds, strict=True):
             assert got.shape == wanted.shape, name
-            assert float((got.double() - wanted).norm()) < 1e-6 * float(bound.norm()), name
+            allowed = 3e-6 * float(wanted.norm()) + 2**-23 * float(bound.norm())
+            assert float((got.double() - wanted).norm()) < allowed, name
 
 
 @pytest.mark.parametrize("bytes_", [1, 3000, 20000, 1 << 20])

@@ -34,7 +34,7 @@ def load_model(text: str, arguments: Mapping[str, Any] | None = None) -> nn.Modu
             with torch.device("meta"):
                 model: Any = AutoModel.from_config(AutoConfig.from_pretrained(text))
         except Exception as error:  # whatever a config can do wrong
-            raise ConfigError(f"cannot make a model of the folder {text!r}: {error}") from error
+            raise ConfigError(f"cannot make a model of the folder {text!r}: {_said(error)}") from error
     else:
         module, _, name = text.partition(":")
         try:
@@ -44,11 +44,15 @@ def load_model(text: str, arguments: Mapping[str, Any] | None = None) -> nn.Modu
             model = model(**arguments or {}) if not isinstance(model, nn.Module) and callable(model) else model
         except Exception as error:  # whatever the user's code raises
             raise ConfigError(
-                f"cannot make a model of {text!r}: {error}. It is package.module:callable, or a folder"
+                f"cannot make a model of {text!r}: {_said(error)}. It is package.module:callable, or a folder"
             ) from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{text!r} is a {type(model).__name__}, not a torch module")
     return model
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"  # a KeyError alone says only its key
 
 
 def plan(

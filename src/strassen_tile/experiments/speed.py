@@ -151,8 +151,8 @@ def verify_gradients(candidate: Candidate, n: int) -> None:
         parts = [slice(0, height), slice(last, n)]
         weights[height:last] = 0
     found = torch.autograd.grad(y, candidate.leaves, weights)
-    exact = sum((candidate.exact(rows) * weights[rows].double()).sum() for rows in parts)
-    expected = torch.autograd.grad(exact, candidate.leaves)  # type: ignore[arg-type]
+    exact = torch.stack([(candidate.exact(rows) * weights[rows].double()).sum() for rows in parts])
+    expected = torch.autograd.grad(exact.sum(), candidate.leaves)
     for index, (got, wanted) in enumerate(zip(found, expected, strict=True)):
         error = float((got.double() - wanted.double()).norm() / wanted.double().norm())
         if not error < 8 * candidate.allowed:

@@ -90,8 +90,11 @@ class STLMLP(nn.Module):
             between = self.up(x)
             if self.gated:
                 gate, value = between.chunk(2, dim=-1)
-                return self.down(ACTIVATIONS[self.activation](gate) * value)  # type: ignore[no-any-return]
-            return self.down(ACTIVATIONS[self.activation](between))  # type: ignore[no-any-return]
+                between = ACTIVATIONS[self.activation](gate) * value
+            else:
+                between = ACTIVATIONS[self.activation](between)
+            apart: Tensor = self.down(between)
+            return apart
         self.up.check_input(x)
         first, second = (Weights(layer.encoded_weight, *layer.factors(), layer.bias) for layer in (self.up, self.down))
         check(x, *first, self.up.out_features)
