@@ -25,8 +25,8 @@ import torch
 import strassen_tile as stl
 from strassen_tile import models
 from strassen_tile.experiments import speed
-from strassen_tile.ops import composed, cuda, generic
-from strassen_tile.ops.mlp import Weights, two_passes
+from strassen_tile.ops import cuda, generic
+from strassen_tile.ops.chains import Norm, Weights, linear_by_steps, mlp_by_steps
 from strassen_tile.report.rows import environment, write_rows
 
 TILES = ((4, 4, 24), (4, 4, 16), (4, 4, 32), (4, 4, 49), (2, 2, 7), (2, 4, 24), (1, 4, 6), (8, 8, 64), (3, 2, 5))
@@ -55,24 +55,30 @@ def checks(device, sizes, dtypes):
         yield f"decode {label}", relative(cuda.decode(z, e, 2, n, k), expected), ALLOWED[dtype]
         expected = generic.correlate(x.double(), z.double(), (p, q), False)
         yield f"correlate {label}", relative(cuda.correlate(x, z, (p, q), False), expected), ALLOWED[dtype]
-    for (p, q, r), dtype, gated in itertools.product(TILES[:2] + TILES[4:7], dtypes, (False, True)):
+    norms = ("none", "layer", "rms")
+    for (p, q, r), dtype, gated, kind in itertools.product(TILES[:2] + TILES[4:7], dtypes, (False, True), norms):
         n, k, hidden, m = sizes[-1][0], 36, 48, 20
+        scale, shift = (torch.randn(2, k, device=device) + 1).to(dtype)
+        norm = {"none": Norm(), "layer": Norm("layer", scale, shift, 1e-5), "rms": Norm("rms", scale, None, 1e-6)}[kind]
+        wide_norm = Norm(kind, *(None if t is None else t.double() for t in norm[1:3]), norm.eps)
         layers = []
-        for a, b in ((k, hidden * (2 if gated else 1)), (hidden, m)):
+        for a, b in ((k, hidden), (hidden, m), (k, hidden)):
             shapes = ((r, -(-a // q), -(-b // q)), (r, p, q), (r, p, q), (b,))
             w, e, d, bias = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
             layers.append(Weights(w / 6, e, d, bias))
         x = torch.randn(2, n, k, device=device).to(dtype)
-        label, (up, down) = f"{p}x{q} r={r} {dtype} gated={gated}".replace("torch.", ""), layers
-        wide = [Weights(*(t.double() for t in layer)) for layer in layers]
+        label, (up, down, gate) = f"{p}x{q} r={r} {dtype} gated={gated} norm={kind}".replace("torch.", ""), layers
+        up_wide, down_wide, gate_wide = (Weights(*(t.double() for t in layer)) for layer in layers)
         with torch.no_grad():
-            expected = two_passes(x.double(), *wide[0], *wide[1], hidden, m, "silu", gated)
-            found = cuda.mlp(x, *up, *down, hidden, m, "silu", gated)
+            expected = mlp_by_steps(
+                x.double(), *wide_norm, up_wide, gate_wide if gated else (), down_wide, hidden, m, "silu"
+            )
+            found = cuda.mlp(x, *norm, up, gate if gated else (), down, hidden, m, "silu")
             yield f"mlp {label}", relative(found, expected), 6 * ALLOWED[dtype]
-            expected = composed.linear(x.double(), *wide[0], up.bias.shape[0], "gelu")
+            expected = linear_by_steps(x.double(), *wide_norm, *up_wide, hidden, "gelu")
             yield (
                 f"linear {label}",
-                relative(cuda.linear(x, *up, up.bias.shape[0], "gelu"), expected),
+                relative(cuda.norm_linear(x, *norm, *up, hidden, "gelu"), expected),
                 4 * ALLOWED[dtype],
             )
         if device == "cuda":

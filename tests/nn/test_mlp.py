@@ -22,7 +22,8 @@ DENSE = {
 @pytest.mark.parametrize("activation", DENSE)
 def test_an_exact_basis_gives_the_dense_mlp(activation: str, gated: bool, bias: bool) -> None:
     """Sizes that are no whole tiles; gate and up are told apart, and the gate is the one that is activated."""
-    up, gate, down = (nn.Linear(*size, bias=bias).double() for size in ((14, 22), (14, 22), (22, 10)))
+    up, down = (nn.Linear(*size, bias=bias).double() for size in ((14, 22), (22, 10)))
+    gate = nn.Linear(14, 22, bias=not bias).double()
     mlp = stl.STLMLP.from_linears(up, down, EXACT, gate=gate if gated else None, activation=activation)
     x = torch.randn(3, 7, 14, dtype=torch.float64)
     hidden = DENSE[activation](gate(x)) * up(x) if gated else DENSE[activation](up(x))
@@ -36,14 +37,52 @@ def test_an_exact_basis_gives_the_dense_mlp(activation: str, gated: bool, bias: 
 def test_one_step_is_the_layers_one_by_one(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     mlp = stl.STLMLP(16, 24, 12, gated=gated, activation="silu", config=stl.STLConfig(rank=16))
     x = torch.randn(2, 9, 16)
+    steps = []
+    monkeypatch.setattr(
+        stl.STLMLP, "_one_step", lambda *a, _original=stl.STLMLP._one_step: steps.append(1) or _original(*a)
+    )
     with torch.no_grad():
         together = mlp(x)
-    gradients = torch.autograd.grad(mlp(x).square().sum(), list(mlp.parameters()))
-    monkeypatch.setattr(stl.STLMLP, "_in_one_step", lambda self, x: False)
-    apart = mlp(x)
-    torch.testing.assert_close(together, apart)
-    for got, wanted in zip(gradients, torch.autograd.grad(apart.square().sum(), list(mlp.parameters())), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert steps
+    torch.testing.assert_close(together, mlp(x))
+    assert len(steps) == 1, "with a gradient to come the layers run one by one"
+    dtype, steps[:] = torch.bfloat16, []
+    with torch.autocast("cpu", dtype=dtype):
+        with torch.no_grad():
+            together = mlp(x)
+        assert steps
+        assert together.dtype == dtype
+        torch.testing.assert_close(together, mlp(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("learning", [True, False])
+def test_a_norm_of_the_input(kind: type[nn.Module], learning: bool) -> None:
+    """As part of the layer it does what it does before it, and its parameters get the same gradients."""
+    x, norm = torch.randn(3, 7, 14), kind(14)
+    nn.init.normal_(norm.weight)
+    with torch.random.fork_rng():
+        plain = [stl.STLLinear(14, 22), stl.STLMLP(14, 22, gated=True)]
+    normed = [stl.STLLinear(14, 22, norm=norm), stl.STLMLP(14, 22, gated=True, norm=norm)]
+    for layer, other in zip(plain, normed, strict=True):
+        other.load_state_dict({**layer.state_dict(), **{f"norm.{k}": v for k, v in norm.state_dict().items()}})
+        with torch.set_grad_enabled(learning):
+            found, expected = other(x), layer(norm(x))
+            torch.testing.assert_close(found, expected)
+            if learning:
+                got, wanted = (
+                    torch.autograd.grad(y.square().sum(), list(norm.parameters())) for y in (found, expected)
+                )
+                for one, two in zip(got, wanted, strict=True):
+                    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_side_by_side_share_one_encoder() -> None:
+    parts = [nn.Linear(14, m).double() for m in (8, 9, 3)]
+    layer, x = stl.STLLinear.from_linears(parts, EXACT), torch.randn(2, 7, 14, dtype=torch.float64)
+    for found, part in zip(layer(x).split([8, 9, 3], dim=-1), parts, strict=True):
+        torch.testing.assert_close(found, part(x))
+    assert layer.encoder.shape == (49, 4, 4)
 
 
 def test_it_is_a_module_like_others(tmp_path) -> None:
@@ -57,7 +96,7 @@ def test_it_is_a_module_like_others(tmp_path) -> None:
         torch.testing.assert_close(torch.compile(mlp, fullgraph=True)(x), mlp(x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert mlp(x).dtype == torch.bfloat16
-    assert {name.split(".")[0] for name, _ in mlp.named_parameters()} == {"up", "down"}
+    assert {name.split(".")[0] for name, _ in mlp.named_parameters()} == {"gate", "up", "down"}
 
 
 def test_what_is_refused() -> None:
@@ -66,7 +105,14 @@ def test_what_is_refused() -> None:
     with pytest.raises(ShapeError, match="down takes 9"):
         stl.STLMLP.from_linears(nn.Linear(4, 8), nn.Linear(9, 4))
     with pytest.raises(ShapeError, match="alike"):
-        stl.STLMLP.from_linears(nn.Linear(4, 8), nn.Linear(8, 4), gate=nn.Linear(4, 8, bias=False))
+        stl.STLMLP.from_linears(nn.Linear(4, 8), nn.Linear(8, 4), gate=nn.Linear(4, 9))
+    for parts in ([], [nn.Linear(4, 8), nn.Linear(5, 8)], [nn.Linear(4, 8), nn.Linear(4, 8, bias=False)]):
+        with pytest.raises(ShapeError, match="one input"):
+            stl.STLLinear.from_linears(parts)
+    for norm in (nn.LayerNorm(7), nn.BatchNorm1d(8), nn.LayerNorm((4, 8))):
+        for make in (lambda n: stl.STLMLP(8, 8, norm=n), lambda n: stl.STLLinear(8, 8, norm=n)):
+            with pytest.raises(ConfigError, match="over 8 features"):
+                make(norm)
     with pytest.raises(ShapeError, match="2-D input"), torch.no_grad():
         stl.STLMLP(8, 8)(torch.randn(4, 8))
     for layer in (stl.STLMLP(8, 8), stl.STLLinear(8, 8)):  # 7 features fill as many tiles as 8

@@ -18,7 +18,10 @@ from triton.compiler import ASTSource
 from strassen_tile.ops.triton import kernels, launch
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-POINTERS = {"x", "factor", "encoded", "bias", "y", "decoder", "encoder", "out", "scale", "shift", "sums"}
+POINTERS = {
+    "x", "factor", "encoded", "bias", "y", "decoder", "encoder", "out", "scale", "shift", "sums",
+    "up", "up_decoder", "up_bias",
+}  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -33,7 +36,7 @@ def compiled(kernel, element: str, constants: dict, capability: int) -> dict:
             signature[name] = "*fp32" if name == "sums" else f"*{element}"
         else:
             signature[name] = "fp32" if name == "eps" else "i32"
-        if name not in ("rank", "next_rank", "eps", "total", "tile_rows", "blocks"):
+        if name not in ("rank", "up_rank", "next_rank", "eps", "total", "tile_rows", "blocks"):
             attrs[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs={(names.index(k),): v for k, v in constants.items()}, attrs=attrs)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
@@ -57,7 +60,8 @@ def variants():
     for tile, rank in (((4, 4), 16), ((4, 4), 24), ((4, 4), 32), ((4, 4), 49), ((8, 8), 64), ((2, 4), 24), ((1, 4), 6)):
         for element in ("bf16", "fp16", "fp32") if (tile, rank) == ((4, 4), 24) else ("bf16",):
             p, q = tile
-            shape = {**launch.compile_time(p, q, rank, TYPES[element]), "UPCAST": False}
+            like = torch.empty(0, dtype=TYPES[element])
+            shape = {**launch.compile_time("encode", p, q, rank, like), "UPCAST": False}
             unfast = {key: value for key, value in shape.items() if key != "FAST"}
             label = f"{p}x{q} r={rank} {element}"
             common = {"stride_k": 1}
@@ -65,7 +69,8 @@ def variants():
             for activation in ("none", "gelu_tanh") if rank == 24 else ("none",):
                 extra = {"BIAS": True, "ACTIVATION": activation}
                 yield f"decode {label} {activation}", kernels.decode_kernel, element, {**shape, **extra}
-            extra = {"BIAS": True, "ACTIVATION": "silu", "NEXT_RANKS": shape["RANKS"]}
+            extra = {"BIAS": True, "UP_BIAS": True, "ACTIVATION": "silu"}
+            extra |= {"UP_RANKS": shape["RANKS"], "NEXT_RANKS": shape["RANKS"]}
             for gated in (False, True):
                 yield (
                     f"recode {label} gated={gated}",
@@ -76,7 +81,7 @@ def variants():
             yield f"correlate {label}", kernels.correlate_kernel, element, {**shape, **common}
             if shape["FAST"]:
                 norm = {key: value for key, value in unfast.items() if key != "ENTRIES"}
-                extra = {"CENTRE": True, "SHIFT": True}
+                extra = {"CENTRE": True, "SCALE": True, "SHIFT": True}
                 yield f"norm {label}", kernels.norm_encode_kernel, element, {**norm, **common, **extra}
 
 

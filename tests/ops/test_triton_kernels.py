@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs under TRITON_INTERPRET=1", allow_module_level=True)
 
 from strassen_tile.ops import generic  # noqa: E402
+from strassen_tile.ops.chains import Norm  # noqa: E402
 from strassen_tile.ops.triton import launch  # noqa: E402
 
 TILES = [(4, 4, 24), (4, 4, 49), (2, 2, 7), (2, 4, 11), (1, 4, 6), (8, 8, 33), (3, 2, 5), (4, 4, 1)]
@@ -74,39 +75,27 @@ def test_decode_with_bias_and_activation(activation: str, biased: bool) -> None:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
 def test_recode(tile: tuple[int, int], rank: int, following: int, gated: bool, activation: str) -> None:
-    """Rows are ragged; the bias is large, so that act(bias) in the padding would show if it were encoded."""
-    (p, s), rows, columns = tile, 7, 24
-    total, tiles = 2 * -(-rows // p), columns // s
-    z = torch.randn(rank, total, tiles * (2 if gated else 1))
-    d, e = torch.randn(rank, p, s), torch.randn(following, p, s)
-    bias = torch.randn(columns * (2 if gated else 1)) + 3
-    y = generic.decode(z.double(), d.double(), 2, rows, columns * (2 if gated else 1)) + bias.double()
-    gate, up = y.chunk(2, dim=-1) if gated else (y, 1)
-    expected = generic.encode(ACTIVATE[activation](gate) * up, e.double())
-    found = launch.recode(z, d, e, 2, rows, columns, bias, activation, gated=gated)
+    """Ragged rows and columns, gate and up of different ranks; act(bias) in the padding would show if it were encoded."""
+    (p, s), rows, columns, e = tile, 7, 22, torch.randn(following, *tile)
+    waiting, decoded = [], []
+    for r in (rank, rank + 9) if gated else (rank,):
+        z, d = torch.randn(r, 2 * -(-rows // p), -(-columns // s)), torch.randn(r, p, s)
+        waiting.append(launch.Decoding(z, d, torch.randn(columns) + 3))
+        decoded.append(generic.decode(z.double(), d.double(), 2, rows, columns) + waiting[-1].bias.double())
+    expected = generic.encode(ACTIVATE[activation](decoded[0]) * (decoded[1] if gated else 1), e.double())
+    found = launch.recode(waiting[0], waiting[1] if gated else None, e, 2, rows, columns, activation)
     assert relative(found, expected) < 2e-6
 
 
-def test_recode_cuts_ragged_columns() -> None:
-    z, d, e, bias = torch.randn(5, 4, 3), torch.randn(5, 4, 4), torch.randn(6, 4, 4), torch.randn(10) + 3
-    y = generic.decode(z.double(), d.double(), 2, 7, 10) + bias.double()
-    expected = generic.encode(torch.relu(y), e.double())
-    assert relative(launch.recode(z, d, e, 2, 7, 10, bias, "relu"), expected) < 2e-6
-
-
 @pytest.mark.parametrize("centre", [True, False], ids=["layer norm", "rms norm"])
-@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("scaled,shifted", [(True, True), (True, False), (False, False), (False, True)])
 @pytest.mark.parametrize("p,q,r", [(4, 4, 24), (8, 8, 9), (2, 8, 5)])
 @pytest.mark.parametrize("n,k", [(4, 64), (5, 63), (9, 270)])
-def test_norm_encode(p: int, q: int, r: int, n: int, k: int, centre: bool, shifted: bool) -> None:
-    x, scale, shift = torch.randn(2, n, k) * 3 + 2, torch.randn(k), torch.randn(k) + 2 if shifted else None
-    e = torch.randn(r, p, q)
-    wide = x.double()
-    if centre:
-        normed = nn.functional.layer_norm(wide, (k,), scale.double(), None, 1e-5)
-    else:
-        normed = nn.functional.rms_norm(wide, (k,), scale.double(), 1e-5)
-    normed = normed if shift is None else normed + shift.double()
+def test_norm_encode(p: int, q: int, r: int, n: int, k: int, centre: bool, scaled: bool, shifted: bool) -> None:
+    x, scale = torch.randn(2, n, k) * 3 + 2, torch.randn(k) if scaled else None
+    shift, e = torch.randn(k) + 2 if shifted else None, torch.randn(r, p, q)
+    norm = Norm("layer" if centre else "rms", *(None if t is None else t.double() for t in (scale, shift)), 1e-5)
+    normed = norm(x.double())
     found = launch.norm_encode(x, scale, shift, 1e-5, e, centre=centre)
     assert relative(found, generic.encode(normed, e.double())) < 4e-6
 

@@ -9,8 +9,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs under TRITON_INTERPRET=1", allow_module_level=True)
 
-from strassen_tile.ops import composed, cuda, generic, mlp
-from strassen_tile.ops.mlp import Weights
+from strassen_tile.ops import chains, composed, cuda, generic
+from strassen_tile.ops.chains import Norm, Weights
 from strassen_tile.ops.triton import launch
 
 
@@ -50,25 +50,88 @@ def wide(layer: Weights) -> Weights:
     return Weights(*(None if t is None else t.double() for t in layer))
 
 
+NORMS = {
+    "none": Norm(),
+    "layer": Norm("layer", torch.linspace(1, 2, 30), torch.linspace(2, 3, 30), 1e-5),
+    "layer without affine": Norm("layer", None, None, 1e-5),
+    "rms": Norm("rms", torch.linspace(1, 2, 30), None, 1e-6),
+}
+
+
+def wide_norm(norm: Norm) -> Norm:
+    scale, shift = (None if t is None else t.double() for t in norm[1:3])
+    return Norm(norm.kind, scale, shift, norm.eps)
+
+
+def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that are launched from now on."""
+    taken: list[str] = []
+    for name in ("encode", "norm_encode", "recode", "decode"):
+        original = getattr(launch, name)
+
+        def step(*arguments, _name=name, _original=original, **options):
+            taken.append(_name)
+            return _original(*arguments, **options)
+
+        monkeypatch.setattr(launch, name, step)
+    return taken
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("activation", composed.ACTIVATIONS)
 @pytest.mark.parametrize("hidden,biased", [(24, True), (22, False)])
-def test_mlp(activation: str, gated: bool, hidden: int, biased: bool) -> None:
-    """Ragged rows, ragged hidden features (gated ones then pass by pass), ranks that differ."""
-    x = torch.randn(2, 7, 30)
-    up, down = weights(30, hidden * (2 if gated else 1), 7, biased=biased), weights(hidden, 21, 5, biased=biased)
-    expected = mlp.two_passes(x.double(), *wide(up), *wide(down), hidden, 21, activation, gated)
-    for found in (
-        cuda.mlp(x, *up, *down, hidden, 21, activation, gated),
-        mlp.mlp(x, up, down, hidden, 21, activation=activation, gated=gated),
+def test_mlp(activation: str, gated: bool, hidden: int, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ragged rows, ragged hidden features, ranks that differ: three kernels, whether gated or not."""
+    x, up, down = torch.randn(2, 7, 30), weights(30, hidden, 7, biased=biased), weights(hidden, 21, 5, biased=biased)
+    gate = weights(30, hidden, 9, biased=not biased) if gated else ()
+    tensors = wide(up), wide(gate) if gated else (), wide(down)
+    expected = chains.mlp_by_steps(x.double(), *Norm(), *tensors, hidden, 21, activation)
+    found = chains.mlp(x, up, down, hidden, 21, gate=gate or None, activation=activation)
+    assert relative(found, expected) < 3e-6
+    taken = steps_taken(monkeypatch)
+    assert relative(cuda.mlp(x, *Norm(), up, gate, down, hidden, 21, activation), expected) < 3e-6
+    assert taken == ["encode", "recode", "decode"]
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_norm_before(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies below the last of seven rows is zero after the norm too, not its shift."""
+    norm, x = NORMS[kind], torch.randn(2, 7, 30) + 1
+    up, gate, down = weights(30, 24, 7), weights(30, 24, 7), weights(24, 21, 5)
+    taken = steps_taken(monkeypatch)
+    if kind != "none":
+        expected = chains.linear_by_steps(x.double(), *wide_norm(norm), *wide(up), 24, "silu")
+        assert relative(cuda.norm_linear(x, *norm, *up, 24, "silu"), expected) < 3e-6
+        assert relative(chains.norm_linear(x, norm, up, 24, "silu"), expected) < 3e-6
+        assert taken == ["norm_encode", "decode"]
+    for gates in ((), gate):
+        tensors = wide(up), wide(gates) if gates else (), wide(down)
+        expected = chains.mlp_by_steps(x.double(), *wide_norm(norm), *tensors, 24, 21, "gelu")
+        taken.clear()
+        assert relative(cuda.mlp(x, *norm, up, gates, down, 24, 21, "gelu"), expected) < 3e-6
+        assert taken == ["encode" if kind == "none" else "norm_encode", "recode", "decode"]
+
+
+def test_what_does_not_fit_one_grid_goes_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that differ between the layers, and ranks of gate and up too many for one encode together."""
+    x, taken = torch.randn(2, 7, 30), steps_taken(monkeypatch)
+    for up, gate, down in (
+        (weights(30, 24, 7), (), weights(24, 21, 5, (4, 2, 4))),
+        (weights(30, 24, 70), weights(30, 24, 70), weights(24, 21, 5)),
+        (weights(30, 24, 7, (2, 4, 4)), weights(30, 24, 7), weights(24, 21, 5)),
     ):
-        assert relative(found, expected) < 3e-6
+        tensors = wide(up), wide(gate) if gate else (), wide(down)
+        expected = chains.mlp_by_steps(x.double(), *Norm(), *tensors, 24, 21, "relu")
+        assert relative(cuda.mlp(x, *Norm(), up, gate, down, 24, 21, "relu"), expected) < 3e-6
+        assert "recode" not in taken
 
 
-def test_mlp_of_different_tiles_goes_pass_by_pass() -> None:
-    x, up, down = torch.randn(2, 7, 30), weights(30, 24, 7), weights(24, 21, 5, (4, 2, 4))
-    expected = mlp.two_passes(x.double(), *wide(up), *wide(down), 24, 21, "relu", False)
-    assert relative(cuda.mlp(x, *up, *down, 24, 21, "relu", False), expected) < 3e-6
+def test_a_norm_before_tiles_that_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused norm reads whole rows; tiles of 2×2 are encoded from the norm's own result."""
+    x, up, taken = torch.randn(2, 7, 30), weights(30, 24, 7, (2, 2, 2)), steps_taken(monkeypatch)
+    expected = chains.linear_by_steps(x.double(), *wide_norm(NORMS["layer"]), *wide(up), 24, "none")
+    assert relative(cuda.norm_linear(x, *NORMS["layer"], *up, 24, "none"), expected) < 3e-6
+    assert taken == ["encode", "decode"]
 
 
 def test_what_the_kernels_do_not_take_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:

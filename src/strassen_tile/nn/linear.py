@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -10,8 +12,11 @@ from strassen_tile.errors import ShapeError, shape_text
 from strassen_tile.nn import fit, init
 from strassen_tile.nn.config import STLConfig
 from strassen_tile.nn.padding import PaddingMask
+from strassen_tile.nn.steps import check_norm, norm_of, undisturbed
 from strassen_tile.ops import stl_linear
-from strassen_tile.tiling import tile_count
+from strassen_tile.ops.chains import Weights, norm_linear
+from strassen_tile.ops.functional import check
+from strassen_tile.tiling import as_samples, tile_count
 
 
 class STLLinear(nn.Module):
@@ -28,7 +33,13 @@ class STLLinear(nn.Module):
         out_features: M.
         bias: whether there is one.
         config: `STLConfig()` by default.
+        norm: an `nn.LayerNorm` or `nn.RMSNorm` of the input, applied before the product; on a GPU, in inference, while
+            encoding, so that its result never reaches memory.
         device, dtype: of the parameters.
+
+    Raises:
+        ShapeError: a negative number of features.
+        ConfigError: another norm, or one of other features.
     """
 
     bias: Tensor | None
@@ -40,6 +51,7 @@ class STLLinear(nn.Module):
         bias: bool = True,
         *,
         config: STLConfig | None = None,
+        norm: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -62,6 +74,8 @@ class STLLinear(nn.Module):
             self.bias = parameter(out_features)
         else:
             self.register_parameter("bias", None)
+        check_norm(norm, in_features)
+        self.norm = norm
         self.padding: PaddingMask | None = None  # set by `convert`: which rows of a batch are padding
         self.reset_parameters()
 
@@ -137,12 +151,50 @@ class STLLinear(nn.Module):
                 layer.bias.copy_(linear.bias)
         return layer
 
+    @classmethod
+    def from_linears(
+        cls, linears: Sequence[nn.Linear], config: STLConfig | None = None, inputs: Tensor | None = None
+    ) -> STLLinear:
+        """One layer in place of several that are fed the same, as q, k and v are: one encode serves all of them.
+
+        Its output is theirs side by side: `layer(x).split([linear.out_features for linear in linears], dim=-1)`.
+
+        Raises:
+            ShapeError: none, or layers of different inputs, or some with and some without a bias.
+        """
+        if len({(linear.in_features, linear.bias is None) for linear in linears}) != 1:
+            raise ShapeError(
+                "layers side by side must have one input, and all or none a bias; got "
+                + (", ".join(str(linear) for linear in linears) or "no layer")
+            )
+        first, whole = linears[0], sum(linear.out_features for linear in linears)
+        both = nn.Linear(first.in_features, whole, first.bias is not None, device="meta")
+        both.weight = nn.Parameter(
+            torch.cat([linear.weight for linear in linears]).detach(), any(li.weight.requires_grad for li in linears)
+        )
+        if first.bias is not None:
+            biases = torch.cat([linear.bias for linear in linears]).detach()
+            both.bias = nn.Parameter(biases, any(li.bias.requires_grad for li in linears))
+        return cls.from_linear(both.train(first.training), config, inputs)
+
     @property
     def weight(self) -> Tensor:
         """An empty tensor (M, 0) with the dtype and device of the layer, which is what some models ask a linear layer's
         `weight` for (T5). There is no dense weight: use as one fails.
         """
         return self.encoded_weight.new_empty((self.out_features, 0))
+
+    def padding_now(self) -> Tensor | None:
+        """The mask (B, N) by which padding rows must be zeroed now; causal rows see nothing behind them, padding included."""
+        return self.padding.current() if self.padding is not None and self.config.mixing == "sequence" else None
+
+    def can_join(self) -> bool:
+        """Whether its step may be part of a longer one: no backend is asked for, and no padding rows are to be zeroed first."""
+        return self.config.backend == "auto" and self.padding_now() is None
+
+    def weights(self) -> Weights:
+        """Its tensors as the product uses them."""
+        return Weights(self.encoded_weight, *self.factors(), self.bias)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """E and D as the product uses them: masked where the mixing is causal."""
@@ -154,10 +206,15 @@ class STLLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, N, K) → (…, N, M). Raises ShapeError for other features, and for a 2-D input if rows mix."""
         self.check_input(x)
-        if self.config.mixes_rows and self.padding is not None:
-            self.padding.check_start(self.config.pqs[0])
-            if self.config.mixing == "sequence":  # causal rows see nothing behind them, padding included
-                x = self.padding.zero(x)
+        if self.norm is not None:
+            if self.can_join() and undisturbed(x, [self], self.norm):
+                layer = self.weights()
+                check(x, *layer, self.out_features)
+                y = norm_linear(as_samples(x), norm_of(self.norm, x), layer, self.out_features)
+                return y.view(*x.shape[:-1], self.out_features)
+            x = self.norm(x)
+        if self.padding is not None and self.padding_now() is not None:
+            x = self.padding.zero(x)
         encoder, decoder = self.factors()
         return stl_linear(
             x,
@@ -178,7 +235,9 @@ class STLLinear(nn.Module):
         return cost.linear(rows, *features, tile, self.config.rank, batch=batch, itemsize=size, encoder_scope=scope)
 
     def check_input(self, x: Tensor) -> None:
-        """Raise ShapeError if `x` has other features, or is 2-D though the rows of a tile depend on each other."""
+        """Raise ShapeError if `x` has other features, is 2-D though the rows of a tile depend on each other, or continues a
+        cached sequence in the middle of a tile.
+        """
         if x.ndim and x.shape[-1] != self.in_features:  # a tile would pad what is missing
             raise ShapeError(f"x must have {self.in_features} features; got {shape_text(x.shape)}")
         if self.config.mixes_rows and x.ndim < 3:
@@ -187,6 +246,8 @@ class STLLinear(nn.Module):
                 f"tile {self.config.tile}) mixes the {self.config.pqs[0]} rows of a tile: samples would leak into each "
                 "other. For one sequence pass x.unsqueeze(0); for independent rows use mixing='none' or keep the layer dense"
             )
+        if self.config.mixes_rows and self.padding is not None:
+            self.padding.check_start(self.config.pqs[0])
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""

@@ -62,7 +62,7 @@ class PaddingMask:
 
     def zero(self, x: Tensor) -> Tensor:
         """`x` (B, N, K) with its padding rows set to zero."""
-        mask = self.mask if self._outer or self._held else self._replay()
+        mask = self.current()
         if mask is None:
             return x
         if x.shape[:-1] != mask.shape:
@@ -71,6 +71,10 @@ class PaddingMask:
                 "cannot be told which rows are padding. Keep that layer dense (filter_fn) or use mixing='none'"
             )
         return x.masked_fill(~mask.unsqueeze(-1), 0)
+
+    def current(self) -> Tensor | None:
+        """The mask of the call in progress, or of the one that a checkpointed layer runs again for."""
+        return self.mask if self._outer or self._held else self._replay()
 
     def check_start(self, tile_rows: int) -> None:
         """Raise ShapeError if the rows of this call, which continue a cached sequence, start in the middle of a tile."""

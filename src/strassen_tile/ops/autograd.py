@@ -10,7 +10,8 @@ backend has it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -133,11 +134,16 @@ def correlate(x: Tensor, encoded: Tensor, tile: tuple[int, int], per_column: boo
     return Correlate.apply(x, encoded, tuple(tile), per_column)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def _leaves(args: Sequence[Any]) -> Iterator[Any]:
+    """The arguments, those in a list one by one."""
+    return chain.from_iterable(a if isinstance(a, list | tuple) else (a,) for a in args)
+
+
 def differentiable(function: Callable[..., Tensor], operator: Any) -> Callable[..., Tensor]:
     """What `operator` does under the Autograd key: a call through `torch.ops` has gradients too."""
 
     def kernel(*args: Any) -> Tensor:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in _leaves(args)):
             return function(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)  # type: ignore[no-any-return]

@@ -2,8 +2,10 @@
 
 Requires: tensors on one CUDA device. triton is imported when the first of them comes. Not yet measured on a GPU.
 
-    linear    encode → cuBLAS batched product → decode with the bias
-    mlp       encode → product → decode, activate and encode again in one kernel → product → decode
+    linear        encode → cuBLAS batched product → decode with bias and activation
+    norm_linear   norm and encode in one kernel → product → decode
+    mlp           (norm and) encode, for gate and up at once → products → decode, activate and encode again in one kernel →
+                  product → decode
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from strassen_tile.ops import composed, generic, library
-from strassen_tile.ops.mlp import two_passes
+from strassen_tile.ops.chains import Norm, Weights, linear_by_steps, mlp_by_steps
 
 
 @lru_cache(maxsize=1)
@@ -81,36 +83,81 @@ def linear_forward(
     return launch.decode(products, decoder, x.shape[0], x.shape[1], columns, bias), products.view(-1)
 
 
+def norm_linear(
+    x: Tensor,
+    norm: str,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    encoded_weight: Tensor,
+    encoder: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None,
+    columns: int,
+    activation: str,
+) -> Tensor:
+    """As `chains.linear_by_steps`; the normed x is never written."""
+    launch, before = launcher(), Norm(norm, scale, shift, eps)
+    if launch is None or not (launch.supports(x, encoder.shape) and launch.supports(x, decoder.shape)):
+        return linear_by_steps(x, *before, encoded_weight, encoder, decoder, bias, columns, activation)
+    products = torch.bmm(_normed_and_encoded(launch, x, before, encoder), encoded_weight)
+    return launch.decode(products, decoder, x.shape[0], x.shape[1], columns, bias, activation)  # type: ignore[no-any-return]
+
+
 def mlp(
     x: Tensor,
-    up: Tensor,
-    up_encoder: Tensor,
-    up_decoder: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    down_encoder: Tensor,
-    down_decoder: Tensor,
-    down_bias: Tensor | None,
+    norm: str,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    up: Sequence[Tensor | None],
+    gate: Sequence[Tensor | None],
+    down: Sequence[Tensor | None],
     hidden: int,
     columns: int,
     activation: str,
-    gated: bool,
 ) -> Tensor:
-    """As `mlp.two_passes`; where the second layer's tiles are the first one's, what lies between stays in registers."""
-    launch, factors = launcher(), (up_encoder, up_decoder, down_encoder, down_decoder)
-    fits = launch is not None and all(launch.supports(x, factor.shape) for factor in factors)
-    if not fits or down_encoder.shape[1:] != up_decoder.shape[1:] or (gated and hidden % up_decoder.shape[2]):
-        return two_passes(
-            x, up, up_encoder, up_decoder, up_bias, down, down_encoder, down_decoder, down_bias,
-            hidden, columns, activation, gated,
-        )  # fmt: skip
-    assert launch is not None
+    """As `chains.mlp_by_steps`; the normed x and, where all layers have one tile, the hidden features are never written."""
+    launch, before = launcher(), Norm(norm, scale, shift, eps)
+    layers = [Weights(*layer) for layer in (gate, up, down) if layer]  # type: ignore[arg-type] # only the bias can be None
+    if launch is None or not _one_grid(launch, x, layers):
+        return mlp_by_steps(x, *before, up, gate, down, hidden, columns, activation)
+    *first, last = layers
+    ranks = [layer.encoder.shape[0] for layer in first]
+    # One kernel reads x once for gate and up.
+    encoder = torch.cat([layer.encoder for layer in first]) if gate else first[0].encoder
+    encoded = _normed_and_encoded(launch, x, before, encoder).split(ranks)
+    waiting = [
+        launch.Decoding(torch.bmm(part, layer.encoded_weight), layer.decoder, layer.bias)
+        for part, layer in zip(encoded, first, strict=True)
+    ]
     batch, rows, _ = x.shape
-    products = torch.bmm(launch.encode(x, up_encoder, aligned=True), up)
-    between = launch.recode(
-        products, up_decoder, down_encoder, batch, rows, hidden, up_bias, activation, gated=gated, aligned=True
+    others = waiting[1] if gate else None
+    between = launch.recode(waiting[0], others, last.encoder, batch, rows, hidden, activation, aligned=True)
+    products = torch.bmm(between, last.encoded_weight)
+    return launch.decode(products, last.decoder, batch, rows, columns, last.bias)  # type: ignore[no-any-return]
+
+
+def _normed_and_encoded(launch: ModuleType, x: Tensor, norm: Norm, encoder: Tensor) -> Tensor:
+    if norm.kind == "none" or not launch.fast(*encoder.shape[1:]):
+        return launch.encode(norm(x), encoder, aligned=True)  # type: ignore[no-any-return]
+    return launch.norm_encode(  # type: ignore[no-any-return]
+        x, norm.scale, norm.shift, norm.eps, encoder, centre=norm.kind == "layer", aligned=True
     )
-    return launch.decode(torch.bmm(between, down), down_decoder, batch, rows, columns, down_bias)  # type: ignore[no-any-return]
+
+
+def _one_grid(launch: ModuleType, x: Tensor, layers: Sequence[Weights]) -> bool:
+    """Whether the kernels take these layers, and the last one reads the tiles that the others write."""
+    *first, last = layers
+    factors = [factor for layer in layers for factor in (layer.encoder, layer.decoder)]
+    if not all(launch.supports(x, factor.shape) for factor in factors):
+        return False
+    together = (sum(layer.encoder.shape[0] for layer in first), *first[0].encoder.shape[1:])
+    return (
+        launch.supports(x, together)
+        and all(layer.encoder.shape[1:] == together[1:] for layer in first)
+        and all(layer.decoder.shape[1:] == last.encoder.shape[1:] for layer in first)
+    )
 
 
 def refusal(x: Tensor, encoder: Tensor, decoder: Tensor) -> str | None:
@@ -127,6 +174,7 @@ def refusal(x: Tensor, encoder: Tensor, decoder: Tensor) -> str | None:
 
 
 for _operator, _kernel in (
+    (library.norm_linear, norm_linear),
     (library.mlp, mlp),
     (library.encode, encode),
     (library.decode, decode),

@@ -69,7 +69,7 @@ def stl_linear(
     """
     if activation not in ACTIVATIONS:
         raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    if _autocasts(x) and x.dtype != torch.float64:
+    if autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, encoded_weight, encoder, decoder = (a.to(dtype) for a in (x, encoded_weight, encoder, decoder))
         bias = None if bias is None else bias.to(dtype)
@@ -101,7 +101,7 @@ def stl_matmul(x: Tensor, w: Tensor, basis: Basis, *, backend: Backend = "auto")
         raise ShapeError(
             f"stl_matmul takes x (…, N, K) and w (K, M); got x {shape_text(x.shape)} and w {shape_text(w.shape)}"
         )
-    if x.dtype != w.dtype and not _autocasts(x):
+    if x.dtype != w.dtype and not _autocasting(x):
         raise ShapeError(f"x and w must have one dtype; got {x.dtype} and {w.dtype}: convert one with .to(…)")
     if not (w.is_floating_point() or w.is_complex()):
         raise ShapeError(f"stl_matmul takes floating-point or complex tensors; got {w.dtype}")
@@ -111,7 +111,12 @@ def stl_matmul(x: Tensor, w: Tensor, basis: Basis, *, backend: Backend = "auto")
     return stl_linear(x, encoded_weight, encoder, decoder, out_features=w.shape[1], backend=backend)
 
 
-def _autocasts(x: Tensor) -> bool:
+def autocasts(x: Tensor) -> bool:
+    """Whether a product with x is autocast, as that of `F.linear` would be."""
+    return _autocasting(x) and x.dtype != torch.float64
+
+
+def _autocasting(x: Tensor) -> bool:
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" has no autocast
 

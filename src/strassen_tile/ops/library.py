@@ -2,9 +2,9 @@
 
 `encode`, `decode` and `correlate` are linear in each tensor argument and the gradient of each is made of the others
 (`ops/autograd.py`); between them `torch.bmm` does the r products. `linear`, `linear_forward` and `linear_backward` are
-whole passes, for a device that can keep X̂ and Ŷ out of memory; `mlp` is two of them, for one that can keep what lies
-between them out of memory. A device brings its own kernels by registering them under
-its dispatch key; `ops/generic.py` and `ops/composed.py` serve all others.
+whole passes, for a device that can keep X̂ and Ŷ out of memory; `norm_linear` and `mlp` are several steps in a row, for one
+that can keep what lies between them out of memory. A device brings its own kernels by registering them under its dispatch
+key; `ops/generic.py`, `ops/composed.py` and `ops/chains.py` serve all others.
 
 The operators are raw `Library` ones: `custom_op` breaks `torch.func.grad`, and `triton_op` needs a driver. Gradients and
 vmap rules sit on top, in autograd functions.
@@ -38,9 +38,10 @@ _library.define(
     "bool[] wants) -> (Tensor x, Tensor encoded_weight, Tensor encoder, Tensor decoder, Tensor bias)",
     tags=_tags,
 )
+_norm = "Tensor x, str norm, Tensor? scale, Tensor? shift, float eps"
+_library.define(f"norm_linear({_norm}, {_arguments.removeprefix('Tensor x, ')}, str activation) -> Tensor", tags=_tags)
 _library.define(
-    "mlp(Tensor x, Tensor up, Tensor up_encoder, Tensor up_decoder, Tensor? up_bias, Tensor down, Tensor down_encoder, "
-    "Tensor down_decoder, Tensor? down_bias, SymInt hidden, SymInt columns, str activation, bool gated) -> Tensor",
+    f"mlp({_norm}, Tensor?[] up, Tensor?[] gate, Tensor?[] down, SymInt hidden, SymInt columns, str activation) -> Tensor",
     tags=_tags,
 )
 for _kernel in (generic.encode, generic.decode, generic.correlate):
@@ -52,6 +53,7 @@ correlate = torch.ops.strassen_tile.correlate.default
 linear = torch.ops.strassen_tile.linear.default
 linear_forward = torch.ops.strassen_tile.linear_forward.default
 linear_backward = torch.ops.strassen_tile.linear_backward.default
+norm_linear = torch.ops.strassen_tile.norm_linear.default
 mlp = torch.ops.strassen_tile.mlp.default
 
 
@@ -100,9 +102,11 @@ def _backward_shapes(
     return tuple(x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, wants, strict=True))
 
 
+@torch.library.register_fake(f"{NAMESPACE}::norm_linear")  # type: ignore[untyped-decorator]
 @torch.library.register_fake(f"{NAMESPACE}::mlp")  # type: ignore[untyped-decorator]
-def _mlp_shape(x: Tensor, *arguments: Any) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[1], arguments[9])
+def _chain_shape(x: Tensor, *arguments: Any) -> Tensor:
+    columns = arguments[-2]
+    return x.new_empty(x.shape[0], x.shape[1], columns)
 
 
 @register_flop_formula(torch.ops.strassen_tile.encode)  # type: ignore[untyped-decorator, unused-ignore]
@@ -152,11 +156,16 @@ def _backward_flops(
     )
 
 
+@register_flop_formula(torch.ops.strassen_tile.norm_linear)  # type: ignore[untyped-decorator, unused-ignore]
+def _norm_linear_flops(x: Sequence[int], *arguments: Any, **__: Any) -> int:
+    return sum(_pass_flops(x, *arguments[4:7]))
+
+
 @register_flop_formula(torch.ops.strassen_tile.mlp)  # type: ignore[untyped-decorator, unused-ignore]
 def _mlp_flops(x: Sequence[int], *arguments: Any, **__: Any) -> int:
-    up, up_encoder, up_decoder, _up_bias, down, down_encoder, down_decoder, _down_bias, hidden = arguments[:9]
-    between = (x[0], x[1], hidden)
-    return sum(_pass_flops(x, up, up_encoder, up_decoder)) + sum(_pass_flops(between, down, down_encoder, down_decoder))
+    up, gate, down, hidden = arguments[4:8]
+    layers = [(x, up), (x, gate), ((x[0], x[1], hidden), down)]
+    return sum(sum(_pass_flops(fed, *layer[:3])) for fed, layer in layers if layer)
 
 
 def _pass_flops(

@@ -56,7 +56,7 @@ def encode_kernel(x, factor, encoded, total, tile_rows, rows, columns, tiles, ra
 def norm_encode_kernel(x, scale, shift, factor, encoded, total, tile_rows, rows, columns, tiles, rank, eps,
                        stride_b, stride_n, stride_k, stride_r, stride_i,
                        P: tl.constexpr, Q: tl.constexpr, RANKS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
-                       CENTRE: tl.constexpr, SHIFT: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+                       CENTRE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Encode of LayerNorm(x) (CENTRE) or RMSNorm(x): a program has whole rows, reads them twice, the second time from L2."""
     block_i = tl.program_id(0)
     mean = tl.zeros((BI * P,), tl.float32)
@@ -82,7 +82,8 @@ def norm_encode_kernel(x, scale, shift, factor, encoded, total, tile_rows, rows,
         column = block_j * BJ * Q + tl.arange(0, BJ * Q)
         inside = column < columns
         block = (block - mean[:, None]) * inverse[:, None]
-        block *= tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if SCALE:
+            block *= tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)[None, :]
         if SHIFT:
             block += tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)[None, :]
         # Rows and columns over the edge are no longer zero, but must be.
@@ -93,17 +94,18 @@ def norm_encode_kernel(x, scale, shift, factor, encoded, total, tile_rows, rows,
 
 
 @triton.jit
-def decoded_block(encoded, d, bias, block_i, block_j, total, tile_rows, rows, columns, tiles, rank, stride_r, stride_i, offset,
+def decoded_block(encoded, factor, bias, block_i, block_j, total, tile_rows, rows, columns, tiles, rank, stride_r, stride_i,
                   P: tl.constexpr, Q: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
                   BI: tl.constexpr, BJ: tl.constexpr, BIAS: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """(ENTRIES, BI·BJ) of Y + bias in float32; `offset` tiles to the right, for the second of two outputs side by side."""
+    """(ENTRIES, BI·BJ) of Y + bias in float32."""
+    d = load_factor(factor, rank, RANKS, P * Q, ENTRIES)
     where, there = channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i, RANKS, BI, BJ)
-    y = product(tl.trans(d), tl.load(encoded + where + offset, mask=there, other=0.0), UPCAST)
+    y = product(tl.trans(d), tl.load(encoded + where, mask=there, other=0.0), UPCAST)
     if BIAS:
         _sample, _row, column, inside = entry_positions(
             block_i, block_j, total, tile_rows, rows, columns, P, Q, ENTRIES, BI, BJ
         )
-        y += tl.load(bias + column + offset * Q, mask=inside, other=0.0).to(tl.float32)
+        y += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     return y
 
 
@@ -115,32 +117,30 @@ def decode_kernel(encoded, factor, bias, y, total, tile_rows, rows, columns, til
                   ACTIVATION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Y_IL = activation(Σ_k Ŷ[k, I, L] D_k + bias)."""
     block_i, block_j = split_program(tiles, BJ)
-    d = load_factor(factor, rank, RANKS, P * Q, ENTRIES)
-    v = decoded_block(encoded, d, bias, block_i, block_j, total, tile_rows, rows, columns, tiles, rank, stride_r, stride_i, 0,
+    v = decoded_block(encoded, factor, bias, block_i, block_j, total, tile_rows, rows, columns, tiles, rank, stride_r, stride_i,
                       P, Q, ENTRIES, RANKS, BI, BJ, BIAS, UPCAST)  # fmt: skip
     store_tiles(y, activate(v, ACTIVATION), block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n,
                 P, Q, ENTRIES, BI, BJ, FAST)  # fmt: skip
 
 
 @triton.jit
-def recode_kernel(encoded, decoder, bias, encoder, out, total, tile_rows, rows, columns, tiles, rank, next_rank,
-                  stride_r, stride_i, out_stride_r, out_stride_i,
+def recode_kernel(encoded, decoder, bias, up, up_decoder, up_bias, encoder, out, total, tile_rows, rows, columns, tiles,
+                  rank, up_rank, next_rank, stride_r, stride_i, up_stride_r, up_stride_i, out_stride_r, out_stride_i,
                   P: tl.constexpr, Q: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
-                  NEXT_RANKS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BIAS: tl.constexpr,
-                  GATED: tl.constexpr, ACTIVATION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+                  UP_RANKS: tl.constexpr, NEXT_RANKS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
+                  BIAS: tl.constexpr, UP_BIAS: tl.constexpr, GATED: tl.constexpr,
+                  ACTIVATION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Decode, activate, encode for the next layer: its tile grid is this one's output grid, so no tile leaves registers.
 
-    GATED: Ŷ holds gate and up side by side, `tiles` each, and the activation is act(gate)·up.
+    GATED: the activation is act(decoded)·up, `up` being the Ŷ of a second layer of as many features.
     """
     block_i, block_j = split_program(tiles, BJ)
-    d = load_factor(decoder, rank, RANKS, P * Q, ENTRIES)
-    v = decoded_block(encoded, d, bias, block_i, block_j, total, tile_rows, rows, columns, tiles, rank, stride_r, stride_i, 0,
-                      P, Q, ENTRIES, RANKS, BI, BJ, BIAS, UPCAST)  # fmt: skip
+    v = decoded_block(encoded, decoder, bias, block_i, block_j, total, tile_rows, rows, columns, tiles, rank,
+                      stride_r, stride_i, P, Q, ENTRIES, RANKS, BI, BJ, BIAS, UPCAST)  # fmt: skip
     v = activate(v, ACTIVATION)
     if GATED:
-        v *= decoded_block(encoded, d, bias, block_i, block_j, total, tile_rows, rows, columns, tiles, rank,
-                           stride_r, stride_i, tiles,
-                           P, Q, ENTRIES, RANKS, BI, BJ, BIAS, UPCAST)  # fmt: skip
+        v *= decoded_block(up, up_decoder, up_bias, block_i, block_j, total, tile_rows, rows, columns, tiles, up_rank,
+                           up_stride_r, up_stride_i, P, Q, ENTRIES, UP_RANKS, BI, BJ, UP_BIAS, UPCAST)  # fmt: skip
     _sample, _row, _column, inside = entry_positions(
         block_i, block_j, total, tile_rows, rows, columns, P, Q, ENTRIES, BI, BJ
     )

@@ -1,4 +1,4 @@
-"""The kernels as functions of tensors: sizes, strides, block sizes and padding worked out here, once a call.
+"""The kernels as functions of tensors: sizes, strides and padding worked out here, once a call.
 
 Requires: tensors on one CUDA device (any device under Triton's interpreter), factors one a layer (3-D), ranks and tiles with
 r ≤ 128 and p·q ≤ 64. Results have 16-byte aligned rows where `aligned` asks for it: their last dimension is then a view.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from strassen_tile.ops.triton import kernels
+from strassen_tile.ops.triton import choices, kernels
 from strassen_tile.tiling import tile_count
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -35,7 +35,7 @@ def encode(x: Tensor, encoder: Tensor, *, aligned: bool = False) -> Tensor:
     total, tiles = x.shape[0] * tile_count(x.shape[1], p), tile_count(x.shape[2], q)
     encoded = empty_encoded(r, total, tiles, x, aligned)
     if encoded.numel():
-        shape = compile_time(p, q, r, x.dtype)
+        shape = compile_time("encode", p, q, r, x)
         kernels.encode_kernel[_grid(total, tiles, shape)](
             x,
             encoder.contiguous(),
@@ -49,18 +49,26 @@ def encode(x: Tensor, encoder: Tensor, *, aligned: bool = False) -> Tensor:
 
 
 def norm_encode(
-    x: Tensor, scale: Tensor, shift: Tensor | None, eps: float, encoder: Tensor, *, centre: bool, aligned: bool = False
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    encoder: Tensor,
+    *,
+    centre: bool,
+    aligned: bool = False,
 ) -> Tensor:
     """X̂ of LayerNorm(x) if `centre`, of RMSNorm(x) otherwise; tiles must be FAST ones (`fast`)."""
     r, p, q = encoder.shape
     total, tiles = x.shape[0] * tile_count(x.shape[1], p), tile_count(x.shape[2], q)
     encoded = empty_encoded(r, total, tiles, x, aligned)
     if encoded.numel():
-        shape = compile_time(p, q, r, x.dtype)
+        shape = compile_time("norm_encode", p, q, r, x)
         del shape["ENTRIES"], shape["FAST"]
         kernels.norm_encode_kernel[(triton.cdiv(total, shape["BI"]),)](
             x, scale, shift, encoder.contiguous(), encoded, *_sizes(x, p, total, tiles, r), eps,
-            *x.stride(), *encoded.stride()[:2], CENTRE=centre, SHIFT=shift is not None, **shape,
+            *x.stride(), *encoded.stride()[:2], CENTRE=centre, SCALE=scale is not None,
+            SHIFT=shift is not None, **shape,
         )  # fmt: skip
     return encoded
 
@@ -80,7 +88,7 @@ def decode(
     if y.numel():
         encoded = _dense_last(encoded)
         total, tiles = encoded.shape[1:]
-        shape = compile_time(p, s, r, y.dtype)
+        shape = compile_time("decode", p, s, r, y)
         kernels.decode_kernel[_grid(total, tiles, shape)](
             encoded, decoder.contiguous(), bias, y, *_sizes(y, p, total, tiles, r), *encoded.stride()[:2],
             *y.stride()[:2], BIAS=bias is not None, ACTIVATION=activation, **shape,
@@ -88,42 +96,49 @@ def decode(
     return y
 
 
+class Decoding(NamedTuple):
+    """Ŷ (r, B·I, L), a decoder (r, p, s) and a bias (columns,) or None: what is yet to be decoded."""
+
+    products: Tensor
+    decoder: Tensor
+    bias: Tensor | None
+
+
 def recode(
-    encoded: Tensor,
-    decoder: Tensor,
+    first: Decoding,
+    up: Decoding | None,
     encoder: Tensor,
     batch: int,
     rows: int,
     columns: int,
-    bias: Tensor | None = None,
     activation: str = "none",
     *,
-    gated: bool = False,
     aligned: bool = False,
 ) -> Tensor:
     """encode(activation(decode(Ŷ) + bias)), Y never written: (r', B·I, L).
 
     Args:
-        encoded: Ŷ (r, B·I, L), or if `gated` (r, B·I, 2L): gate and up side by side.
-        decoder: (r, p, s).
+        first: what is decoded and activated.
+        up: what it is then multiplied by, as many columns; None if nothing.
         encoder: (r', p, s) of the next layer.
-        batch, rows, columns: of Y, or of gate and up each: columns = s·L or less, and if `gated` s·L exactly.
-        bias: (columns,) or if `gated` (2·columns,).
-        activation: of `composed.ACTIVATIONS`; if `gated` act(gate)·up.
-        gated: see there.
+        batch, rows, columns: of Y.
+        activation: of `composed.ACTIVATIONS`.
         aligned: as for `encode`.
     """
-    (r, p, s), next_rank = decoder.shape, encoder.shape[0]
-    encoded = _dense_last(encoded)
-    total, tiles = encoded.shape[1], encoded.shape[2] // (2 if gated else 1)
-    out = empty_encoded(next_rank, total, tiles, encoded, aligned)
+    (r, p, s), next_rank = first.decoder.shape, encoder.shape[0]
+    total, tiles = first.products.shape[1:]
+    out = empty_encoded(next_rank, total, tiles, first.products, aligned)
     if out.numel():
-        shape = compile_time(p, s, r, out.dtype)
-        sizes = total, tile_count(rows, p), rows, columns, tiles, r, next_rank
+        z, d, bias = _dense_last(first.products), first.decoder.contiguous(), first.bias
+        second = first if up is None else up
+        z_up, d_up = _dense_last(second.products), second.decoder.contiguous()
+        shape = compile_time("recode", p, s, r, out)
+        del shape["FAST"]
+        sizes = total, tile_count(rows, p), rows, columns, tiles, r, d_up.shape[0], next_rank
         kernels.recode_kernel[_grid(total, tiles, shape)](
-            encoded, decoder.contiguous(), bias, encoder.contiguous(), out, *sizes, *encoded.stride()[:2],
-            *out.stride()[:2], NEXT_RANKS=_padded(next_rank), BIAS=bias is not None, GATED=gated,
-            ACTIVATION=activation, **{key: value for key, value in shape.items() if key != "FAST"},
+            z, d, bias, z_up, d_up, second.bias, encoder.contiguous(), out, *sizes, *z.stride()[:2], *z_up.stride()[:2],
+            *out.stride()[:2], UP_RANKS=padded(d_up.shape[0]), NEXT_RANKS=padded(next_rank), BIAS=bias is not None,
+            UP_BIAS=second.bias is not None, GATED=up is not None, ACTIVATION=activation, **shape,
         )  # fmt: skip
     return out
 
@@ -133,7 +148,7 @@ def correlate(x: Tensor, encoded: Tensor, tile: Sequence[int]) -> Tensor:
     (p, q), (r, total, tiles) = tile, encoded.shape
     if not x.numel() or not encoded.numel():
         return x.new_zeros(r, p, q)
-    encoded, shape = _dense_last(encoded), compile_time(p, q, r, x.dtype)
+    encoded, shape = _dense_last(encoded), compile_time("correlate", p, q, r, x)
     blocks = triton.cdiv(total, shape["BI"]) * triton.cdiv(tiles, shape["BJ"])
     programs = min(blocks, _PROGRAMS)
     sums = x.new_empty(programs, shape["RANKS"], shape["ENTRIES"], dtype=torch.float32)
@@ -154,17 +169,18 @@ def empty_encoded(r: int, total: int, tiles: int, like: Tensor, aligned: bool) -
     return like.new_empty(r, total, width)[:, :, :tiles]
 
 
-def compile_time(p: int, q: int, rank: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The compile-time sizes of a kernel for this tile and rank, and its warps."""
-    entries = _padded(p * q)
-    wide = entries <= 16
+def compile_time(step: str, p: int, q: int, rank: int, like: Tensor) -> dict[str, Any]:
+    """The compile-time sizes of a kernel for this tile and rank on a device, and its warps."""
+    entries, ranks = padded(p * q), padded(rank)
+    tile_rows, tiles, warps = choices.chosen(step, entries, ranks, like.dtype, like.device)
     return {
-        "P": p, "Q": q, "ENTRIES": entries, "RANKS": _padded(rank), "BI": 1, "BJ": 64 if wide else 32, "FAST": fast(p, q),
-        "UPCAST": INTERPRETED, "num_warps": 8 if dtype == torch.float32 else 4,
+        "P": p, "Q": q, "ENTRIES": entries, "RANKS": ranks, "BI": tile_rows, "BJ": tiles, "FAST": fast(p, q),
+        "UPCAST": INTERPRETED, "num_warps": warps,
     }  # fmt: skip
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """The side of a tensor-core product: a power of two, at least 16."""
     return max(16, 1 << (size - 1).bit_length())
 
 

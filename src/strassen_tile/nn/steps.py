@@ -1,0 +1,49 @@
+"""When several layers may run as one step, and what that step is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from strassen_tile.errors import ConfigError
+from strassen_tile.ops.chains import Norm
+from strassen_tile.ops.functional import autocasts
+from strassen_tile.ops.fused import learns
+
+
+def check_norm(norm: nn.Module | None, features: int) -> None:
+    """Raise ConfigError unless `norm` is a LayerNorm or RMSNorm of that many features, or None."""
+    if norm is None:
+        return
+    if not isinstance(norm, nn.LayerNorm | nn.RMSNorm) or tuple(norm.normalized_shape) != (features,):
+        raise ConfigError(f"norm must be an nn.LayerNorm or nn.RMSNorm over {features} features; got {norm}")
+
+
+def norm_of(module: nn.Module | None, x: Tensor) -> Norm:
+    """What the module does to x, as numbers."""
+    if module is None:
+        return Norm()
+    if isinstance(module, nn.LayerNorm):
+        return Norm("layer", module.weight, module.bias, module.eps)
+    assert isinstance(module, nn.RMSNorm)
+    return Norm("rms", module.weight, None, torch.finfo(x.dtype).eps if module.eps is None else module.eps)
+
+
+def undisturbed(x: Tensor, layers: Sequence[nn.Module], norm: nn.Module | None) -> bool:
+    """Whether nothing would be lost if the layers ran as one: no gradient to come, and no hook that waits for their calls.
+
+    A norm under autocast is worked out in float32, so that it is a step of its own.
+    """
+    modules = [*layers, *([] if norm is None else [norm])]
+    if norm is not None and autocasts(x):
+        return False
+    return not any(map(has_hooks, modules)) and not learns(x, *(p for m in modules for p in m.parameters()))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches this module's calls, or has put a forward of their own on it."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    ) or "forward" in vars(module)

@@ -1,0 +1,109 @@
+"""Block sizes of the kernels: the fastest measured on a device, by its name, and a guess for devices nobody has measured.
+
+Looked up when a kernel is launched, never timed then. `tune.py` measures; what it finds lies in choices.json beside this
+file, or in a file of the same form that the environment variable STRASSEN_TILE_CHOICES names, which goes first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from strassen_tile.errors import ConfigError
+
+STEPS = ("encode", "norm_encode", "decode", "recode", "correlate")
+_SHIPPED = Path(__file__).with_name("choices.json")
+_trying: list[Choice] = []
+
+
+class Choice(NamedTuple):
+    """A block of tiles, and the warps that work on it."""
+
+    tile_rows: int
+    tiles: int
+    warps: int
+
+
+def key(step: str, entries: int, ranks: int, itemsize: int) -> str:
+    """What a choice depends on: the kernel, p·q and r rounded up to powers of two, bytes a number."""
+    return f"{step}: {entries} entries, {ranks} ranks, {itemsize} bytes"
+
+
+def chosen(step: str, entries: int, ranks: int, dtype: torch.dtype, device: torch.device) -> Choice:
+    """The block sizes of this kernel on this device."""
+    if _trying:
+        return _trying[-1]
+    index = None if device.type != "cuda" else torch.cuda.current_device() if device.index is None else device.index
+    return _looked_up(key(step, entries, ranks, dtype.itemsize), entries, dtype.itemsize, index)
+
+
+def guess(entries: int, itemsize: int) -> Choice:
+    """What compiles without spills and stores 16 bytes at a time, for lack of a measurement."""
+    return Choice(1, 64 if entries <= 16 else 32, 8 if itemsize == 4 else 4)
+
+
+def candidates(entries: int) -> Iterator[Choice]:
+    """What is worth measuring."""
+    for tile_rows in (1, 2, 4):
+        for tiles in (32, 64, 128, 256):
+            if 512 <= entries * tile_rows * tiles <= 4096:
+                for warps in (2, 4, 8):
+                    yield Choice(tile_rows, tiles, warps)
+
+
+@contextmanager
+def trying(choice: Choice) -> Iterator[None]:
+    """Every kernel takes this choice."""
+    _trying.append(choice)
+    try:
+        yield
+    finally:
+        _trying.pop()
+
+
+def read(path: Path) -> dict[str, dict[str, Choice]]:
+    """Device name → key → choice. Raises ConfigError for anything else than `write` made."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        made = {device: {k: Choice(*map(int, v)) for k, v in found.items()} for device, found in table.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is no table of block sizes as `make gpu-check` writes: {error}") from error
+    for choice in (choice for found in made.values() for choice in found.values()):
+        if min(choice) < 1 or any(size & (size - 1) for size in choice):
+            raise ConfigError(f"{path}: block sizes and warps must be powers of two; got {list(choice)}")
+    return made
+
+
+def write(path: Path, device: str, found: Mapping[str, Choice]) -> None:
+    """Put the choices of one device into the table in `path`, beside those of others."""
+    table = read(path) if path.exists() else {}
+    table[device] = dict(found)
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+@cache
+def _looked_up(name: str, entries: int, itemsize: int, index: int | None) -> Choice:
+    device = None if index is None else torch.cuda.get_device_name(index)
+    return _table().get(device or "", {}).get(name) or guess(entries, itemsize)
+
+
+@cache
+def _table() -> dict[str, dict[str, Choice]]:
+    named = os.environ.get("STRASSEN_TILE_CHOICES")
+    shipped = read(_SHIPPED)
+    return shipped if not named else {**shipped, **read(Path(named))}
+
+
+def forget() -> None:
+    """Read the tables anew."""
+    _looked_up.cache_clear()
+    _table.cache_clear()
