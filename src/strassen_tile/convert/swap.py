@@ -9,6 +9,7 @@ from functools import partial
 
 from torch import nn
 
+from strassen_tile.convert.mlps import adopt_mlps
 from strassen_tile.convert.observe import Calls, causal_layers, observe
 from strassen_tile.convert.select import Candidate, Filter, candidates, causal_parts, others, reasons, within
 from strassen_tile.cost import machine
@@ -27,6 +28,7 @@ class Conversion:
         converted: name → the layer now there.
         skipped: name → why the linear layer of that name was left as it is.
         calls: name → input shapes seen on the example inputs; empty without them.
+        mlps: names of the blocks that are an MLP of converted layers, and run in one step where `STLMLP` would.
         padding: the mask that row-mixing layers share; `with conversion.padding(mask): model(…)` for models that do
             not take `attention_mask`. None when rows do not mix.
     """
@@ -34,6 +36,7 @@ class Conversion:
     converted: dict[str, nn.Module]
     skipped: dict[str, str]
     calls: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    mlps: list[str] = field(default_factory=list)
     padding: PaddingMask | None = None
     _undo: list[Callable[[], object]] = field(default_factory=list, repr=False)
 
@@ -47,6 +50,8 @@ class Conversion:
         rows += [(name, "left as it is", reason) for name, reason in self.skipped.items()]
         widths = [max([len(row[column]) for row in rows] + [5]) for column in (0, 1)]
         head = f"{len(self.converted)} converted, {len(self.skipped)} left as they are"
+        if self.mlps:
+            head += f"; run as MLPs: {', '.join(name or 'the model itself' for name in self.mlps)}"
         lines = [f"{name:<{widths[0]}}  {what:<{widths[1]}}  {why}".rstrip() for name, what, why in rows]
         return "\n".join([head, *lines])
 
@@ -64,6 +69,9 @@ def convert(
     Left as they are, each with a reason: heads (layers that make the model's output), layers with tied weights or hooks,
     subclasses of `nn.Linear`, and, where rows mix, layers fed 2-D inputs or rows of several samples. The last two, and
     heads under unusual names, are found by running `example_inputs`; best give two samples (one is tried twice).
+
+    Blocks that are an MLP of replaced layers, two or a gated three, keep their class and names but become `STLMLP`s too:
+    in inference on a GPU they run in one step. They are recognised by what they compute.
 
     A model called with `attention_mask` (B, N) has its padding rows zeroed before they can reach real rows.
 
@@ -106,6 +114,9 @@ def convert(
         model, replace, example_inputs=example_inputs, filter_fn=filter_fn, mixes_rows=config.mixes_rows, pays=pays
     )
     conversion.padding = padding
+    mlps = adopt_mlps(model, conversion.converted.values())
+    conversion.mlps = list(mlps)
+    conversion._undo.extend(mlps.values())
     if padding is not None:
         conversion._undo.extend(handle.remove for handle in padding.attach(model))
     return conversion
