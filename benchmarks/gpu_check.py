@@ -3,13 +3,15 @@
     make gpu-check                     needs an NVIDIA GPU, torch ≥ 2.11 and triton ≥ 3.6, nothing else
     make gpu-check ARGUMENTS=--dry-run the same on a CPU: tiny shapes, Triton's interpreter; its times mean nothing
 
-Writes into OUT as it goes: checks.json (a row a check), rows.json (a row a measurement, as `strassen-tile bench`), and where
-matplotlib is there report.html and plot.png. Stops before the time is up; what was measured until then is there. The exit
-status is 1 if a check failed. Look first at checks.json: a kernel that is wrong is not timed.
+Writes into OUT as it goes: checks.json (a row a check), choices.json (the fastest block sizes), parts.json (encode,
+products, decode beside dense and a copy), rows.json (as `strassen-tile bench`, and one a block), report.html and, where
+matplotlib is there, plot.png. Stops before the time is up; what was measured until then is there. The exit status is 1 if
+a check failed. Look first at checks.json.
 """
 
 import argparse
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -21,169 +23,180 @@ if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from gpu import blocks, checks, parts
 
-import strassen_tile as stl
-from strassen_tile import models
+from strassen_tile.errors import STLError
 from strassen_tile.experiments import speed
-from strassen_tile.ops import cuda, generic
-from strassen_tile.ops.chains import Norm, Weights, linear_by_steps, mlp_by_steps
+from strassen_tile.ops import cuda
 from strassen_tile.report.rows import environment, write_rows
 
-TILES = ((4, 4, 24), (4, 4, 16), (4, 4, 32), (4, 4, 49), (2, 2, 7), (2, 4, 24), (1, 4, 6), (8, 8, 64), (3, 2, 5))
-ALLOWED = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+RANKS = (16, 24, 32)
 # In the order of what is wanted most, should time run out.
-SHAPES = ("8192x8192x8192", "16384x4096x16384", "16384x4096x4096", "vit-b", "llama-7b-gpu")
+SHAPES = ("8192x8192x8192", "16384x4096x16384", "16384x4096x4096", "vit-b", "vit-l-gpu", "llama-7b-gpu")
+speed.NAMED["vit-l-gpu"] = tuple((25216, k, m) for k, m in ((1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024)))
 speed.NAMED["llama-7b-gpu"] = tuple(
     (n, k, m) for n in (8192, 65536) for k, m in ((4096, 4096), (4096, 11008), (11008, 4096))
 )
+CHECK_SECONDS, RESERVE = 170, 20
 
 
-def relative(found, expected):
-    return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-300))
+class Run:
+    """What there is to know everywhere: where to write, when to stop, how large to be."""
+
+    def __init__(self, options):
+        self.out, self.tiny = options.out, options.dry_run
+        self.device = "cpu" if options.dry_run else "cuda"
+        self.end = time.monotonic() + options.seconds
+        self.seconds = 0.0 if self.tiny else 0.4
+        self.where = environment("benchmarks/gpu_check.py " + " ".join(sys.argv[1:]))
+        if self.device == "cuda":
+            self.where["machine"] = torch.cuda.get_device_name()
+
+    @property
+    def over(self):
+        return time.monotonic() > self.end - RESERVE
+
+    def keep(self, file, kept, rows):
+        """Append each row to `kept`, and to the file at once, until the time is up."""
+        for row in rows:
+            kept.append({**row, **self.where})
+            write_rows(self.out / file, kept)
+            if "speedup" in row:
+                what = row.get("block") or f"{row['n']}x{row['k']}x{row['m']}"
+                print(
+                    f"{what} {row['dtype']} {row['pass']} {row['method']} {row['rank']}: {row['speedup']:.2f}x",
+                    flush=True,
+                )
+            if self.over:
+                return
 
 
-def checks(device, sizes, dtypes):
-    """(name, error, allowed) of every kernel and pass against float64, memory poisoned before."""
-    for (p, q, r), dtype, (n, k) in itertools.product(TILES, dtypes, sizes):
-        label = f"{p}x{q} r={r} {dtype} {n}x{k}".replace("torch.", "")
-        x, e = torch.randn(2, n, k, device=device).to(dtype), torch.randn(r, p, q, device=device).to(dtype)
-        torch.full_like(x.expand(4, *x.shape).contiguous(), float("nan"))  # what the allocator hands out next
-        encoded = generic.encode(x.double(), e.double())
-        yield f"encode {label}", relative(cuda.encode(x, e), encoded), ALLOWED[dtype]
-        z = torch.randn(encoded.shape, device=device).to(dtype)
-        expected = generic.decode(z.double(), e.double(), 2, n, k)
-        yield f"decode {label}", relative(cuda.decode(z, e, 2, n, k), expected), ALLOWED[dtype]
-        expected = generic.correlate(x.double(), z.double(), (p, q), False)
-        yield f"correlate {label}", relative(cuda.correlate(x, z, (p, q), False), expected), ALLOWED[dtype]
-    norms = ("none", "layer", "rms")
-    for (p, q, r), dtype, gated, kind in itertools.product(TILES[:2] + TILES[4:7], dtypes, (False, True), norms):
-        n, k, hidden, m = sizes[-1][0], 36, 48, 20
-        scale, shift = (torch.randn(2, k, device=device) + 1).to(dtype)
-        norm = {"none": Norm(), "layer": Norm("layer", scale, shift, 1e-5), "rms": Norm("rms", scale, None, 1e-6)}[kind]
-        wide_norm = Norm(kind, *(None if t is None else t.double() for t in norm[1:3]), norm.eps)
-        layers = []
-        for a, b in ((k, hidden), (hidden, m), (k, hidden)):
-            shapes = ((r, -(-a // q), -(-b // q)), (r, p, q), (r, p, q), (b,))
-            w, e, d, bias = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
-            layers.append(Weights(w / 6, e, d, bias))
-        x = torch.randn(2, n, k, device=device).to(dtype)
-        label, (up, down, gate) = f"{p}x{q} r={r} {dtype} gated={gated} norm={kind}".replace("torch.", ""), layers
-        up_wide, down_wide, gate_wide = (Weights(*(t.double() for t in layer)) for layer in layers)
-        with torch.no_grad():
-            expected = mlp_by_steps(
-                x.double(), *wide_norm, up_wide, gate_wide if gated else (), down_wide, hidden, m, "silu"
+def shard(options):
+    """One part of the checks, and of what tuning will need compiled; each result is on disk at once."""
+    index, of = map(int, options.shard.split("/"))
+    device = "cpu" if options.dry_run else "cuda"
+    tiny = options.dry_run or options.small
+    sizes, dtypes = ([(5, 63)], [torch.float32]) if tiny else ([(5, 63), (64, 512), (1023, 1030)], list(checks.ALLOWED))
+    kept, file = [], options.out / f"shard-{index}.json"
+    for case in itertools.islice(checks.cases(device, sizes, dtypes), index, None, of):
+        kept += [{"check": name, "error": error, "allowed": allowed} for name, error, allowed in case()]
+        file.write_text(json.dumps(kept))
+    file.write_text(json.dumps([*kept, {"check": f"shard {index} went through", "error": 0.0, "allowed": 0.5}]))
+    if not tiny:
+        checks.warm(index, of, RANKS)
+
+
+def checked(run, of):
+    """All checks, in processes of their own: compiling is what takes long, and a crash ends only a part."""
+    command = [sys.executable, __file__, "--out", str(run.out)]
+    started = []
+    for index in range(of):
+        part = [*command, "--shard", f"{index}/{of}", *(["--dry-run"] if run.tiny else [])]
+        started.append((f"shard {index}", part))
+    tool = shutil.which("compute-sanitizer") if run.device == "cuda" else None
+    if tool is not None:
+        (run.out / "sanitizer").mkdir(exist_ok=True)
+        part = [sys.executable, __file__, "--out", str(run.out / "sanitizer"), "--small", "--shard", "0/1"]
+        started.append(("compute-sanitizer", [tool, "--error-exitcode", "9", *part]))
+    end = time.monotonic() + CHECK_SECONDS
+    running = [(name, log, subprocess.Popen(c, stdout=log, stderr=log)) for name, c in started
+               for log in [(run.out / f"{name.replace(' ', '-')}.log").open("w")]]  # fmt: skip
+    rows = []
+    for name, log, process in running:
+        try:
+            code = process.wait(max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = None
+            print(f"{name} did not end in time", flush=True)
+        log.close()
+        if code:  # the tool ends with 9 if it found something; a shard, if it could not go on
+            rows.append({"check": f"{name} ended with {code}", "error": 1.0, "allowed": 0.5})
+    for index in range(of):
+        file = run.out / f"shard-{index}.json"
+        found = json.loads(file.read_text()) if file.exists() else []
+        file.unlink(missing_ok=True)
+        if not any("went through" in row["check"] for row in found):
+            found.append(
+                {
+                    "check": f"shard {index} did not go through, see {run.out}/shard-{index}.log",
+                    "error": 1.0,
+                    "allowed": 0.5,
+                }
             )
-            found = cuda.mlp(x, *norm, up, gate if gated else (), down, hidden, m, "silu")
-            yield f"mlp {label}", relative(found, expected), 6 * ALLOWED[dtype]
-            expected = linear_by_steps(x.double(), *wide_norm, *up_wide, hidden, "gelu")
-            yield (
-                f"linear {label}",
-                relative(cuda.norm_linear(x, *norm, *up, hidden, "gelu"), expected),
-                4 * ALLOWED[dtype],
-            )
-        if device == "cuda":
-            yield from gradients(x, up, label, dtype)
+        rows += found
+    return [{**row, "ok": row["error"] < row["allowed"], **run.where} for row in rows]
 
 
-def gradients(x, layer, label, dtype):
-    leaves = [t.detach().requires_grad_() for t in (x, *layer)]
-    doubles = [t.detach().double().requires_grad_() for t in leaves]
-    m = layer.bias.shape[0]
-    found = torch.autograd.grad(stl.stl_linear(*leaves, out_features=m).square().sum(), leaves)
-    reference = stl.stl_linear(*doubles, out_features=m, backend="reference")
-    for name, got, wanted in zip(
-        ("x", "weight", "encoder", "decoder", "bias"),
-        found,
-        torch.autograd.grad(reference.square().sum(), doubles),
-        strict=True,
-    ):
-        yield f"gradient of {name} {label}", relative(got, wanted), 8 * ALLOWED[dtype]
+def tuned(run):
+    """The fastest block sizes, which everything after uses."""
+    from strassen_tile.ops.triton import choices, tune
+
+    name, file = run.where["machine"], run.out / "choices.json"
+    if run.tiny:
+        among = list(choices.candidates(16))[:2]
+        options = {
+            "n": 8,
+            "k": 32,
+            "dtype": torch.float32,
+            "device": "cpu",
+            "among": among,
+            "clock": lambda call: float(call() is None),
+        }
+        found = tune.tune((16,), **options)
+    else:
+        found = tune.tune(RANKS)
+    choices.write(file, name, {key: choice for key, (choice, _, _) in found.items()})
+    os.environ["STRASSEN_TILE_CHOICES"] = str(file)
+    choices.forget()
+    for key, (choice, took, guess) in found.items():
+        print(f"{key}: {list(choice)} {took:.4f} ms, guessed {guess:.4f} ms", flush=True)
+        yield {"part": "tuned", "kernel": key, "choice": "x".join(map(str, choice)), "ms": took, "guess_ms": guess}
 
 
-def captured():
-    """A pass in a CUDA graph gives what it gives outside: no synchronisation hides in it."""
-    x = torch.randn(1, 512, 512, device="cuda", dtype=torch.bfloat16)
-    w, e = torch.randn(24, 128, 128, device="cuda").bfloat16(), torch.randn(24, 4, 4, device="cuda").bfloat16()
-    with torch.no_grad():
-        expected = stl.stl_linear(x, w, e, e)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = stl.stl_linear(x, w, e, e)
-        graph.replay()
-    return [("CUDA graph", relative(y, expected.double()), 1e-9)]
+def split(run):
+    """The parts of the largest shapes."""
+    copied = parts.copy_rate(run.device, 2**12 if run.tiny else 2**30)
+    dtype = "float32" if run.tiny else "bfloat16"
+    for shape in [(64, 64, 64)] if run.tiny else [speed.shapes_of(name)[0] for name in SHAPES[:3]]:
+        for rank in RANKS:
+            yield parts.split(shape, rank, dtype, run.device, copied)
 
 
-def blocks(tiny):
-    """(name, dense, STL, inputs): an MLP as in GPU.md, a Llama-shaped MLP, and T2T-ViT-14."""
-    wide, rows, dim, hidden = (64, 16, 32, 48) if tiny else (8192, 8192, 4096, 11008)
-    for rank in (16, 24, 32):
-        config = stl.STLConfig(rank=rank)
-        for name, gated, k, h in (("mlp", False, wide, wide), ("llama-mlp", True, dim, hidden)):
-            dense = Dense(k, h, gated)
-            yield (
-                name,
-                rank,
-                dense,
-                stl.STLMLP(k, h, gated=gated, activation="silu" if gated else "gelu", config=config),
-                (rows, k),
-            )
-    size = {"image_size": 8, "in_channels": 3} if tiny else {}
-    for rank in (16, 24):
-        dense, other = (models.t2t_vit("t2t_vit_nano" if tiny else "t2t_vit_14", **size) for _ in range(2))
-        stl.convert(other, stl.STLConfig(rank=rank), filter_fn=lambda _, name: name.startswith("blocks."))
-        yield "t2t_vit_14", rank, dense, other, (2 if tiny else 128, 3, *(2 * (8 if tiny else 224,)))
+def measured(run, kept):
+    """Pairs with dense: the first shapes, then the blocks, then the rest."""
+    shapes = [(64, 64, 64)] if run.tiny else [shape for name in SHAPES for shape in speed.shapes_of(name)]
+    dtypes = ("float32",) if run.tiny else ("bfloat16", "float16")
+    settings = [(shape, name, dtype) for dtype in dtypes for shape in shapes for name in ("forward", "step")]
+    for index, (shape, name, dtype) in enumerate(settings):
+        if index == (1 if run.tiny else 4):
+            kind = torch.float32 if run.tiny else torch.bfloat16
+            attempt(run.keep, "rows.json", kept, blocks.measure(run.device, kind, run.seconds, run.tiny, {}))
+        methods = ("stl",) if run.tiny or name == "step" else ("stl", "2:4")
+        options = {"device": run.device, "dtype": dtype, "passes": (name,), "seconds": run.seconds}
+        for method in methods:  # apart, so that one that cannot run here does not take the other with it
+            attempt(run.keep, "rows.json", kept, speed.bench([shape], RANKS, methods=(method,), **options))
+        if run.over:
+            print(f"time is up: {index + 1} of {len(settings)} settings measured", flush=True)
+            return
 
 
-class Dense(torch.nn.Module):
-    def __init__(self, k, h, gated):
-        super().__init__()
-        self.up, self.down = torch.nn.Linear(k, h * (2 if gated else 1)), torch.nn.Linear(h, k)
-        self.gated = gated
-
-    def forward(self, x):
-        y = self.up(x)
-        if self.gated:
-            gate, up = y.chunk(2, dim=-1)
-            return self.down(torch.nn.functional.silu(gate) * up)
-        return self.down(torch.nn.functional.gelu(y))
+def attempt(function, *arguments):
+    """What fails is said, and the rest goes on; in a dry run, it ends."""
+    try:
+        function(*arguments)
+    except (RuntimeError, STLError, ImportError) as error:
+        if "--dry-run" in sys.argv:
+            raise
+        print(f"{type(error).__name__}: {error}", flush=True)
 
 
-def measure_blocks(device, dtype, seconds, tiny, where):
-    for name, rank, dense, other, shape in blocks(tiny):
-        x = torch.randn(shape if len(shape) == 4 else (1, *shape), device=device, dtype=dtype)
-        first, second = (module.to(device, dtype).eval() for module in (dense, other))
-        with torch.inference_mode():
-            pairs = speed.interleave(
-                lambda first=first, x=x: first(x), lambda second=second, x=x: second(x), seconds, device
-            )
-        ratios = sorted(a / b for a, b in pairs)
-        middle = len(pairs) // 2
-        yield {
-            "device": device, "dtype": str(dtype).removeprefix("torch."), "block": name, "pass": "forward", "method": "stl",
-            "rank": rank, "median_s": sorted(b for _, b in pairs)[middle], "dense_s": sorted(a for a, _ in pairs)[middle],
-            "speedup": ratios[middle], "pairs": len(pairs), **where,
-        }  # fmt: skip
+def report(out, rows):
+    """The page and the plot of the rows of `bench`."""
+    from strassen_tile.report.bench import write_report
 
-
-def sanitize(out):
-    """compute-sanitizer over the checks at their smallest, where it is installed."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        return []
-    command = [
-        tool,
-        "--error-exitcode",
-        "9",
-        sys.executable,
-        __file__,
-        "--checks-only",
-        "--small",
-        "--out",
-        str(out / "sanitizer"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
-    (out / "sanitizer.log").write_text(done.stdout + done.stderr)
-    return [("compute-sanitizer", float(done.returncode != 0), 0.5)]
+    write_report(out, [row for row in rows if "block" not in row], "GPU check")
+    write_rows(out / "rows.json", rows)
 
 
 def main():
@@ -192,82 +205,29 @@ def main():
     parser.add_argument("--seconds", type=float, default=480, help="to end within")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny, by Triton's interpreter")
     parser.add_argument("--checks-only", action="store_true")
-    parser.add_argument("--small", action="store_true", help="the smallest checks")
+    parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--shard", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    end, device = time.monotonic() + options.seconds, "cpu" if options.dry_run else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
+    if not options.dry_run and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --dry-run goes through the same steps on the CPU")
     if cuda.launcher() is None:
         parser.error("triton is not installed")
     options.out.mkdir(parents=True, exist_ok=True)
-    where = environment("benchmarks/gpu_check.py " + " ".join(sys.argv[1:]))
-    where["machine"] = torch.cuda.get_device_name() if device == "cuda" else where["machine"]
-
-    tiny = options.dry_run or options.small
-    sizes, dtypes = ([(5, 63)], [torch.float32]) if tiny else ([(5, 63), (64, 512), (1023, 1030)], list(ALLOWED))
-    found = checks(device, sizes, dtypes)
-    if device == "cuda":
-        found = itertools.chain(found, captured(), [] if options.checks_only else sanitize(options.out))
-    results = []
-    for name, error, allowed in found:
-        results.append({"check": name, "error": error, "allowed": allowed, "ok": error < allowed, **where})
+    if options.shard:
+        shard(options)
+        return
+    run = Run(options)
+    results = checked(run, 2 if run.tiny else min(8, os.cpu_count() or 1))
     write_rows(options.out / "checks.json", results)
     wrong = [row["check"] for row in results if not row["ok"]]
     print(f"{len(results) - len(wrong)} of {len(results)} checks passed", *wrong, sep="\n  ", flush=True)
-    rows = []
     if not options.checks_only:
-        rows = list(measured(options, device, tiny, end, where))
-    report(options.out, rows)
+        kept, rows = [], []
+        attempt(run.keep, "parts.json", kept, tuned(run))
+        attempt(run.keep, "parts.json", kept, split(run))
+        measured(run, rows)
+        attempt(report, options.out, rows)
     sys.exit(1 if wrong else 0)
-
-
-def measured(options, device, tiny, end, where):
-    """Measurements until the time is up, each on disk once it is made."""
-    seconds, kept = (0.0 if tiny else 0.4), []
-    methods = ("stl",) if device == "cpu" else ("stl", "2:4")
-    shapes = [(64, 64, 64)] if tiny else [shape for name in SHAPES for shape in speed.shapes_of(name)]
-    dtypes = ("float32",) if tiny else ("bfloat16", "float16")
-    runs = [(shape, name, dtype) for dtype in dtypes for shape in shapes for name in ("forward", "step")]
-    for index, (shape, name, dtype) in enumerate(runs):
-        if index == (0 if tiny else 4):  # the first shapes, then the blocks, then the rest
-            yield from _kept(
-                measure_blocks(device, torch.float32 if tiny else torch.bfloat16, seconds, tiny, where),
-                kept,
-                end,
-                options,
-            )
-        chosen = methods if name == "forward" else ("stl",)
-        made = speed.bench(
-            [shape], (16, 24, 32), device=device, dtype=dtype, passes=(name,), methods=chosen, seconds=seconds
-        )
-        try:
-            yield from _kept(made, kept, end, options)
-        except (RuntimeError, stl.errors.STLError) as error:
-            print(f"{shape} {name} {dtype}: {error}", flush=True)
-        if time.monotonic() > end - 20:
-            print(f"time is up: {index + 1} of {len(runs)} settings measured", flush=True)
-            return
-
-
-def _kept(rows, kept, end, options):
-    for row in rows:
-        kept.append(row)
-        write_rows(options.out / "rows.json", kept)
-        what = row.get("block") or f"{row['n']}x{row['k']}x{row['m']}"
-        print(f"{what} {row['dtype']} {row['pass']} {row['method']} {row['rank']}: {row['speedup']:.2f}x", flush=True)
-        yield row
-        if time.monotonic() > end - 20:
-            return
-
-
-def report(out, rows):
-    try:
-        from strassen_tile.report.bench import write_report
-
-        write_report(out, [row for row in rows if "block" not in row], "GPU check")
-        write_rows(out / "rows.json", rows)
-    except ImportError as error:
-        print(f"no report.html and plot.png: {error}")
 
 
 if __name__ == "__main__":

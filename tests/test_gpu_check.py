@@ -18,15 +18,37 @@ def test_dry_run(tmp_path) -> None:
     checks = json.loads((tmp_path / "checks.json").read_text())
     assert all(row["ok"] for row in checks)
     kinds = {row["check"].split()[0] for row in checks}
-    assert kinds >= {"encode", "decode", "correlate", "mlp", "linear"}
+    assert kinds >= {"encode", "decode", "correlate", "mlp", "linear", "gradient"}
+    assert sum("went through" in row["check"] for row in checks) == 2
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert {row.get("block") for row in rows} == {None, "mlp", "llama-mlp", "t2t_vit_14"}
+    assert {row.get("block") for row in rows} == {None, "mlp", "llama-block", "t2t_vit_14"}
     assert {row["pass"] for row in rows} == {"forward", "step"}
+    parts = json.loads((tmp_path / "parts.json").read_text())
+    assert {row["part"] for row in parts} == {"tuned", "split"}
+    assert {"encode_s", "products_s", "decode_s", "whole_s", "dense_s"} <= set(parts[-1])
+    assert len(json.loads((tmp_path / "choices.json").read_text())) == 1
     assert (tmp_path / "report.html").exists()
 
 
+def test_a_check_that_fails_or_never_ends_is_said(tmp_path) -> None:
+    """An error that is no number is not below what is allowed; of a process that dies, its part of the checks is missing."""
+    program = "import sys; sys.path.insert(0, {!r}); sys.argv = {!r}; import gpu_check as g; {}; g.main()"
+    arguments = ["gpu_check.py", "--dry-run", "--checks-only", "--out", str(tmp_path)]
+    for change, message in (
+        (
+            "g.checked = lambda run, of: [{'check': 'x', 'error': float('nan'), 'allowed': 1, 'ok': float('nan') < 1}]",
+            "0 of 1",
+        ),
+        ("g.__file__ = '/nowhere.py'", "did not go through"),
+    ):
+        command = [sys.executable, "-c", program.format(str(SCRIPT.parent), arguments, change)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert message in done.stdout
+
+
 def test_it_stops_when_the_time_is_up_and_keeps_what_there_is(tmp_path) -> None:
-    command = [sys.executable, SCRIPT, "--dry-run", "--seconds", "20", "--out", tmp_path]
+    command = [sys.executable, SCRIPT, "--dry-run", "--seconds", "1", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "time is up" in done.stdout
