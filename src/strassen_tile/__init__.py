@@ -3,8 +3,8 @@
 from strassen_tile import bases, cost, models, reference
 from strassen_tile._version import __version__
 from strassen_tile.basis import Basis
-from strassen_tile.convert import Conversion, convert
-from strassen_tile.nn import STLMLP, STLConfig, STLLinear, param_groups
+from strassen_tile.convert import Conversion, convert, quantize_fp8
+from strassen_tile.nn import STLMLP, STLConfig, STLLinear, STLLinearFP8, param_groups
 from strassen_tile.ops import register_backend, stl_linear, stl_matmul
 
 # The fast path and its oracle do not know each other; they meet here.
@@ -16,12 +16,14 @@ __all__ = [
     "Conversion",
     "STLConfig",
     "STLLinear",
+    "STLLinearFP8",
     "__version__",
     "bases",
     "convert",
     "cost",
     "models",
     "param_groups",
+    "quantize_fp8",
     "stl_linear",
     "stl_matmul",
 ]

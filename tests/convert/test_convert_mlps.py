@@ -2,13 +2,16 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
 from torch import nn
 
 import strassen_tile as stl
+import strassen_tile.nn.adopt as adopt_module
 from strassen_tile.convert.mlps import recognise
+from strassen_tile.errors import ShapeError
 
 EXACT = stl.STLConfig(rank=49, basis="strassen")
 
@@ -99,10 +102,134 @@ def test_a_block_that_says_more_than_x_is_left() -> None:
         assert recognise(block, linears(block)) is None
 
 
-def test_layers_that_do_not_fit_are_no_mlp() -> None:
-    """Probes have sizes of their own; the block's must agree too."""
-    block = Plain(wide=13)
+def _residual(x, y):
+    return x + y if x.shape == y.shape else y
+
+
+NOT_QUITE = {
+    "clamped": Plain(lambda h: nn.functional.silu(h.clamp(max=10.0))),
+    "relu6": Plain(nn.ReLU6()),
+    "a residual where it fits": Plain(after=_residual),
+    "squeezed": Plain(after=lambda x, y: y.squeeze(-1)),
+    "long sequences otherwise": Plain(lambda h: torch.tanh(h) if h.shape[1] > 100 else torch.relu(h)),
+    "images otherwise": Plain(
+        lambda h: torch.tanh(h) if isinstance(h, torch.Tensor) and h.ndim == 4 else torch.relu(h)
+    ),
+    "float64 otherwise": Plain(lambda h: torch.relu(h) if h.dtype == torch.float64 else torch.tanh(h)),
+    "samples for rows": Plain(before=lambda x: x.transpose(0, 1), after=lambda x, y: y.transpose(0, 1)),
+    "rows of all samples": Plain(before=lambda x: x.flatten(0, 1)[None], after=lambda x, y: y.view_as(x)),
+    "in place, and forgotten": Plain(lambda h: (torch.relu(h), h)[1]),
+    "hidden twice": Plain(lambda h: torch.relu(h) * h),
+    "dropout of its own": Plain(lambda h: nn.functional.dropout(torch.relu(h), 0.1)),
+    "a gelu of another kind": Plain(lambda h: h * torch.sigmoid(1.702 * h)),
+    "nested": sequential(nn.Sequential(nn.GELU(), nn.Dropout(0.5))),
+}
+
+
+@pytest.mark.parametrize("name", NOT_QUITE)
+def test_what_only_looks_like_an_mlp_is_left(name: str) -> None:
+    """Each of these does what an MLP does on some inputs."""
+    assert recognise(NOT_QUITE[name], linears(NOT_QUITE[name])) is None
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_block_with_an_autocast_of_its_own_is_left(enabled: bool) -> None:
+    class Casts(Plain):
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                return super().forward(x)
+
+    block = Casts()
     assert recognise(block, linears(block)) is None
+    assert not torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled("cuda")
+
+
+def test_recognition_leaves_no_trace() -> None:
+    """Neither in what a block remembers, nor in random numbers, nor in its mode; and its hooks are not called."""
+
+    class Remembers(Plain):
+        def __init__(self):
+            super().__init__()
+            self.calls, self.seen = 0, []
+
+        def forward(self, x):
+            self.calls += 1
+            self.seen.append(torch.rand(1))
+            self.last = super().forward(x)
+            return self.last
+
+    block, state = Remembers(), torch.get_rng_state()
+    recognise(block, linears(block))
+    assert (block.calls, block.seen, hasattr(block, "last")) == (0, [], False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(m.training for m in block.modules())
+    hooked = sequential(nn.GELU())
+    hooked[1].register_forward_hook(lambda *_: pytest.fail("called"))
+    assert recognise(hooked, linears(hooked)) is None
+    with torch.device("meta"):
+        block = sequential(nn.GELU())
+        assert recognise(block, linears(block)) is not None
+
+
+def test_classes_that_cannot_be_derived_from_are_left() -> None:
+    """The layers are converted all the same, and everything can be undone."""
+
+    class Demanding(Plain):
+        def __init_subclass__(cls, *, key, **options):
+            super().__init_subclass__(**options)
+
+    class Strict(Plain):
+        def __setattr__(self, name, value):
+            if name not in {"a", "b", "activate", "before", "after", "training"} and not name.startswith("_"):
+                raise AttributeError(name)
+            super().__setattr__(name, value)
+
+    x = torch.randn(2, 7, 8)
+    for block, adopted in ((Demanding(), False), (Strict(), True)):
+        network = Network(block).eval()
+        expected = network(x)
+        conversion = stl.convert(network, EXACT)
+        assert bool(conversion.mlps) == adopted
+        with torch.no_grad():
+            torch.testing.assert_close(network(x), expected)
+        conversion.undo()
+        assert torch.equal(network(x), expected)
+        assert type(network.block) in (Demanding, Strict)
+
+
+def test_names_of_the_block_are_its_own() -> None:
+    """Attributes and methods called as ours are, a state of its own making, and a description of its own."""
+
+    class Same(Plain):
+        def __init__(self):
+            super().__init__()
+            self._roles, self.lock, self.norm = "mine", threading.Lock(), 3
+
+        def _layers(self, h):
+            return torch.relu(h)
+
+        def forward(self, x):
+            return self.b(self._layers(self.a(x)))
+
+        def extra_repr(self):
+            return "of its own"
+
+        def __getstate__(self):
+            return {key: value for key, value in self.__dict__.items() if key != "lock"}
+
+    network, x = Network(Same()).eval(), torch.randn(2, 7, 8)
+    conversion = stl.convert(network, EXACT)
+    assert conversion.mlps == ["block"]
+    expected = network(x)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), expected)
+        other = copy.deepcopy(network)
+        assert not hasattr(other.block, "lock")
+        assert torch.equal(other(x), network(x))
+    assert "of its own" in repr(network.block)
+    conversion.undo()
+    assert (network.block._roles, network.block.norm) == ("mine", 3)
 
 
 @pytest.mark.parametrize(
@@ -136,48 +263,112 @@ def test_a_converted_block_computes_what_it_did(make) -> None:
     assert torch.equal(network.eval()(x), block.eval()(x))
 
 
-def steps_of(block: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    taken: list[int] = []
-    original = stl.STLMLP._one_step
-    monkeypatch.setattr(stl.STLMLP, "_one_step", lambda *a: taken.append(1) or original(*a))
-    return taken
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An entry for each MLP that is run in one step."""
+    steps: list[int] = []
+    original = adopt_module.one_step
+    monkeypatch.setattr(adopt_module, "one_step", lambda *a: steps.append(1) or original(*a))
+    return steps
 
 
-def test_one_step_is_taken_only_where_nobody_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dropout in training, a hook, another activation, a layer put in place of one: each is honoured."""
-    block = sequential(nn.GELU(), nn.Dropout(0.5))
-    network, x = Network(block), torch.randn(2, 7, 8)
+class Named(nn.Module):
+    """A child called as its activation is."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.relu, self.fc2 = nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)
+
+    def forward(self, x):
+        return self.fc2(self.relu(self.fc1(x)))
+
+
+def _set(name, value):
+    return lambda block: setattr(block, name, value)
+
+
+def _patch(block):
+    type(block)._kind.forward = lambda self, x: x
+
+
+CHANGES = {
+    "another function": (Plain, _set("activate", torch.tanh)),
+    "another child": (Named, _set("relu", nn.Tanh())),
+    "another layer": (Named, _set("fc1", nn.Linear(8, 12))),
+    "another kind of gelu": (lambda: sequential(nn.GELU()), lambda block: _set("approximate", "tanh")(block[1])),
+    "one more child": (lambda: sequential(nn.GELU()), lambda block: block.append(nn.Tanh())),
+    "another order": (lambda: sequential(nn.ReLU()), lambda block: block.insert(0, nn.Tanh())),
+    "dropout in eval mode": (lambda: sequential(nn.GELU(), nn.Dropout(0.5)), lambda block: block[2].train()),
+    "a forward of the class": (lambda: type("Patched", (Named,), {"forward": Named.forward})(), _patch),
+    "a forward of the block": (Named, lambda block: _set("forward", lambda x: x)(block)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_changed_after_conversion_counts(name: str, taken: list[int]) -> None:
+    make, change = CHANGES[name]
+    network, x = Network(make()).eval(), torch.randn(2, 7, 8)
+    assert stl.convert(network, EXACT).mlps == ["block"]
+    with torch.no_grad():
+        before = network(x)
+        assert len(taken) == 1
+        change(network.block)
+        after = network(x)
+        assert len(taken) == 1
+    if name != "another kind of gelu":  # whose results are nearly the same
+        assert not torch.allclose(after, before, atol=1e-3)
+
+
+def test_hooks_are_called(taken: list[int]) -> None:
+    """On each child of a block, and those on all modules."""
+    network, x = Network(sequential(nn.GELU(), nn.Dropout(0.5))).eval(), torch.randn(2, 7, 8)
     stl.convert(network, EXACT)
-    taken = steps_of(block, monkeypatch)
-    network.eval()
     with torch.no_grad():
         expected = network(x)
-        assert len(taken) == 1
-        assert not torch.equal(network.train()(x), expected)
-        network.eval()
-        block[2].train()  # dropout kept on, for Monte Carlo
-        assert not torch.equal(network(x), expected)
-        network.eval()
-        for part in block:
-            seen: list[torch.Tensor] = []
-            handle = part.register_forward_hook(lambda m, args, y, seen=seen: seen.append(y))
+        for part in network.block:
+            seen: list[nn.Module] = []
+            handle = part.register_forward_hook(lambda m, args, y, seen=seen: seen.append(m))
             torch.testing.assert_close(network(x), expected)
             handle.remove()
-            assert len(seen) == 1
+            assert seen == [part]
+        seen = []
+        handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append(m))
+        torch.testing.assert_close(network(x), expected)
+        handle.remove()
+        assert set(network.block) <= set(seen)
         assert len(taken) == 1
-        block[1] = nn.ReLU()
-        other = network(x)
-        assert not torch.allclose(other, expected)
-        block[0] = nn.Linear(8, 12)
-        assert not torch.allclose(network(x), other)
+        network.train()
+        assert not torch.equal(network(x), expected), "dropout"
         assert len(taken) == 1
 
 
-def test_padding_rows_stay_out_of_an_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_step_needs_one_dtype(taken: list[int]) -> None:
+    """transformers keeps T5's second layer in float32, and casts on the way."""
+    network, x = Network(Named()).eval(), torch.randn(2, 7, 8)
+    assert stl.convert(network, EXACT).mlps == ["block"]
+    network.block.fc2.double()
+    with torch.no_grad(), pytest.raises(ShapeError, match="float64"):
+        network(x)
+    assert not taken
+
+
+def test_undo_beside_others_who_change_the_class() -> None:
+    network, x = Network(Named()).eval(), torch.randn(2, 7, 8)
+    expected = network(x)
+    conversion = stl.convert(network, EXACT)
+    network.block.register_parameter("extra", nn.Parameter(torch.ones(2)))
+    nn.utils.parametrize.register_parametrization(network.block, "extra", nn.Identity())
+    conversion.undo()
+    assert torch.equal(network.block.extra, torch.ones(2))
+    with torch.no_grad():
+        assert torch.equal(network(x), expected)
+
+
+def test_padding_rows_stay_out_of_an_mlp(taken: list[int]) -> None:
     """act(bias) of a padding row must not reach a real one: while there is a mask, the layers run one by one."""
     network = Network(sequential(nn.GELU()))
     conversion = stl.convert(network, stl.STLConfig(rank=49))
-    taken, x = steps_of(network.block, monkeypatch), torch.randn(1, 8, 8)
+    x = torch.randn(1, 8, 8)
     mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])
     network.eval()
     with torch.no_grad():

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import strassen_tile as stl
+import strassen_tile.nn.mlp as mlp_module
 from strassen_tile.errors import ConfigError, ShapeError
 
 EXACT = stl.STLConfig(rank=49, basis="strassen")
@@ -37,10 +38,8 @@ def test_an_exact_basis_gives_the_dense_mlp(activation: str, gated: bool, bias: 
 def test_one_step_is_the_layers_one_by_one(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     mlp = stl.STLMLP(16, 24, 12, gated=gated, activation="silu", config=stl.STLConfig(rank=16))
     x = torch.randn(2, 9, 16)
-    steps = []
-    monkeypatch.setattr(
-        stl.STLMLP, "_one_step", lambda *a, _original=stl.STLMLP._one_step: steps.append(1) or _original(*a)
-    )
+    steps, original = [], mlp_module.one_step
+    monkeypatch.setattr(mlp_module, "one_step", lambda *a: steps.append(1) or original(*a))
     with torch.no_grad():
         together = mlp(x)
     assert steps
@@ -97,6 +96,36 @@ def test_it_is_a_module_like_others(tmp_path) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert mlp(x).dtype == torch.bfloat16
     assert {name.split(".")[0] for name, _ in mlp.named_parameters()} == {"gate", "up", "down"}
+
+
+def test_layers_that_do_not_follow_each_other_are_not_run_as_one() -> None:
+    """What the layers refuse one by one is refused without a gradient too."""
+    narrow, apart, mixed = (stl.STLMLP(8, 7, 8, gated=True) for _ in range(3))
+    narrow.down = stl.STLLinear(8, 8)  # as many tiles as 7 features fill
+    apart.up, apart.gate = (stl.STLLinear(8, 7, config=stl.STLConfig(mixing="none")) for _ in range(2))
+    mixed.down.double()
+    for mlp, x, message in (
+        (narrow, torch.randn(2, 4, 8), "must have 8 features"),
+        (apart, torch.randn(4, 8), "2-D input"),
+        (mixed, torch.randn(2, 4, 8), "float64"),
+    ):
+        for learning in (True, False):
+            with torch.set_grad_enabled(learning), pytest.raises(ShapeError, match=message):
+                mlp(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_eps_of_an_rms_norm_that_names_none(dtype: torch.dtype) -> None:
+    """PyTorch's is that of the dtype it computes in, float32 for half precision: inputs this small tell them apart."""
+    norm, x = nn.RMSNorm(16, dtype=dtype), (torch.randn(2, 8, 16) * 1e-3).to(dtype)
+    for module in (
+        stl.STLLinear(16, 8, norm=norm, dtype=dtype),
+        stl.STLMLP(16, 8, norm=norm, dtype=dtype),
+    ):
+        with torch.no_grad():
+            one = module(x)
+        apart = module(x).detach()
+        assert float((one - apart).double().norm() / apart.double().norm()) < 0.02
 
 
 def test_what_is_refused() -> None:

@@ -33,7 +33,11 @@ def compiled(kernel, element: str, constants: dict, capability: int) -> dict:
             signature[name] = "constexpr"
             continue
         if name in POINTERS:
-            signature[name] = "*fp32" if name == "sums" else f"*{element}"
+            signature[name] = f"*{element}"
+            if name == "sums" or (name == "scale" and constants.get("SCALED")):
+                signature[name] = "*fp32"
+            elif name == "encoded" and constants.get("SCALED"):
+                signature[name] = "*fp8e4nv"
         else:
             signature[name] = "fp32" if name == "eps" else "i32"
         if name not in ("rank", "up_rank", "next_rank", "eps", "total", "tile_rows", "blocks"):
@@ -55,7 +59,7 @@ def compiled(kernel, element: str, constants: dict, capability: int) -> dict:
     }  # fmt: skip
 
 
-def variants():
+def variants(capability: int):
     """(name, kernel, element, constants) of what is promised to be fast, and of one slow path each."""
     for tile, rank in (((4, 4), 16), ((4, 4), 24), ((4, 4), 32), ((4, 4), 49), ((8, 8), 64), ((2, 4), 24), ((1, 4), 6)):
         for element in ("bf16", "fp16", "fp32") if (tile, rank) == ((4, 4), 24) else ("bf16",):
@@ -65,7 +69,11 @@ def variants():
             unfast = {key: value for key, value in shape.items() if key != "FAST"}
             label = f"{p}x{q} r={rank} {element}"
             common = {"stride_k": 1}
-            yield f"encode {label}", kernels.encode_kernel, element, {**shape, **common}
+            yield f"encode {label}", kernels.encode_kernel, element, {**shape, **common, "SCALED": False}
+            if element == "bf16" and capability >= 90:  # fp8 is from 8.9 on
+                like = torch.empty(0, dtype=torch.float8_e4m3fn)
+                scaled = {**launch.compile_time("encode", p, q, rank, like), "UPCAST": False, "SCALED": True}
+                yield f"encode to fp8 {label}", kernels.encode_kernel, element, {**scaled, **common}
             for activation in ("none", "gelu_tanh") if rank == 24 else ("none",):
                 extra = {"BIAS": True, "ACTIVATION": activation}
                 yield f"decode {label} {activation}", kernels.decode_kernel, element, {**shape, **extra}
@@ -86,7 +94,7 @@ def variants():
 
 
 if __name__ == "__main__":
-    for name, kernel, element, constants in variants():
+    for name, kernel, element, constants in variants(int(sys.argv[1])):
         if len(sys.argv) > 2 and sys.argv[2] not in name:
             continue
         try:

@@ -75,5 +75,5 @@ def test_far_channels(dimension: int) -> None:
     torch.testing.assert_close(found.double(), again, rtol=5e-3, atol=0.05)
     out = far(tuple(encoded.shape), dimension)
     sizes, grid, shape = arguments(x, out, tile)
-    kernels.encode_kernel[grid](x, e, out, *sizes, *x.stride(), *out.stride()[:2], **shape)
+    kernels.encode_kernel[grid](x, e, None, out, *sizes, *x.stride(), *out.stride()[:2], SCALED=False, **shape)
     torch.testing.assert_close(out.double(), encoded, rtol=2e-3, atol=2e-3)

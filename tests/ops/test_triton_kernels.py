@@ -100,6 +100,28 @@ def test_norm_encode(p: int, q: int, r: int, n: int, k: int, centre: bool, scale
     assert relative(found, generic.encode(normed, e.double())) < 4e-6
 
 
+def test_vectors_need_not_be_dense() -> None:
+    """Every other entry of a longer one, and one number expanded."""
+    z, d, x = torch.randn(5, 4, 6), torch.randn(5, 4, 4), torch.randn(2, 7, 24)
+    for vector in (torch.randn(48)[::2], torch.randn(1).expand(24)):
+        plain = vector.clone()
+        assert torch.equal(launch.decode(z, d, 2, 7, 24, vector), launch.decode(z, d, 2, 7, 24, plain))
+        waiting = [launch.Decoding(z, d, bias) for bias in (vector, plain)]
+        assert torch.equal(*(launch.recode(one, one, d, 2, 7, 24) for one in waiting))
+        normed = [launch.norm_encode(x, v, v, 1e-5, d, centre=True) for v in (vector, plain)]
+        assert torch.equal(*normed)
+
+
+@pytest.mark.parametrize("activation", ACTIVATE)
+def test_what_is_no_number_stays_so(activation: str) -> None:
+    """A network that diverged must show it: NaN is NaN after every activation."""
+    z, d = torch.randn(5, 4, 6), torch.randn(5, 4, 4)
+    z[0, 1, 2] = float("nan")
+    expected = ACTIVATE[activation](generic.decode(z, d, 2, 7, 24)).isnan()
+    assert expected.any()
+    assert torch.equal(launch.decode(z, d, 2, 7, 24, None, activation).isnan(), expected)
+
+
 def test_strides_and_alignment() -> None:
     """A transposed x, a slice of it, and encoded tensors whose rows are padded to 16 numbers."""
     e, base = torch.randn(5, 4, 4), torch.randn(3, 30, 90)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from strassen_tile.convert.observe import Calls
-from strassen_tile.nn import STLLinear
+from strassen_tile.nn.base import TileLayer
 
 Filter = Callable[[nn.Module, str], bool]
 _HEADS = {
@@ -69,8 +69,8 @@ def others(model: nn.Module) -> dict[str, str]:
     found = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if isinstance(module, STLLinear):
-            found[name] = "is an STLLinear already"
+        if isinstance(module, TileLayer):
+            found[name] = f"is an {type(module).__name__} already"
         elif isinstance(module, nn.MultiheadAttention):
             found[name] = "multiplies by its in_proj_weight itself; only nn.Linear modules are replaced"
         elif (

@@ -14,7 +14,7 @@ from strassen_tile.convert.observe import Calls, causal_layers, observe
 from strassen_tile.convert.select import Candidate, Filter, candidates, causal_parts, others, reasons, within
 from strassen_tile.cost import machine
 from strassen_tile.errors import ConversionError
-from strassen_tile.nn import PaddingMask, STLConfig, STLLinear
+from strassen_tile.nn import PaddingMask, STLConfig, STLLinear, STLLinearFP8
 
 Replace = Callable[[nn.Linear], nn.Module | str]  # a replacement, or the reason why there is none
 Pays = Callable[[nn.Linear, list[tuple[int, ...]]], str | None]  # of a layer and its input shapes: why it does not pay
@@ -217,7 +217,7 @@ def _refuse_causal(model: nn.Module, example_inputs: object, filter_fn: Filter |
 
 
 def _describe(layer: nn.Module) -> str:
-    if isinstance(layer, STLLinear):
-        tile = "×".join(map(str, layer.config.pqs))
-        return f"STL {layer.in_features}→{layer.out_features}, tile {tile}, rank {layer.config.rank}"
+    if isinstance(layer, STLLinear | STLLinearFP8):
+        tile, kind = "×".join(map(str, layer.config.pqs)), "STL" if isinstance(layer, STLLinear) else "STL in fp8"
+        return f"{kind} {layer.in_features}→{layer.out_features}, tile {tile}, rank {layer.config.rank}"
     return f"{type(layer).__name__} {getattr(layer, 'in_features', '?')}→{getattr(layer, 'out_features', '?')}"

@@ -7,19 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from strassen_tile import cost
 from strassen_tile.errors import ShapeError, shape_text
 from strassen_tile.nn import fit, init
+from strassen_tile.nn.base import TileLayer
 from strassen_tile.nn.config import STLConfig
-from strassen_tile.nn.padding import PaddingMask
 from strassen_tile.nn.steps import check_norm, norm_of, undisturbed
 from strassen_tile.ops import stl_linear
 from strassen_tile.ops.chains import Weights, norm_linear
-from strassen_tile.ops.functional import check
+from strassen_tile.ops.functional import autocasts, check
 from strassen_tile.tiling import as_samples, tile_count
 
 
-class STLLinear(nn.Module):
+class STLLinear(TileLayer):
     """A linear layer whose product is the Strassen-Tile operator.
 
     Parameters: `encoder` (r, p, q), `encoded_weight` (r, ⌈K/q⌉, ⌈M/s⌉), `decoder` (r, p, s), `bias` (M,); with
@@ -42,8 +41,6 @@ class STLLinear(nn.Module):
         ConfigError: another norm, or one of other features.
     """
 
-    bias: Tensor | None
-
     def __init__(
         self,
         in_features: int,
@@ -55,11 +52,8 @@ class STLLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if min(in_features, out_features) < 0:
-            raise ShapeError(f"features must be >= 0; got in_features={in_features}, out_features={out_features}")
-        self.in_features, self.out_features = in_features, out_features
-        self.config = config = config or STLConfig()
+        config = config or STLConfig()
+        super().__init__(in_features, out_features, config)
         (p, q, s), r = config.pqs, config.rank
         columns, outputs = tile_count(in_features, q), tile_count(out_features, s)
         per_tile = config.encoder_scope == "tile"
@@ -76,7 +70,6 @@ class STLLinear(nn.Module):
             self.register_parameter("bias", None)
         check_norm(norm, in_features)
         self.norm = norm
-        self.padding: PaddingMask | None = None  # set by `convert`: which rows of a batch are padding
         self.reset_parameters()
 
     @torch.no_grad()
@@ -184,17 +177,24 @@ class STLLinear(nn.Module):
         """
         return self.encoded_weight.new_empty((self.out_features, 0))
 
-    def padding_now(self) -> Tensor | None:
-        """The mask (B, N) by which padding rows must be zeroed now; causal rows see nothing behind them, padding included."""
-        return self.padding.current() if self.padding is not None and self.config.mixing == "sequence" else None
+    @property
+    def itemsize(self) -> int:
+        """Bytes a number of the encoded operands."""
+        return self.encoded_weight.element_size()
 
-    def can_join(self) -> bool:
-        """Whether its step may be part of a longer one: no backend is asked for, and no padding rows are to be zeroed first."""
-        return self.config.backend == "auto" and self.padding_now() is None
+    def can_join(self, x: Tensor) -> bool:
+        """Whether its step on x may be part of a longer one: no backend is asked for, no padding rows are to be zeroed first,
+        and there is one dtype, or autocast.
+        """
+        if self.config.backend != "auto" or self.padding_now() is not None:
+            return False
+        return autocasts(x) or all(p.dtype == x.dtype for p in self.parameters(recurse=False))
 
-    def weights(self) -> Weights:
+    def weights(self, dtype: torch.dtype) -> Weights:
         """Its tensors as the product uses them."""
-        return Weights(self.encoded_weight, *self.factors(), self.bias)
+        encoder, decoder = self.factors()
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return Weights(self.encoded_weight.to(dtype), encoder.to(dtype), decoder.to(dtype), bias)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """E and D as the product uses them: masked where the mixing is causal."""
@@ -207,17 +207,15 @@ class STLLinear(nn.Module):
         """(…, N, K) → (…, N, M). Raises ShapeError for other features, and for a 2-D input if rows mix."""
         self.check_input(x)
         if self.norm is not None:
-            if self.can_join() and undisturbed(x, [self], self.norm):
-                layer = self.weights()
+            if self.can_join(x) and undisturbed(x, [self], self.norm):
+                layer = self.weights(x.dtype)
                 check(x, *layer, self.out_features)
                 y = norm_linear(as_samples(x), norm_of(self.norm, x), layer, self.out_features)
                 return y.view(*x.shape[:-1], self.out_features)
             x = self.norm(x)
-        if self.padding is not None and self.padding_now() is not None:
-            x = self.padding.zero(x)
         encoder, decoder = self.factors()
         return stl_linear(
-            x,
+            self.without_padding(x),
             self.encoded_weight,
             encoder,
             decoder,
@@ -226,30 +224,3 @@ class STLLinear(nn.Module):
             backend=self.config.backend,
             recompute=self.config.recompute,
         )
-
-    def cost(self, rows: int, batch: int = 1) -> cost.Cost:
-        """Cost of `batch` samples of `rows` rows."""
-        tile, scope = self.config.pqs, self.config.encoder_scope
-        size = self.encoded_weight.element_size()
-        features = self.in_features, self.out_features
-        return cost.linear(rows, *features, tile, self.config.rank, batch=batch, itemsize=size, encoder_scope=scope)
-
-    def check_input(self, x: Tensor) -> None:
-        """Raise ShapeError if `x` has other features, is 2-D though the rows of a tile depend on each other, or continues a
-        cached sequence in the middle of a tile.
-        """
-        if x.ndim and x.shape[-1] != self.in_features:  # a tile would pad what is missing
-            raise ShapeError(f"x must have {self.in_features} features; got {shape_text(x.shape)}")
-        if self.config.mixes_rows and x.ndim < 3:
-            raise ShapeError(
-                f"a 2-D input {shape_text(x.shape)} is a batch of rows, and this layer (mixing={self.config.mixing!r}, "
-                f"tile {self.config.tile}) mixes the {self.config.pqs[0]} rows of a tile: samples would leak into each "
-                "other. For one sequence pass x.unsqueeze(0); for independent rows use mixing='none' or keep the layer dense"
-            )
-        if self.config.mixes_rows and self.padding is not None:
-            self.padding.check_start(self.config.pqs[0])
-
-    def extra_repr(self) -> str:
-        """The constructor's arguments."""
-        bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, config={self.config!r}"

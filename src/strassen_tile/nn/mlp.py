@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from strassen_tile.errors import ConfigError, ShapeError
 from strassen_tile.nn.config import STLConfig
 from strassen_tile.nn.linear import STLLinear
-from strassen_tile.nn.steps import check_norm, has_hooks, norm_of, undisturbed
-from strassen_tile.ops.chains import Weights, mlp
+from strassen_tile.nn.steps import check_norm, norm_of, undisturbed
+from strassen_tile.ops.chains import mlp
 from strassen_tile.ops.composed import ACTIVATIONS
 from strassen_tile.ops.functional import autocasts, check
 from strassen_tile.tiling import as_samples
@@ -55,7 +55,7 @@ class STLMLP(nn.Module):
         ConfigError: an unknown activation, another norm.
     """
 
-    _roles: Roles
+    _roles: Roles | None = None
 
     def __init__(
         self,
@@ -114,110 +114,52 @@ class STLMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, N, K) → (…, N, M). Raises ShapeError for a 2-D input if rows mix."""
-        norm, (up, down, gate) = self.norm, self._layers()
-        if self._in_one_step(x, norm):
-            return self._one_step(x, norm)
+        assert self._roles is not None
+        norm, roles = self.norm, self._roles
+        up, down, *gate = layers = layers_of(self, roles)
+        if can_be_one_step(x, layers, norm):
+            return one_step(x, layers, norm, roles.activation)
         x = x if norm is None else norm(x)
-        activate = ACTIVATIONS[self._roles.activation]
-        y: Tensor = down(activate(up(x)) if gate is None else activate(gate(x)) * up(x))
+        activate = ACTIVATIONS[roles.activation]
+        y: Tensor = down(activate(gate[0](x)) * up(x) if gate else activate(up(x)))
         return y
 
     def extra_repr(self) -> str:
         """The activation, and whether it is gated."""
-        return f"activation={self._roles.activation!r}, gated={self._roles.gate is not None}"
-
-    def _layers(self) -> tuple[Any, Any, Any]:
-        up, down, gate, _ = self._roles
-        return getattr(self, up), getattr(self, down), None if gate is None else getattr(self, gate)
-
-    def _in_one_step(self, x: Tensor, norm: nn.Module | None) -> bool:
-        layers = [layer for layer in self._layers() if layer is not None]
-        plain = all(type(layer) is STLLinear and layer.norm is None and layer.can_join() for layer in layers)
-        return plain and undisturbed(x, layers, norm)
-
-    def _one_step(self, x: Tensor, norm: nn.Module | None) -> Tensor:
-        up, down, gate = self._layers()
-        up.check_input(x)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else None
-        x = x if dtype is None else x.to(dtype)
-        first, last = _weights(up, dtype), _weights(down, dtype)
-        other = None if gate is None else _weights(gate, dtype)
-        for layer in (first, other):
-            if layer is not None:
-                check(x, *layer, up.out_features)
-        y = mlp(
-            as_samples(x), first, last, up.out_features, down.out_features,
-            gate=other, norm=norm_of(norm, x), activation=self._roles.activation,
-        )  # fmt: skip
-        return y.view(*x.shape[:-1], down.out_features)
-
-
-def _weights(layer: STLLinear, dtype: torch.dtype | None) -> Weights:
-    weights = layer.weights()
-    return weights if dtype is None else Weights(*(t if t is None else t.to(dtype) for t in weights))  # type: ignore[arg-type]
-
-
-class _Adopted(STLMLP):
-    """A block of somebody else's class that computes an MLP: in one step where that is all it does, else as it always did."""
-
-    _kind: type[nn.Module]
-    _others: tuple[nn.Module, ...]  # the children beside the layers, as they were when the block was recognised
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """One of the block's own class: a slice of a Sequential is made by calling the class."""
-        return cls._kind(*args, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if len(args) == 1 and not kwargs else None
-        if isinstance(x, Tensor) and self._unchanged() and self._in_one_step(x, None):
-            return self._one_step(x, None)
-        return self._kind.forward(self, *args, **kwargs)
-
-    def _unchanged(self) -> bool:
-        """Whether the block is in eval mode and its other children are still those that were looked at."""
-        others = [child for name, child in self._modules.items() if name not in self._roles and child is not None]
-        if self.training or len(others) != len(self._others):
-            return False
-        return all(
-            child is seen and not child.training and not has_hooks(child)
-            for child, seen in zip(others, self._others, strict=True)
+        return (
+            ""
+            if self._roles is None
+            else f"activation={self._roles.activation!r}, gated={self._roles.gate is not None}"
         )
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (self._kind,), self.__dict__
+
+def layers_of(module: nn.Module, roles: Roles) -> list[Any]:
+    """up, down and, if there is one, gate."""
+    return [getattr(module, name) for name in roles[:3] if name is not None]
 
 
-_classes: dict[type[nn.Module], type[_Adopted]] = {}
+def can_be_one_step(x: Tensor, layers: list[Any], norm: nn.Module | None) -> bool:
+    """Whether the layers follow each other as one operator would run them, and nothing would be lost."""
+    if not all(type(layer) is STLLinear and layer.norm is None for layer in layers):
+        return False
+    up, down, *gate = layers
+    fit = all(layer.out_features == down.in_features and layer.in_features == up.in_features for layer in (up, *gate))
+    alike = fit and all(layer.config == up.config and layer.can_join(x) for layer in layers)
+    return alike and undisturbed(x, layers, norm)
 
 
-def _adopted_class(kind: type[nn.Module]) -> type[_Adopted]:
-    if kind not in _classes:
-        _classes[kind] = type(f"STL{kind.__name__}", (_Adopted, kind), {"_kind": kind, "__module__": __name__})
-    return _classes[kind]
-
-
-def _blank(kind: type[nn.Module]) -> nn.Module:
-    return nn.Module.__new__(_adopted_class(kind))
-
-
-def adopt(block: nn.Module, roles: Roles) -> None:
-    """Let a block of another class, whose children of these roles are STL layers, run them as an `STLMLP`.
-
-    Only the class of the block changes: to one made of `STLMLP` and its own. Names, children and hooks stay, and so does
-    what it does in training. `release` undoes it.
-    """
-    others = tuple(child for name, child in block._modules.items() if name not in roles and child is not None)
-    block.__class__ = _adopted_class(type(block))
-    assert isinstance(block, _Adopted)
-    block._roles, block._others = roles, others
-
-
-def release(block: nn.Module) -> None:
-    """Undo `adopt`."""
-    assert isinstance(block, _Adopted)
-    kind: type = block._kind
-    del block._roles, block._others
-    block.__class__ = kind
+def one_step(x: Tensor, layers: list[Any], norm: nn.Module | None, activation: str) -> Tensor:
+    up, down, *gate = layers
+    up.check_input(x)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+    x, weights = x.to(dtype), [layer.weights(dtype) for layer in layers]
+    for layer in (weights[0], *weights[2:]):
+        check(x, layer.encoded_weight, layer.encoder, layer.decoder, layer.bias, up.out_features)
+    y = mlp(
+        as_samples(x), weights[0], weights[1], up.out_features, down.out_features,
+        gate=weights[2] if gate else None, norm=norm_of(norm, x), activation=activation,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], down.out_features)
 
 
 def _roles(up: str, down: str, gate: str | None, activation: str) -> Roles:

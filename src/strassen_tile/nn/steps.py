@@ -6,11 +6,19 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
 from strassen_tile.errors import ConfigError
 from strassen_tile.ops.chains import Norm
 from strassen_tile.ops.functional import autocasts
 from strassen_tile.ops.fused import learns
+
+_GLOBAL_HOOKS = (
+    hooks._global_forward_hooks,
+    hooks._global_forward_pre_hooks,
+    hooks._global_backward_hooks,
+    hooks._global_backward_pre_hooks,
+)
 
 
 def check_norm(norm: nn.Module | None, features: int) -> None:
@@ -28,7 +36,8 @@ def norm_of(module: nn.Module | None, x: Tensor) -> Norm:
     if isinstance(module, nn.LayerNorm):
         return Norm("layer", module.weight, module.bias, module.eps)
     assert isinstance(module, nn.RMSNorm)
-    return Norm("rms", module.weight, None, torch.finfo(x.dtype).eps if module.eps is None else module.eps)
+    eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps  # of the dtype that PyTorch computes it in
+    return Norm("rms", module.weight, None, eps if module.eps is None else module.eps)
 
 
 def undisturbed(x: Tensor, layers: Sequence[nn.Module], norm: nn.Module | None) -> bool:
@@ -43,7 +52,6 @@ def undisturbed(x: Tensor, layers: Sequence[nn.Module], norm: nn.Module | None) 
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches this module's calls, or has put a forward of their own on it."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    ) or "forward" in vars(module)
+    """Whether somebody watches this module's calls, or those of all modules, or has put a forward of their own on it."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or any(_GLOBAL_HOOKS) or "forward" in vars(module)

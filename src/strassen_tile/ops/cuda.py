@@ -6,6 +6,7 @@ Requires: tensors on one CUDA device. triton is imported when the first of them 
     norm_linear   norm and encode in one kernel → product → decode
     mlp           (norm and) encode, for gate and up at once → products → decode, activate and encode again in one kernel →
                   product → decode
+    fp8_linear    encode and round to fp8 → products channel by channel → decode with bias
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from strassen_tile.ops import composed, generic, library
+from strassen_tile.ops import composed, fp8, generic, library
 from strassen_tile.ops.chains import Norm, Weights, linear_by_steps, mlp_by_steps
+from strassen_tile.tiling import tile_count
 
 
 @lru_cache(maxsize=1)
@@ -138,6 +140,21 @@ def mlp(
     return launch.decode(products, last.decoder, batch, rows, columns, last.bias)  # type: ignore[no-any-return]
 
 
+def fp8_linear(
+    x: Tensor, values: Tensor, scale: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
+) -> Tensor:
+    """As `fp8.linear`; X̂ is rounded to fp8 as it is encoded."""
+    launch = launcher()
+    if launch is None or not (launch.supports(x, encoder.shape) and launch.supports(x, decoder.shape)):
+        return fp8.linear(x, values, scale, encoder, decoder, bias, columns)
+    (r, p, q), (batch, rows, k), s = encoder.shape, x.shape, decoder.shape[2]
+    input_scale = fp8.scale_of_input(x, encoder)
+    room = fp8.empty_input(r, batch * tile_count(rows, p), tile_count(k, q), x)
+    encoded = launch.encode(x, encoder, out=room, scale=input_scale)
+    products = fp8.products(encoded, input_scale, fp8.Rounded(values, scale), tile_count(columns, s), x.dtype)
+    return launch.decode(products, decoder, batch, rows, columns, bias)  # type: ignore[no-any-return]
+
+
 def _normed_and_encoded(launch: ModuleType, x: Tensor, norm: Norm, encoder: Tensor) -> Tensor:
     if norm.kind == "none" or not launch.fast(*encoder.shape[1:]):
         return launch.encode(norm(x), encoder, aligned=True)  # type: ignore[no-any-return]
@@ -176,6 +193,7 @@ def refusal(x: Tensor, encoder: Tensor, decoder: Tensor) -> str | None:
 for _operator, _kernel in (
     (library.norm_linear, norm_linear),
     (library.mlp, mlp),
+    (library.fp8_linear, fp8_linear),
     (library.encode, encode),
     (library.decode, decode),
     (library.correlate, correlate),

@@ -44,6 +44,10 @@ _library.define(
     f"mlp({_norm}, Tensor?[] up, Tensor?[] gate, Tensor?[] down, SymInt hidden, SymInt columns, str activation) -> Tensor",
     tags=_tags,
 )
+_library.define(
+    "fp8_linear(Tensor x, Tensor values, Tensor scale, Tensor encoder, Tensor decoder, Tensor? bias, SymInt columns) -> Tensor",
+    tags=_tags,
+)
 for _kernel in (generic.encode, generic.decode, generic.correlate):
     _library.impl(_kernel.__name__, _kernel, "CompositeExplicitAutograd")
 
@@ -55,6 +59,7 @@ linear_forward = torch.ops.strassen_tile.linear_forward.default
 linear_backward = torch.ops.strassen_tile.linear_backward.default
 norm_linear = torch.ops.strassen_tile.norm_linear.default
 mlp = torch.ops.strassen_tile.mlp.default
+fp8_linear = torch.ops.strassen_tile.fp8_linear.default
 
 
 def register_kernel(operator: Any, kernel: Callable[..., object], dispatch_key: str) -> None:
@@ -109,6 +114,13 @@ def _chain_shape(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1], columns)
 
 
+@torch.library.register_fake(f"{NAMESPACE}::fp8_linear")  # type: ignore[untyped-decorator]
+def _fp8_shape(
+    x: Tensor, values: Tensor, scale: Tensor, e: Tensor, d: Tensor, bias: Tensor | None, columns: int
+) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], columns)
+
+
 @register_flop_formula(torch.ops.strassen_tile.encode)  # type: ignore[untyped-decorator, unused-ignore]
 def _encode_flops(x: Sequence[int], encoder: Sequence[int], *_: Any, **__: Any) -> int:
     r, p, q = encoder[-3:]
@@ -159,6 +171,21 @@ def _backward_flops(
 @register_flop_formula(torch.ops.strassen_tile.norm_linear)  # type: ignore[untyped-decorator, unused-ignore]
 def _norm_linear_flops(x: Sequence[int], *arguments: Any, **__: Any) -> int:
     return sum(_pass_flops(x, *arguments[4:7]))
+
+
+@register_flop_formula(torch.ops.strassen_tile.fp8_linear)  # type: ignore[untyped-decorator, unused-ignore]
+def _fp8_flops(
+    x: Sequence[int],
+    values: Sequence[int],
+    scale: Any,
+    e: Sequence[int],
+    d: Sequence[int],
+    b: Any,
+    columns: int,
+    **_: Any,
+) -> int:
+    sizes = values[0], tile_count(x[2], e[2]), tile_count(columns, d[2])  # what is padded is not counted
+    return sum(_pass_flops(x, sizes, e, d))
 
 
 @register_flop_formula(torch.ops.strassen_tile.mlp)  # type: ignore[untyped-decorator, unused-ignore]

@@ -20,7 +20,8 @@ from strassen_tile.convert.select import Filter
 from strassen_tile.convert.swap import Replace
 from strassen_tile.cost import Cost
 from strassen_tile.errors import ConfigError
-from strassen_tile.nn import STLConfig, STLLinear
+from strassen_tile.nn import STLConfig
+from strassen_tile.nn.base import TileLayer
 from strassen_tile.rivals.dense import LowRankLinear, TokenMixLinear
 from strassen_tile.rivals.sparse24 import Sparse24Linear
 
@@ -167,6 +168,6 @@ def _cost(layer: nn.Module, shape: tuple[int, ...]) -> Cost:
     rows, batch = shape[-2] if len(shape) > 1 else 1, math.prod(shape[:-2])
     if isinstance(layer, nn.Linear) and not isinstance(layer, Sparse24Linear):
         return cost.dense(rows * batch, layer.in_features, layer.out_features, itemsize=layer.weight.element_size())
-    if isinstance(layer, STLLinear | Sparse24Linear | LowRankLinear | TokenMixLinear):
+    if isinstance(layer, TileLayer | Sparse24Linear | LowRankLinear | TokenMixLinear):
         return layer.cost(rows, batch)
     raise ConfigError(f"{type(layer).__name__} has no cost")

@@ -32,7 +32,7 @@ class Choice(NamedTuple):
 
 
 def key(step: str, entries: int, ranks: int, itemsize: int) -> str:
-    """What a choice depends on: the kernel, p·q and r rounded up to powers of two, bytes a number."""
+    """What a choice depends on: the kernel, p·q and r rounded up to powers of two, bytes a number it writes."""
     return f"{step}: {entries} entries, {ranks} ranks, {itemsize} bytes"
 
 
@@ -46,7 +46,8 @@ def chosen(step: str, entries: int, ranks: int, dtype: torch.dtype, device: torc
 
 def guess(entries: int, itemsize: int) -> Choice:
     """What compiles without spills and stores 16 bytes at a time, for lack of a measurement."""
-    return Choice(1, 64 if entries <= 16 else 32, 8 if itemsize == 4 else 4)
+    tiles = 32 if entries > 16 else 128 if itemsize == 1 else 64
+    return Choice(1, tiles, 8 if itemsize == 4 else 4)
 
 
 def candidates(entries: int) -> Iterator[Choice]:

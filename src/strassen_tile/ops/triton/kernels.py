@@ -27,7 +27,7 @@ from strassen_tile.ops.triton.tiles import (
 def activate(v, ACTIVATION: tl.constexpr):
     """Elementwise: "none", "relu", "gelu", "gelu_tanh" or "silu"."""
     if ACTIVATION == "relu":
-        v = tl.maximum(v, 0.0)
+        v = tl.where(v < 0.0, 0.0, v)  # a NaN stays one
     elif ACTIVATION == "gelu":
         v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":  # tanh(u) = 2 sigmoid(2u) - 1
@@ -38,16 +38,19 @@ def activate(v, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def encode_kernel(x, factor, encoded, total, tile_rows, rows, columns, tiles, rank,
+def encode_kernel(x, factor, scale, encoded, total, tile_rows, rows, columns, tiles, rank,
                   stride_b, stride_n, stride_k, stride_r, stride_i,
-                  P: tl.constexpr, Q: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
+                  P: tl.constexpr, Q: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr, SCALED: tl.constexpr,
                   BI: tl.constexpr, BJ: tl.constexpr, FAST: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """X̂[k, I, J] = ⟨E_k, X_IJ⟩."""
+    """X̂[k, I, J] = ⟨E_k, X_IJ⟩, divided by scale[k] if SCALED."""
     block_i, block_j = split_program(tiles, BJ)
     v = load_tiles(x, block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n, stride_k,
                    P, Q, ENTRIES, BI, BJ, FAST)  # fmt: skip
     e = load_factor(factor, rank, RANKS, P * Q, ENTRIES)
     z = product(e, v, UPCAST)
+    if SCALED:
+        k = tl.arange(0, RANKS)
+        z /= tl.load(scale + k, mask=k < rank, other=1.0)[:, None]
     where, there = channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i, RANKS, BI, BJ)
     tl.store(encoded + where, z.to(encoded.dtype.element_ty), mask=there)
 

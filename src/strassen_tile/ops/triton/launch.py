@@ -29,20 +29,24 @@ def supports(matrix: Tensor, factor: Sequence[int]) -> bool:
     return 0 < factor[0] <= _MOST_RANKS and 0 < factor[1] * factor[2] <= _MOST_ENTRIES
 
 
-def encode(x: Tensor, encoder: Tensor, *, aligned: bool = False) -> Tensor:
-    """X̂ (r, B·I, J) of x (B, N, K)."""
+def encode(
+    x: Tensor, encoder: Tensor, *, aligned: bool = False, out: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """X̂ (r, B·I, J) of x (B, N, K); into `out` (r, B·I, J or more), and each channel divided by `scale` (r,), if given."""
     r, p, q = encoder.shape
     total, tiles = x.shape[0] * tile_count(x.shape[1], p), tile_count(x.shape[2], q)
-    encoded = empty_encoded(r, total, tiles, x, aligned)
+    encoded = empty_encoded(r, total, tiles, x, aligned) if out is None else out
     if encoded.numel():
-        shape = compile_time("encode", p, q, r, x)
+        shape = compile_time("encode", p, q, r, encoded)
         kernels.encode_kernel[_grid(total, tiles, shape)](
             x,
             encoder.contiguous(),
+            scale,
             encoded,
             *_sizes(x, p, total, tiles, r),
             *x.stride(),
             *encoded.stride()[:2],
+            SCALED=scale is not None,
             **shape,
         )
     return encoded
@@ -65,6 +69,7 @@ def norm_encode(
     if encoded.numel():
         shape = compile_time("norm_encode", p, q, r, x)
         del shape["ENTRIES"], shape["FAST"]
+        scale, shift = _dense(scale), _dense(shift)
         kernels.norm_encode_kernel[(triton.cdiv(total, shape["BI"]),)](
             x, scale, shift, encoder.contiguous(), encoded, *_sizes(x, p, total, tiles, r), eps,
             *x.stride(), *encoded.stride()[:2], CENTRE=centre, SCALE=scale is not None,
@@ -90,7 +95,7 @@ def decode(
         total, tiles = encoded.shape[1:]
         shape = compile_time("decode", p, s, r, y)
         kernels.decode_kernel[_grid(total, tiles, shape)](
-            encoded, decoder.contiguous(), bias, y, *_sizes(y, p, total, tiles, r), *encoded.stride()[:2],
+            encoded, decoder.contiguous(), _dense(bias), y, *_sizes(y, p, total, tiles, r), *encoded.stride()[:2],
             *y.stride()[:2], BIAS=bias is not None, ACTIVATION=activation, **shape,
         )  # fmt: skip
     return y
@@ -129,14 +134,14 @@ def recode(
     total, tiles = first.products.shape[1:]
     out = empty_encoded(next_rank, total, tiles, first.products, aligned)
     if out.numel():
-        z, d, bias = _dense_last(first.products), first.decoder.contiguous(), first.bias
+        z, d, bias = _dense_last(first.products), first.decoder.contiguous(), _dense(first.bias)
         second = first if up is None else up
         z_up, d_up = _dense_last(second.products), second.decoder.contiguous()
         shape = compile_time("recode", p, s, r, out)
         del shape["FAST"]
         sizes = total, tile_count(rows, p), rows, columns, tiles, r, d_up.shape[0], next_rank
         kernels.recode_kernel[_grid(total, tiles, shape)](
-            z, d, bias, z_up, d_up, second.bias, encoder.contiguous(), out, *sizes, *z.stride()[:2], *z_up.stride()[:2],
+            z, d, bias, z_up, d_up, _dense(second.bias), encoder.contiguous(), out, *sizes, *z.stride()[:2], *z_up.stride()[:2],
             *out.stride()[:2], UP_RANKS=padded(d_up.shape[0]), NEXT_RANKS=padded(next_rank), BIAS=bias is not None,
             UP_BIAS=second.bias is not None, GATED=up is not None, ACTIVATION=activation, **shape,
         )  # fmt: skip
@@ -194,3 +199,7 @@ def _sizes(matrix: Tensor, p: int, total: int, tiles: int, rank: int) -> tuple[i
 
 def _dense_last(encoded: Tensor) -> Tensor:
     return encoded if encoded.stride(-1) == 1 or encoded.shape[-1] <= 1 else encoded.contiguous()
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()

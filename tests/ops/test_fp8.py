@@ -1,0 +1,152 @@
+"""Products in fp8 against their definition in float64 on the rounded operands, and what rounding costs."""
+
+import os
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import strassen_tile as stl
+from strassen_tile import reference
+from strassen_tile.errors import BackendError
+from strassen_tile.ops import fp8, library
+from strassen_tile.ops.fp8 import FP8, LARGEST, Rounded
+
+# (B, N, K, M, (p, q, s), r): whole multiples of 16 tiles, ragged on every side, fewer than 16 tiles.
+SIZES = {
+    "whole": (2, 12, 64, 128, (4, 4, 4), 24),
+    "ragged": (2, 13, 75, 45, (4, 4, 4), 5),
+    "small": (1, 3, 5, 7, (2, 2, 2), 7),
+    "rows apart": (3, 5, 64, 64, (1, 4, 4), 6),
+    "one row": (1, 1, 64, 64, (4, 4, 4), 16),
+}
+
+
+def tensors(size: str, dtype: torch.dtype = torch.float32):
+    b, n, k, m, (p, q, s), r = SIZES[size]
+    shapes = ((b, n, k), (r, -(-k // q), -(-m // s)), (r, p, q), (r, p, s), (m,))
+    return [torch.randn(shape).to(dtype) for shape in shapes], m
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def on_rounded(x, w, e, d, bias, m, encoded=None):
+    """The definition in float64, X̂ (another's, if given) and Ŵ taken as fp8 holds them."""
+    weight, scale = fp8.rounded(w), fp8.scale_of_input(x, e)
+    encoded = fp8.encode(x, e, scale) if encoded is None else encoded
+    _, j, l = w.shape  # noqa: E741 - the tile index L
+    values = weight.values.double()[:, :l, :j].mT * weight.scale.double()[:, None, None]
+    products = (encoded.double()[:, :, :j] * scale.double()[:, None, None]) @ values
+    return fp8.generic.decode(products, d.double(), x.shape[0], x.shape[1], m) + bias.double()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_against_the_definition(size: str, dtype: torch.dtype) -> None:
+    (x, w, e, d, bias), m = tensors(size, dtype)
+    with torch.no_grad():
+        y = fp8.fp8_linear(x, fp8.rounded(w), e, d, bias, m)
+    assert y.dtype == dtype
+    exact = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]  # Ŷ and y are rounded to it
+    assert relative(y, on_rounded(x, w, e, d, bias, m)) < exact
+    expected = reference.stl_linear(*(t.double() for t in (x, w, e, d, bias)), out_features=m)
+    # Two factors with a rounding of up to 2⁻⁴ each, in root mean square 2⁻⁴/√3·(2/3 or so): about 3.5 per cent in all.
+    assert 0.005 < relative(y, expected) < 0.06
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_nothing_overflows(size: str) -> None:
+    """The bound of X̂ holds for the worst x there is: the signs of an encoder's own entries."""
+    e = tensors(size)[0][2]
+    p, q = e.shape[1:]
+    worst = torch.zeros(e.shape[0], p, q) + e.sign()  # a tile each
+    scale = fp8.scale_of_input(worst, e)
+    encoded = fp8.encode(worst, e, scale).double()
+    assert torch.isfinite(encoded).all()
+    own = torch.stack([encoded[k, k, 0] for k in range(len(e))])
+    assert (own == LARGEST).all()
+    assert not fp8.encode(worst, e, scale)[:, :, 1:].double().any(), "what pads the tiles is zero"
+
+
+def test_channels_have_scales_of_their_own() -> None:
+    """Channels twenty orders of magnitude apart in Ŵ, and as far the other way in E: every one counts."""
+    (x, w, e, d, bias), m = tensors("whole")
+    size = torch.logspace(-10, 10, 24)[:, None, None]
+    with torch.no_grad():
+        plain = fp8.fp8_linear(x, fp8.rounded(w), e, d, bias, m)
+        spread = fp8.fp8_linear(x, fp8.rounded(w * size), e / size, d, bias, m)
+    torch.testing.assert_close(spread, plain, rtol=1e-3, atol=0.3)
+    assert relative(spread, plain.double()) < 0.05
+
+
+def test_large_entries_in_x_leave_the_rest_precise() -> None:
+    """e4m3 is floating point: one entry a thousand times the others costs them little."""
+    (x, w, e, d, bias), m = tensors("whole")
+    x[0, 0, 0] = 1000.0
+    expected = reference.stl_linear(*(t.double() for t in (x, w, e, d, bias)), out_features=m)
+    with torch.no_grad():
+        y = fp8.fp8_linear(x, fp8.rounded(w), e, d, bias, m)
+    assert relative(y[1], expected[1]) < 0.06
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 64), (2, 0, 64)])
+def test_nothing_to_do(shape) -> None:
+    (_, w, e, d, bias), m = tensors("whole")
+    with torch.no_grad():
+        assert fp8.fp8_linear(torch.randn(shape), fp8.rounded(w), e, d, bias, m).shape == (*shape[:2], m)
+        zero = fp8.fp8_linear(torch.zeros(1, 4, 64), fp8.rounded(torch.zeros_like(w)), e, d, bias, m)
+    assert torch.equal(zero, bias.expand_as(zero))
+
+
+def test_as_an_operator() -> None:
+    (x, w, e, d, bias), m = tensors("ragged")
+    weight = fp8.rounded(w)
+    with torch.no_grad():
+        # test_schema multiplies its arguments, which PyTorch cannot do in fp8.
+        tests = ("test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+        assert set(opcheck(library.fp8_linear, (x, *weight, e, d, bias, m), test_utils=tests).values()) == {"SUCCESS"}
+        with FlopCounterMode(display=False) as counter:
+            fp8.fp8_linear(x, weight, e, d, bias, m)
+    assert counter.get_total_flops() == stl.cost.linear(13, 75, 45, (4, 4, 4), 5, batch=2).flops
+    with pytest.raises(BackendError, match="for inference"):
+        fp8.fp8_linear(x.requires_grad_(), weight, e, d, bias, m)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs under TRITON_INTERPRET=1")
+@pytest.mark.parametrize("size", SIZES)
+def test_the_kernel_rounds_as_the_definition_does(size: str) -> None:
+    pytest.importorskip("triton")
+    from strassen_tile.ops import cuda
+    from strassen_tile.ops.triton import launch
+
+    (x, w, e, d, bias), m = tensors(size)
+    scale = fp8.scale_of_input(x, e)
+    expected = fp8.encode(x, e, scale)
+    b, i, j = x.shape[0], -(-x.shape[1] // e.shape[1]), w.shape[1]
+    found = launch.encode(x, e, out=fp8.empty_input(len(e), b * i, j, x), scale=scale)
+    assert found.dtype == FP8
+    # Sums differ in their last bit, and so a number in a thousand may fall on the other side of a tie. What rounds up to a
+    # power of two the interpreter halves (31.5 becomes 16: it drops the carry into the exponent); GPUs do not.
+    got, wanted = found.double(), expected.double()
+    differs, carried = got != wanted, got * 2 == wanted
+    assert (wanted[carried & differs].abs().log2() % 1 == 0).all()
+    assert int((differs & ~carried).sum()) <= 1 + 2e-3 * differs.numel()
+    assert float(differs.double().mean()) < 0.05
+    y = cuda.fp8_linear(x, *fp8.rounded(w), e, d, bias, m)
+    assert relative(y, on_rounded(x, w, e, d, bias, m, encoded=found)) < 1e-6
+
+
+def test_rounded_weights_are_where_products_want_them() -> None:
+    w = torch.randn(3, 5, 20)
+    values, scale = Rounded(*fp8.rounded(w))
+    assert values.shape == (3, 32, 16)
+    assert scale.shape == (3,)
+    assert float(values.double().abs().amax()) == LARGEST
+    assert not values[:, 20:].double().any()
+    assert not values[:, :, 5:].double().any()
+    back = values[:, :20, :5].double().mT * scale.double()[:, None, None]
+    assert relative(back, w.double()) < 0.04
