@@ -161,6 +161,8 @@ def split(run):
     for shape in [(64, 64, 64)] if run.tiny else [speed.shapes_of(name)[0] for name in SHAPES[:3]]:
         for rank in RANKS:
             yield parts.split(shape, rank, dtype, run.device, copied)
+    for rank in RANKS if run.tiny or torch.cuda.get_device_capability() >= (8, 9) else ():
+        yield parts.eight_bits((64, 64, 64) if run.tiny else (8192, 8192, 8192), rank, run.device)
 
 
 def measured(run, kept):

@@ -24,8 +24,9 @@ def test_dry_run(tmp_path) -> None:
     assert {row.get("block") for row in rows} == {None, "mlp", "llama-block", "t2t_vit_14"}
     assert {row["pass"] for row in rows} == {"forward", "step"}
     parts = json.loads((tmp_path / "parts.json").read_text())
-    assert {row["part"] for row in parts} == {"tuned", "split"}
-    assert {"encode_s", "products_s", "decode_s", "whole_s", "dense_s"} <= set(parts[-1])
+    assert {row["part"] for row in parts} == {"tuned", "split", "fp8"}
+    split = next(row for row in parts if row["part"] == "split")
+    assert {"encode_s", "products_s", "decode_s", "whole_s", "dense_s"} <= set(split)
     assert len(json.loads((tmp_path / "choices.json").read_text())) == 1
     assert (tmp_path / "report.html").exists()
 

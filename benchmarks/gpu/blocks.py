@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import strassen_tile as stl
-from gpu.timing import seconds_of
+from gpu.timing import best_of
 from strassen_tile import models
 from strassen_tile.experiments import speed
 
@@ -108,27 +108,15 @@ def measure(device, dtype, seconds, tiny, where):
         with torch.inference_mode():
             if name not in kept:
                 kept.clear()
-                kept[name] = best_dense(make_dense().to(device, dtype).eval(), x, device, compiles=not tiny)
-            (dense, how), other = kept[name], make_stl().to(device, dtype).eval()
-            assert other(x).shape == dense(x).shape
-            pairs = speed.interleave(lambda d=dense, x=x: d(x), lambda o=other, x=x: o(x), seconds, device)
+                dense = make_dense().to(device, dtype).eval()
+                kept[name] = (x, *best_of(lambda dense=dense, x=x: dense(x), device))
+            x, run, how = kept[name]
+            other = make_stl().to(device, dtype).eval()
+            assert other(x).shape == run().shape
+            pairs = speed.interleave(run, lambda other=other, x=x: other(x), seconds, device)
         yield {
             "block": name, "device": device, "dtype": str(dtype).removeprefix("torch."), "pass": "forward", "method": "stl",
             "rank": rank, "shape": "x".join(map(str, shape)), "dense": how,
             "median_s": statistics.median(b for _, b in pairs), "dense_s": statistics.median(a for a, _ in pairs),
             "speedup": statistics.median(a / b for a, b in pairs), "pairs": len(pairs), **where,
         }  # fmt: skip
-
-
-def best_dense(dense, x, device, compiles):
-    """The faster of eager and compiled, and which it is."""
-    if not compiles:
-        return dense, "eager"
-    faster = torch.compile(dense)
-    try:
-        faster(x)
-        times = [seconds_of(lambda run=run: run(x), device) for run in (dense, faster)]
-    except Exception as error:  # a machine without a host compiler cannot
-        print(f"dense is not compiled: {type(error).__name__}", flush=True)
-        return dense, "eager"
-    return (faster, "compiled") if times[1] < times[0] else (dense, "eager")

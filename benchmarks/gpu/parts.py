@@ -5,9 +5,9 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from gpu.timing import graphed, seconds_of
+from gpu.timing import best_of, graphed, seconds_of
 from strassen_tile.experiments.speed import DTYPES
-from strassen_tile.ops import cuda
+from strassen_tile.ops import cuda, fp8
 from strassen_tile.ops.triton import launch
 
 
@@ -51,4 +51,36 @@ def split(shape, rank, dtype, device, copied):
         "products_of_dense_rate": rank / 64 * found["dense_s"] / found["products_s"],
         "launches_s": found["whole_s"] - found["encode_s"] - found["products_s"] - found["decode_s"],
         "copy_bytes_per_s": copied,
+    }  # fmt: skip
+
+
+def eight_bits(shape, rank, device):
+    """One row: STL in fp8 against dense in fp8, both rounding x on the way in, and dense in bfloat16."""
+    n, k, m = shape
+    x, weight = torch.randn(1, n, k, device=device).bfloat16(), torch.randn(m, k, device=device).bfloat16()
+    e, d = (torch.randn(2, rank, 4, 4, device=device) / 4).bfloat16()
+    w = fp8.rounded(torch.randn(rank, -(-k // 4), -(-m // 4), device=device).bfloat16())
+    dense = fp8.rounded(weight.mT[None])
+
+    def dense_fp8():
+        largest = torch.linalg.vector_norm(x, float("inf")).float().clamp_min(1e-30)
+        scale = largest / fp8.LARGEST
+        values = (x[0] / scale).to(fp8.FP8)
+        return torch._scaled_mm(values, dense.values[0].mT, scale, dense.scale[0], out_dtype=torch.bfloat16)
+
+    def stl_fp8():
+        return cuda.fp8_linear(x, *w, e, d, None, m)
+
+    faster, how = best_of(dense_fp8, device)
+    runs = {"dense_bf16": lambda: F.linear(x, weight), "dense_fp8": faster, "stl_fp8": stl_fp8}
+    samples = {name: [] for name in runs}
+    for _ in range(3):
+        for name, run in runs.items():
+            samples[name].append(seconds_of(run, device))
+    found = {f"{name}_s": statistics.median(times) for name, times in samples.items()}
+    if device == "cuda":
+        found["stl_fp8_graph_s"] = seconds_of(graphed(stl_fp8), device)
+    return {
+        "part": "fp8", "device": device, "n": n, "k": k, "m": m, "rank": rank, "dense_fp8": how, **found,
+        "speedup_of_dense_fp8": found["dense_fp8_s"] / found["stl_fp8_s"],
     }  # fmt: skip

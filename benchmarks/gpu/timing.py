@@ -27,3 +27,17 @@ def graphed(run):
     with torch.no_grad(), torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def best_of(run, device):
+    """The faster of the call as it is and compiled, and which it is."""
+    if device != "cuda":
+        return run, "eager"
+    faster = torch.compile(run)
+    try:
+        faster()
+        times = [seconds_of(call, device) for call in (run, faster)]
+    except Exception as error:  # a machine without a host compiler cannot
+        print(f"dense is not compiled: {type(error).__name__}", flush=True)
+        return run, "eager"
+    return (faster, "compiled") if times[1] < times[0] else (run, "eager")
