@@ -59,38 +59,36 @@ def compiled(kernel, element: str, constants: dict, capability: int) -> dict:
     }  # fmt: skip
 
 
+TILES = (((4, 4), 16), ((4, 4), 24), ((4, 4), 32), ((4, 4), 49), ((8, 8), 64), ((2, 4), 24), ((1, 4), 6), ((2, 2), 7))
+
+
 def variants(capability: int):
-    """(name, kernel, element, constants) of what is promised to be fast, and of one slow path each."""
-    for tile, rank in (((4, 4), 16), ((4, 4), 24), ((4, 4), 32), ((4, 4), 49), ((8, 8), 64), ((2, 4), 24), ((1, 4), 6)):
-        for element in ("bf16", "fp16", "fp32") if (tile, rank) == ((4, 4), 24) else ("bf16",):
-            p, q = tile
-            like = torch.empty(0, dtype=TYPES[element])
-            shape = {**launch.compile_time("encode", p, q, rank, like), "UPCAST": False}
-            unfast = {key: value for key, value in shape.items() if key != "FAST"}
-            label = f"{p}x{q} r={rank} {element}"
-            common = {"stride_k": 1}
-            yield f"encode {label}", kernels.encode_kernel, element, {**shape, **common, "SCALED": False}
+    """(name, kernel, element, constants) of what is promised to be fast, in blocks as taken for lack of a measurement."""
+    for tile, rank in TILES:
+        for element in TYPES if (tile, rank) == ((4, 4), 24) else ("bf16",):
+            label, p, q = f"{tile[0]}x{tile[1]} r={rank} {element}", *tile
+
+            def sizes(step, dtype=TYPES[element], p=p, q=q, rank=rank):
+                return {**launch.compile_time(step, p, q, rank, torch.empty(0, dtype=dtype)), "UPCAST": False}
+
+            dense = {"stride_k": 1}
+            yield f"encode {label}", kernels.encode_kernel, element, {**sizes("encode"), **dense, "SCALED": False}
             if element == "bf16" and capability >= 90:  # fp8 is from 8.9 on
-                like = torch.empty(0, dtype=torch.float8_e4m3fn)
-                scaled = {**launch.compile_time("encode", p, q, rank, like), "UPCAST": False, "SCALED": True}
-                yield f"encode to fp8 {label}", kernels.encode_kernel, element, {**scaled, **common}
+                scaled = {**sizes("encode", torch.float8_e4m3fn), **dense, "SCALED": True}
+                yield f"encode to fp8 {label}", kernels.encode_kernel, element, scaled
             for activation in ("none", "gelu_tanh") if rank == 24 else ("none",):
                 extra = {"BIAS": True, "ACTIVATION": activation}
-                yield f"decode {label} {activation}", kernels.decode_kernel, element, {**shape, **extra}
-            extra = {"BIAS": True, "UP_BIAS": True, "ACTIVATION": "silu"}
-            extra |= {"UP_RANKS": shape["RANKS"], "NEXT_RANKS": shape["RANKS"]}
+                yield f"decode {label} {activation}", kernels.decode_kernel, element, {**sizes("decode"), **extra}
+            between = sizes("recode")
+            between |= {"UP_RANKS": between["RANKS"], "NEXT_RANKS": between["RANKS"], "BIAS": True, "UP_BIAS": True}
+            del between["FAST"]
             for gated in (False, True):
-                yield (
-                    f"recode {label} gated={gated}",
-                    kernels.recode_kernel,
-                    element,
-                    {**unfast, **extra, "GATED": gated},
-                )
-            yield f"correlate {label}", kernels.correlate_kernel, element, {**shape, **common}
-            if shape["FAST"]:
-                norm = {key: value for key, value in unfast.items() if key != "ENTRIES"}
-                extra = {"CENTRE": True, "SCALE": True, "SHIFT": True}
-                yield f"norm {label}", kernels.norm_encode_kernel, element, {**norm, **common, **extra}
+                extra = {"ACTIVATION": "silu", "GATED": gated}
+                yield f"recode {label} gated={gated}", kernels.recode_kernel, element, {**between, **extra}
+            yield f"correlate {label}", kernels.correlate_kernel, element, {**sizes("correlate"), **dense}
+            normed = {**sizes("norm_encode"), **dense, "CENTRE": True, "SCALE": True, "SHIFT": True}
+            del normed["ENTRIES"], normed["FAST"]
+            yield f"norm {label}", kernels.norm_encode_kernel, element, normed
 
 
 if __name__ == "__main__":

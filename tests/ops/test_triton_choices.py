@@ -25,10 +25,11 @@ def _forget():
     choices.forget()
 
 
+@pytest.mark.parametrize("p", [4, 1])
 @pytest.mark.parametrize("tile_rows,tiles", sorted({c[:2] for c in choices.candidates(16)}))
-def test_every_block_computes_the_same(tile_rows: int, tiles: int) -> None:
-    """Seven tile rows of two samples, so that a block of four holds rows of both, and hangs over the end."""
-    x, e = torch.randn(2, 13, 75), torch.randn(5, 4, 4)
+def test_every_block_computes_the_same(tile_rows: int, tiles: int, p: int) -> None:
+    """Odd numbers of tile rows in two samples, so that a block of four holds rows of both, and hangs over the end."""
+    x, e = torch.randn(2, 13 if p == 4 else 3, 75), torch.randn(5, p, 4)
     up, down = (Weights(torch.randn(5, 19, 19), e, e, torch.randn(75)) for _ in range(2))
     norm = Norm("layer", torch.rand(75), torch.rand(75), 1e-5)
     double = [Norm("layer", norm.scale.double(), norm.shift.double(), 1e-5)]
@@ -36,8 +37,8 @@ def test_every_block_computes_the_same(tile_rows: int, tiles: int) -> None:
     with choices.trying(Choice(tile_rows, tiles, 4)):
         encoded = cuda.encode(x, e)
         torch.testing.assert_close(encoded.double(), generic.encode(x.double(), e.double()), rtol=1e-5, atol=1e-5)
-        found = cuda.correlate(x, encoded, (4, 4), False)
-        expected = generic.correlate(x.double(), encoded.double(), (4, 4), False)
+        found = cuda.correlate(x, encoded, (p, 4), False)
+        expected = generic.correlate(x.double(), encoded.double(), (p, 4), False)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3)
         y = cuda.mlp(x, *norm, up, up, down, 75, 75, "silu").double()
     expected = chains.mlp_by_steps(x.double(), *double[0], double[1], double[1], double[2], 75, 75, "silu")
@@ -58,8 +59,8 @@ def test_the_table_of_a_device_is_found_by_its_name(tmp_path: Path, monkeypatch:
 
     assert chosen() == (2, 128, 8)
     assert chosen(device="cuda:7") == (4, 32, 2)
-    assert chosen(device="cuda") == chosen(step="encode") == chosen(device="cpu") == choices.guess(16, 2)
-    assert chosen(dtype=torch.float32) == choices.guess(16, 4)
+    assert chosen(device="cuda") == chosen(step="encode") == chosen(device="cpu") == choices.guess("encode", 16, 32, 2)
+    assert chosen(dtype=torch.float32) == choices.guess("decode", 16, 32, 4)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,12 @@ def test_a_file_that_is_no_table_is_refused(text: str, tmp_path: Path) -> None:
 
 def test_tuning_takes_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that favours large blocks; one candidate is made wrong, one does not compile, and one is hardly faster."""
-    guess, fast, wrong, failing = choices.guess(16, 4), Choice(2, 64, 4), Choice(4, 64, 4), Choice(1, 256, 4)
+    guess, fast, wrong, failing = (
+        choices.guess("encode", 16, 16, 4),
+        Choice(2, 64, 4),
+        Choice(4, 64, 4),
+        Choice(1, 256, 4),
+    )
     milliseconds = {guess: 4.0, fast: 2.0, wrong: 1.0, failing: 0.5, Choice(2, 32, 4): 3.0}
 
     def clock(run) -> float:

@@ -41,7 +41,7 @@ def test_kernels_compile_without_spills(capability: int) -> None:
 def test_the_fast_path_stores_16_bytes(capability: int) -> None:
     checked = 0
     for name, row in compiled(capability, "").items():
-        if " 4x4 " in name and not name.startswith("correlate"):
+        if not name.startswith("correlate"):
             assert row["wide_stores"] > 0, (name, row)
             checked += 1
-    assert checked > 20
+    assert checked > 50

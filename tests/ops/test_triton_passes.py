@@ -127,8 +127,8 @@ def test_what_does_not_fit_one_grid_goes_step_by_step(monkeypatch: pytest.Monkey
 
 
 def test_a_norm_before_tiles_that_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fused norm reads whole rows; tiles of 2×2 are encoded from the norm's own result."""
-    x, up, taken = torch.randn(2, 7, 30), weights(30, 24, 7, (2, 2, 2)), steps_taken(monkeypatch)
+    """The fused norm reads whole rows; tiles of 3×2 are encoded from the norm's own result."""
+    x, up, taken = torch.randn(2, 7, 30), weights(30, 24, 7, (3, 2, 2)), steps_taken(monkeypatch)
     expected = chains.linear_by_steps(x.double(), *wide_norm(NORMS["layer"]), *wide(up), 24, "none")
     assert relative(cuda.norm_linear(x, *NORMS["layer"], *up, 24, "none"), expected) < 3e-6
     assert taken == ["encode", "decode"]

@@ -156,7 +156,7 @@ def fp8_linear(
 
 
 def _normed_and_encoded(launch: ModuleType, x: Tensor, norm: Norm, encoder: Tensor) -> Tensor:
-    if norm.kind == "none" or not launch.fast(*encoder.shape[1:]):
+    if norm.kind == "none" or not launch.side_by_side(*encoder.shape[1:], encoder.shape[0]):
         return launch.encode(norm(x), encoder, aligned=True)  # type: ignore[no-any-return]
     return launch.norm_encode(  # type: ignore[no-any-return]
         x, norm.scale, norm.shift, norm.eps, encoder, centre=norm.kind == "layer", aligned=True

@@ -41,12 +41,13 @@ def chosen(step: str, entries: int, ranks: int, dtype: torch.dtype, device: torc
     if _trying:
         return _trying[-1]
     index = None if device.type != "cuda" else torch.cuda.current_device() if device.index is None else device.index
-    return _looked_up(key(step, entries, ranks, dtype.itemsize), entries, dtype.itemsize, index)
+    return _looked_up(step, entries, ranks, dtype.itemsize, index)
 
 
-def guess(entries: int, itemsize: int) -> Choice:
-    """What compiles without spills and stores 16 bytes at a time, for lack of a measurement."""
-    tiles = 32 if entries > 16 else 128 if itemsize == 1 else 64
+def guess(step: str, entries: int, ranks: int, itemsize: int) -> Choice:
+    """What compiles to 128 registers or fewer and stores 16 bytes at a time, for lack of a measurement."""
+    large = entries > 16 or (step == "recode" and ranks > 32)  # two matrices of ranks and one of entries at once
+    tiles = 32 if large else 128 if itemsize == 1 else 64
     return Choice(1, tiles, 8 if itemsize == 4 else 4)
 
 
@@ -92,9 +93,9 @@ def write(path: Path, device: str, found: Mapping[str, Choice]) -> None:
 
 
 @cache
-def _looked_up(name: str, entries: int, itemsize: int, index: int | None) -> Choice:
-    device = None if index is None else torch.cuda.get_device_name(index)
-    return _table().get(device or "", {}).get(name) or guess(entries, itemsize)
+def _looked_up(step: str, entries: int, ranks: int, itemsize: int, index: int | None) -> Choice:
+    known = {} if index is None else _table().get(torch.cuda.get_device_name(index), {})
+    return known.get(key(step, entries, ranks, itemsize)) or guess(step, entries, ranks, itemsize)
 
 
 @cache

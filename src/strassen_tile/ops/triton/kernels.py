@@ -12,6 +12,7 @@ import triton.language as tl
 from strassen_tile.ops.triton.tiles import (
     channel_positions,
     entry_positions,
+    from_channels,
     load_factor,
     load_rows,
     load_tiles,
@@ -19,6 +20,7 @@ from strassen_tile.ops.triton.tiles import (
     row_positions,
     split_program,
     store_tiles,
+    to_channels,
     to_columns,
 )
 
@@ -40,14 +42,15 @@ def activate(v, ACTIVATION: tl.constexpr):
 @triton.jit
 def encode_kernel(x, factor, scale, encoded, total, tile_rows, rows, columns, tiles, rank,
                   stride_b, stride_n, stride_k, stride_r, stride_i,
-                  P: tl.constexpr, Q: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr, SCALED: tl.constexpr,
-                  BI: tl.constexpr, BJ: tl.constexpr, FAST: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+                  P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
+                  BI: tl.constexpr, BJ: tl.constexpr, FAST: tl.constexpr, SCALED: tl.constexpr,
+                  UPCAST: tl.constexpr):  # fmt: skip
     """X̂[k, I, J] = ⟨E_k, X_IJ⟩, divided by scale[k] if SCALED."""
     block_i, block_j = split_program(tiles, BJ)
     v = load_tiles(x, block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n, stride_k,
-                   P, Q, ENTRIES, BI, BJ, FAST)  # fmt: skip
-    e = load_factor(factor, rank, RANKS, P * Q, ENTRIES)
-    z = product(e, v, UPCAST)
+                   P, Q, ENTRIES, BI, BJ // G, FAST)  # fmt: skip
+    e = load_factor(factor, rank, RANKS, P, Q, G, ENTRIES)
+    z = to_channels(product(e, v, UPCAST), RANKS, G)
     if SCALED:
         k = tl.arange(0, RANKS)
         z /= tl.load(scale + k, mask=k < rank, other=1.0)[:, None]
@@ -58,8 +61,9 @@ def encode_kernel(x, factor, scale, encoded, total, tile_rows, rows, columns, ti
 @triton.jit
 def norm_encode_kernel(x, scale, shift, factor, encoded, total, tile_rows, rows, columns, tiles, rank, eps,
                        stride_b, stride_n, stride_k, stride_r, stride_i,
-                       P: tl.constexpr, Q: tl.constexpr, RANKS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
-                       CENTRE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+                       P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, RANKS: tl.constexpr,
+                       BI: tl.constexpr, BJ: tl.constexpr, CENTRE: tl.constexpr,
+                       SCALE: tl.constexpr, SHIFT: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Encode of LayerNorm(x) (CENTRE) or RMSNorm(x): a program has whole rows, reads them twice, the second time from L2."""
     block_i = tl.program_id(0)
     mean = tl.zeros((BI * P,), tl.float32)
@@ -67,22 +71,22 @@ def norm_encode_kernel(x, scale, shift, factor, encoded, total, tile_rows, rows,
     if CENTRE:
         for block_j in range(tl.cdiv(tiles, BJ)):
             block = load_rows(x, block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n, stride_k,
-                              P, Q, BI, BJ).to(tl.float32)  # fmt: skip
+                              P, Q, BI, BJ // G).to(tl.float32)  # fmt: skip
             mean += tl.sum(block, axis=1)
         mean /= columns
     for block_j in range(tl.cdiv(tiles, BJ)):
         block = load_rows(x, block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n, stride_k,
-                          P, Q, BI, BJ).to(tl.float32)  # fmt: skip
-        column = block_j * BJ * Q + tl.arange(0, BJ * Q)
+                          P, Q, BI, BJ // G).to(tl.float32)  # fmt: skip
+        column = block_j * (BJ // G * Q) + tl.arange(0, BJ // G * Q)
         block = tl.where((column < columns)[None, :], block - mean[:, None], 0.0)
         square += tl.sum(block * block, axis=1)
     inverse = tl.rsqrt(square / columns + eps)
     _sample, _row, row_there = row_positions(block_i, total, tile_rows, rows, P, BI)
-    e = load_factor(factor, rank, RANKS, P * Q, P * Q)
+    e = load_factor(factor, rank, RANKS, P, Q, G, P * Q)
     for block_j in range(tl.cdiv(tiles, BJ)):
         block = load_rows(x, block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n, stride_k,
-                          P, Q, BI, BJ).to(tl.float32)  # fmt: skip
-        column = block_j * BJ * Q + tl.arange(0, BJ * Q)
+                          P, Q, BI, BJ // G).to(tl.float32)  # fmt: skip
+        column = block_j * (BJ // G * Q) + tl.arange(0, BJ // G * Q)
         inside = column < columns
         block = (block - mean[:, None]) * inverse[:, None]
         if SCALE:
@@ -91,22 +95,23 @@ def norm_encode_kernel(x, scale, shift, factor, encoded, total, tile_rows, rows,
             block += tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)[None, :]
         # Rows and columns over the edge are no longer zero, but must be.
         block = tl.where(row_there[:, None] & inside[None, :], block, 0.0).to(x.dtype.element_ty)
-        z = product(e, to_columns(block, P, Q, BI, BJ), UPCAST)
+        z = to_channels(product(e, to_columns(block, P, Q, BI, BJ // G), UPCAST), RANKS, G)
         where, there = channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i, RANKS, BI, BJ)
         tl.store(encoded + where, z.to(encoded.dtype.element_ty), mask=there)
 
 
 @triton.jit
 def decoded_block(encoded, factor, bias, block_i, block_j, total, tile_rows, rows, columns, tiles, rank, stride_r, stride_i,
-                  P: tl.constexpr, Q: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
+                  P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
                   BI: tl.constexpr, BJ: tl.constexpr, BIAS: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """(ENTRIES, BI·BJ) of Y + bias in float32."""
-    d = load_factor(factor, rank, RANKS, P * Q, ENTRIES)
+    d = load_factor(factor, rank, RANKS, P, Q, G, ENTRIES)
     where, there = channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i, RANKS, BI, BJ)
-    y = product(tl.trans(d), tl.load(encoded + where, mask=there, other=0.0), UPCAST)
+    z = from_channels(tl.load(encoded + where, mask=there, other=0.0), RANKS, G)
+    y = product(tl.trans(d), z, UPCAST)
     if BIAS:
         _sample, _row, column, inside = entry_positions(
-            block_i, block_j, total, tile_rows, rows, columns, P, Q, ENTRIES, BI, BJ
+            block_i, block_j, total, tile_rows, rows, columns, P, Q, ENTRIES, BI, BJ // G
         )
         y += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     return y
@@ -115,21 +120,21 @@ def decoded_block(encoded, factor, bias, block_i, block_j, total, tile_rows, row
 @triton.jit
 def decode_kernel(encoded, factor, bias, y, total, tile_rows, rows, columns, tiles, rank,
                   stride_r, stride_i, stride_b, stride_n,
-                  P: tl.constexpr, Q: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
+                  P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
                   BI: tl.constexpr, BJ: tl.constexpr, FAST: tl.constexpr, BIAS: tl.constexpr,
                   ACTIVATION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Y_IL = activation(Σ_k Ŷ[k, I, L] D_k + bias)."""
     block_i, block_j = split_program(tiles, BJ)
     v = decoded_block(encoded, factor, bias, block_i, block_j, total, tile_rows, rows, columns, tiles, rank, stride_r, stride_i,
-                      P, Q, ENTRIES, RANKS, BI, BJ, BIAS, UPCAST)  # fmt: skip
+                      P, Q, G, ENTRIES, RANKS, BI, BJ, BIAS, UPCAST)  # fmt: skip
     store_tiles(y, activate(v, ACTIVATION), block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n,
-                P, Q, ENTRIES, BI, BJ, FAST)  # fmt: skip
+                P, Q, ENTRIES, BI, BJ // G, FAST)  # fmt: skip
 
 
 @triton.jit
 def recode_kernel(encoded, decoder, bias, up, up_decoder, up_bias, encoder, out, total, tile_rows, rows, columns, tiles,
                   rank, up_rank, next_rank, stride_r, stride_i, up_stride_r, up_stride_i, out_stride_r, out_stride_i,
-                  P: tl.constexpr, Q: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
+                  P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
                   UP_RANKS: tl.constexpr, NEXT_RANKS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
                   BIAS: tl.constexpr, UP_BIAS: tl.constexpr, GATED: tl.constexpr,
                   ACTIVATION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
@@ -139,17 +144,17 @@ def recode_kernel(encoded, decoder, bias, up, up_decoder, up_bias, encoder, out,
     """
     block_i, block_j = split_program(tiles, BJ)
     v = decoded_block(encoded, decoder, bias, block_i, block_j, total, tile_rows, rows, columns, tiles, rank,
-                      stride_r, stride_i, P, Q, ENTRIES, RANKS, BI, BJ, BIAS, UPCAST)  # fmt: skip
+                      stride_r, stride_i, P, Q, G, ENTRIES, RANKS, BI, BJ, BIAS, UPCAST)  # fmt: skip
     v = activate(v, ACTIVATION)
     if GATED:
         v *= decoded_block(up, up_decoder, up_bias, block_i, block_j, total, tile_rows, rows, columns, tiles, up_rank,
-                           up_stride_r, up_stride_i, P, Q, ENTRIES, UP_RANKS, BI, BJ, UP_BIAS, UPCAST)  # fmt: skip
+                           up_stride_r, up_stride_i, P, Q, G, ENTRIES, UP_RANKS, BI, BJ, UP_BIAS, UPCAST)  # fmt: skip
     _sample, _row, _column, inside = entry_positions(
-        block_i, block_j, total, tile_rows, rows, columns, P, Q, ENTRIES, BI, BJ
+        block_i, block_j, total, tile_rows, rows, columns, P, Q, ENTRIES, BI, BJ // G
     )
     v = tl.where(inside, v, 0.0)  # padding decodes to anything, and act(bias) is not zero
-    e = load_factor(encoder, next_rank, NEXT_RANKS, P * Q, ENTRIES)
-    z = product(e, v.to(encoder.dtype.element_ty), UPCAST)
+    e = load_factor(encoder, next_rank, NEXT_RANKS, P, Q, G, ENTRIES)
+    z = to_channels(product(e, v.to(encoder.dtype.element_ty), UPCAST), NEXT_RANKS, G)
     where, there = channel_positions(
         block_i, block_j, total, tiles, next_rank, out_stride_r, out_stride_i, NEXT_RANKS, BI, BJ
     )
@@ -159,16 +164,17 @@ def recode_kernel(encoded, decoder, bias, up, up_decoder, up_bias, encoder, out,
 @triton.jit
 def correlate_kernel(x, encoded, sums, total, tile_rows, rows, columns, tiles, rank, blocks,
                      stride_b, stride_n, stride_k, stride_r, stride_i,
-                     P: tl.constexpr, Q: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
+                     P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
                      BI: tl.constexpr, BJ: tl.constexpr, FAST: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """Σ_IJ X̂[k, I, J] X_IJ over every n-th block, n programs: (n, RANKS, ENTRIES) float32, to be summed over n."""
+    """Σ_IJ X̂[k, I, J] X_IJ over every n-th block, n programs: (n, RANKS·G, ENTRIES) float32, to be summed over n."""
     across = tl.cdiv(tiles, BJ)
-    acc = tl.zeros((RANKS, ENTRIES), tl.float32)
+    acc = tl.zeros((RANKS * G, ENTRIES), tl.float32)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         block_i, block_j = block // across, block % across
         v = load_tiles(x, block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n, stride_k,
-                       P, Q, ENTRIES, BI, BJ, FAST)  # fmt: skip
+                       P, Q, ENTRIES, BI, BJ // G, FAST)  # fmt: skip
         where, there = channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i, RANKS, BI, BJ)
-        acc += product(tl.load(encoded + where, mask=there, other=0.0), tl.trans(v), UPCAST)
-    k, e = tl.arange(0, RANKS)[:, None], tl.arange(0, ENTRIES)[None, :]
-    tl.store(sums + (tl.program_id(0) * RANKS + k) * ENTRIES + e, acc)
+        z = from_channels(tl.load(encoded + where, mask=there, other=0.0), RANKS, G)
+        acc += product(z, tl.trans(v), UPCAST)
+    k, e = tl.arange(0, RANKS * G)[:, None], tl.arange(0, ENTRIES)[None, :]
+    tl.store(sums + (tl.program_id(0) * RANKS * G + k) * ENTRIES + e, acc)

@@ -62,7 +62,7 @@ def norm_encode(
     centre: bool,
     aligned: bool = False,
 ) -> Tensor:
-    """X̂ of LayerNorm(x) if `centre`, of RMSNorm(x) otherwise; tiles must be FAST ones (`fast`)."""
+    """X̂ of LayerNorm(x) if `centre`, of RMSNorm(x) otherwise; for tiles read in whole rows (`side_by_side`)."""
     r, p, q = encoder.shape
     total, tiles = x.shape[0] * tile_count(x.shape[1], p), tile_count(x.shape[2], q)
     encoded = empty_encoded(r, total, tiles, x, aligned)
@@ -137,12 +137,14 @@ def recode(
         z, d, bias = _dense_last(first.products), first.decoder.contiguous(), _dense(first.bias)
         second = first if up is None else up
         z_up, d_up = _dense_last(second.products), second.decoder.contiguous()
-        shape = compile_time("recode", p, s, r, out)
+        shape = compile_time("recode", p, s, max(r, d_up.shape[0], next_rank), out)
         del shape["FAST"]
+        ranks = {"RANKS": r, "UP_RANKS": d_up.shape[0], "NEXT_RANKS": next_rank}
+        shape |= {name: padded(rank, shape["G"]) for name, rank in ranks.items()}
         sizes = total, tile_count(rows, p), rows, columns, tiles, r, d_up.shape[0], next_rank
         kernels.recode_kernel[_grid(total, tiles, shape)](
             z, d, bias, z_up, d_up, _dense(second.bias), encoder.contiguous(), out, *sizes, *z.stride()[:2], *z_up.stride()[:2],
-            *out.stride()[:2], UP_RANKS=padded(d_up.shape[0]), NEXT_RANKS=padded(next_rank), BIAS=bias is not None,
+            *out.stride()[:2], BIAS=bias is not None,
             UP_BIAS=second.bias is not None, GATED=up is not None, ACTIVATION=activation, **shape,
         )  # fmt: skip
     return out
@@ -156,16 +158,21 @@ def correlate(x: Tensor, encoded: Tensor, tile: Sequence[int]) -> Tensor:
     encoded, shape = _dense_last(encoded), compile_time("correlate", p, q, r, x)
     blocks = triton.cdiv(total, shape["BI"]) * triton.cdiv(tiles, shape["BJ"])
     programs = min(blocks, _PROGRAMS)
-    sums = x.new_empty(programs, shape["RANKS"], shape["ENTRIES"], dtype=torch.float32)
+    ranks, g, entries = shape["RANKS"], shape["G"], shape["ENTRIES"]
+    sums = x.new_empty(programs, ranks * g, entries, dtype=torch.float32)
     kernels.correlate_kernel[(programs,)](
         x, encoded, sums, *_sizes(x, p, total, tiles, r), blocks, *x.stride(), *encoded.stride()[:2], **shape
     )
-    return sums.sum(dim=0)[:r, : p * q].reshape(r, p, q).to(x.dtype)
+    each = sums.sum(dim=0)[: r * g, : p * q * g].view(r, g, p, g, q)
+    return each.diagonal(dim1=1, dim2=3).sum(dim=-1).to(x.dtype)
 
 
-def fast(p: int, q: int) -> bool:
-    """Whether tiles of p×q are read in whole matrix rows."""
-    return p & (p - 1) == 0 and q & (q - 1) == 0 and p * q >= 16
+def side_by_side(p: int, q: int, rank: int) -> int:
+    """G: how many tiles of p×q are taken as one; 0 if they are gathered entry by entry."""
+    if p & (p - 1) or q & (q - 1):
+        return 0
+    g = max(1, 16 // (p * q))
+    return g if padded(rank, g) * g <= _MOST_RANKS else 0
 
 
 def empty_encoded(r: int, total: int, tiles: int, like: Tensor, aligned: bool) -> Tensor:
@@ -175,18 +182,20 @@ def empty_encoded(r: int, total: int, tiles: int, like: Tensor, aligned: bool) -
 
 
 def compile_time(step: str, p: int, q: int, rank: int, like: Tensor) -> dict[str, Any]:
-    """The compile-time sizes of a kernel for this tile and rank on a device, and its warps."""
-    entries, ranks = padded(p * q), padded(rank)
-    tile_rows, tiles, warps = choices.chosen(step, entries, ranks, like.dtype, like.device)
+    """The compile-time sizes of a kernel for tiles of p×q and up to `rank` channels, and its warps."""
+    beside = side_by_side(p, q, rank)
+    g = beside or 1
+    entries, ranks = padded(p * q * g), padded(rank, g)
+    tile_rows, tiles, warps = choices.chosen(step, entries, ranks * g, like.dtype, like.device)
     return {
-        "P": p, "Q": q, "ENTRIES": entries, "RANKS": ranks, "BI": tile_rows, "BJ": tiles, "FAST": fast(p, q),
+        "P": p, "Q": q * g, "G": g, "ENTRIES": entries, "RANKS": ranks, "BI": tile_rows, "BJ": tiles * g, "FAST": beside > 0,
         "UPCAST": INTERPRETED, "num_warps": warps,
     }  # fmt: skip
 
 
-def padded(size: int) -> int:
-    """The side of a tensor-core product: a power of two, at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
+def padded(size: int, together: int = 1) -> int:
+    """The next power of two; with as many others, a side of a tensor-core product, at least 16."""
+    return max(16 // together, 1 << (size - 1).bit_length(), 1)
 
 
 def _grid(total: int, tiles: int, shape: dict[str, Any]) -> tuple[int]:

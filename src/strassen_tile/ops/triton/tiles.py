@@ -1,8 +1,11 @@
 """Device functions: tiles in and out of registers as (p·q, BI·BJ) blocks, one tile a column.
 
-A block is BI tile rows by BJ tiles. Where p and q are powers of two with p·q ≥ 16, whole matrix rows are read and written
-and regrouped in registers (FAST); other tiles are gathered entry by entry. What lies over an edge is zero, never read and
-never written. Offsets are 64-bit: matrices may have more than 2³¹ entries.
+A block is BI tile rows by BJ tiles. Where p and q are powers of two, whole matrix rows are read and written and regrouped in
+registers (FAST); other tiles are gathered entry by entry. What lies over an edge is zero, never read and never written.
+Offsets are 64-bit: matrices may have more than 2³¹ entries.
+
+A tensor core multiplies at least 16 entries. Tiles of fewer are taken G side by side, as one of p × G·q; the factor is then
+block diagonal, G copies of itself, and what belongs to channel k of the g-th one is in row k·G + g.
 """
 
 from __future__ import annotations
@@ -102,10 +105,34 @@ def store_tiles(y, v, block_i, block_j, total, tile_rows, rows, columns, stride_
 
 
 @triton.jit
-def load_factor(factor, rank, RANKS: tl.constexpr, PQ: tl.constexpr, ENTRIES: tl.constexpr):
-    """E or D as (RANKS, ENTRIES), zero beyond (rank, PQ)."""
-    k, e = tl.arange(0, RANKS)[:, None], tl.arange(0, ENTRIES)[None, :]
-    return tl.load(factor + k * PQ + e, mask=(k < rank) & (e < PQ), other=0.0)
+def load_factor(
+    factor, rank, RANKS: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, ENTRIES: tl.constexpr
+):
+    """E or D as (RANKS·G, ENTRIES), zero beyond its ranks and entries. Q is that of G tiles together."""
+    row, e = tl.arange(0, RANKS * G)[:, None], tl.arange(0, ENTRIES)[None, :]
+    if G == 1:  # as below, but plainly contiguous
+        return tl.load(factor + row * (P * Q) + e, mask=(row < rank) & (e < P * Q), other=0.0)
+    k, b = row // G, e % Q
+    own = (e < P * Q) & (b // (Q // G) == row % G)
+    return tl.load(factor + k * (P * Q // G) + e // Q * (Q // G) + b % (Q // G), mask=(k < rank) & own, other=0.0)
+
+
+@triton.jit
+def to_channels(z, RANKS: tl.constexpr, G: tl.constexpr):
+    """(RANKS·G, T) of tiles taken G side by side → (RANKS, T·G), tile by tile."""
+    if G == 1:
+        return z
+    tiles: tl.constexpr = z.shape[1]
+    return tl.reshape(tl.permute(tl.reshape(z, (RANKS, G, tiles)), (0, 2, 1)), (RANKS, tiles * G))
+
+
+@triton.jit
+def from_channels(z, RANKS: tl.constexpr, G: tl.constexpr):
+    """The inverse of `to_channels`."""
+    if G == 1:
+        return z
+    tiles: tl.constexpr = z.shape[1] // G
+    return tl.reshape(tl.permute(tl.reshape(z, (RANKS, tiles, G)), (0, 2, 1)), (RANKS * G, tiles))
 
 
 @triton.jit

@@ -24,7 +24,7 @@ def cases(n: int, k: int, tile: tuple[int, int], rank: int, dtype: torch.dtype, 
     z = launch.encode(x, e, aligned=True)
     waiting = launch.Decoding(z, e, scale)
     yield "encode", lambda: launch.encode(x, e, aligned=True)
-    if launch.fast(p, q):
+    if launch.side_by_side(p, q, rank):
         yield "norm_encode", lambda: launch.norm_encode(x, scale, scale, 1e-5, e, centre=True, aligned=True)
     yield "decode", lambda: launch.decode(z, e, 1, n, k, scale)
     yield "recode", lambda: launch.recode(waiting, None, e, 1, n, k, "gelu_tanh", aligned=True)
@@ -52,9 +52,10 @@ def tune(
     timed = clock or (lambda run: float(triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")))
     found = {}
     for rank in ranks:
-        entries, padded = launch.padded(tile[0] * tile[1]), launch.padded(rank)
-        guess = choices.guess(entries, dtype.itemsize)
+        g = launch.side_by_side(*tile, rank) or 1
+        entries, padded = launch.padded(tile[0] * tile[1] * g), launch.padded(rank, g) * g
         for step, run in cases(n, k, tile, rank, dtype, device):
+            guess = choices.guess(step, entries, padded, dtype.itemsize)
             with choices.trying(guess):
                 expected, before = run(), timed(run)
             times = {guess: before / _PATIENCE}
