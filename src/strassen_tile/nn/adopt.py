@@ -10,6 +10,31 @@ from torch import Tensor, nn
 from strassen_tile.nn.mlp import STLMLP, Roles, can_be_one_step, layers_of, one_step
 from strassen_tile.nn.steps import has_hooks
 
+_ADOPTION = "_strassen_tile_mlp"
+_classes: dict[type[nn.Module], type[_Adopted]] = {}
+
+
+class Read(NamedTuple):
+    """An attribute that a block's forward depends on, and what it was when the block was recognised."""
+
+    owner: Any
+    name: str
+    value: Any
+
+    def holds(self) -> bool:
+        """Whether it is that still, and nobody listens to it or has turned its training mode on."""
+        if self.name == "__len__":  # of the children of a Sequential
+            return bool(len(self.owner._modules) == self.value)
+        found = getattr(self.owner, self.name, None)
+        if isinstance(found, nn.Module):
+            return found is self.value and not found.training and not has_hooks(found)
+        return bool(found == self.value)
+
+
+class _Adoption(NamedTuple):
+    roles: Roles
+    reads: tuple[Read, ...]
+
 
 class _Adopted(nn.Module):
     """A block of somebody else's class that computes an MLP: in one step where that is all it does, else as it always did."""
@@ -23,56 +48,17 @@ class _Adopted(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the block's own."""
         x, adoption = args[0] if len(args) == 1 and not kwargs else None, self.__dict__.get(_ADOPTION)
-        if adoption is not None and isinstance(x, Tensor) and not self.training and adoption.holds(self):
+        if adoption is not None and isinstance(x, Tensor) and not self.training:
             layers = layers_of(self, adoption.roles)
-            if can_be_one_step(x, layers, None):
+            if all(read.holds() for read in adoption.reads) and can_be_one_step(x, layers, None):
                 return one_step(x, layers, None, adoption.roles.activation)
         return self._kind.forward(self, *args, **kwargs)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As the block's own; what it then computes is for it to say."""
-        if name != "training":
-            self.__dict__.pop(_ADOPTION, None)
-        super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = super().__reduce_ex__(protocol)
         if isinstance(made, tuple) and made[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
             return (_blank, (self._kind, *made[1][1:]), *made[2:])
         return made
-
-
-class _Adoption(NamedTuple):
-    """What was seen when a block was recognised, and must still be so.
-
-    Attributes:
-        roles: of its layers.
-        forward: that of its class.
-        others: the other children, and how each shows itself.
-    """
-
-    roles: Roles
-    forward: Any
-    others: tuple[tuple[nn.Module, str], ...]
-
-    def holds(self, block: Any) -> bool:
-        """Whether nobody has put another child, forward or setting in place."""
-        others = [m for name, m in block._modules.items() if name not in self.roles[:3] and m is not None]
-        if block._kind.forward is not self.forward or len(others) != len(self.others):
-            return False
-        return all(
-            child is seen and not child.training and not has_hooks(child) and _setting(child) == setting
-            for child, (seen, setting) in zip(others, self.others, strict=True)
-        )
-
-
-_ADOPTION = "_strassen_tile_mlp"
-_classes: dict[type[nn.Module], type[_Adopted]] = {}
-
-
-def _setting(child: Any) -> str:
-    """What an activation's kind can depend on."""
-    return str(getattr(child, "approximate", ""))
 
 
 def _adopted_class(kind: type[nn.Module]) -> type[_Adopted]:
@@ -85,22 +71,20 @@ def _blank(kind: type[nn.Module], *arguments: Any) -> nn.Module:
     return nn.Module.__new__(_adopted_class(kind), *arguments)
 
 
-def adopt(block: nn.Module, roles: Roles) -> bool:
+def adopt(block: nn.Module, roles: Roles, reads: tuple[Read, ...]) -> bool:
     """Let a block of another class, whose children of these roles are STL layers, run them as an `STLMLP`.
 
     Only the class of the block changes: to one made of its own and `STLMLP`. Names, children, hooks and whatever it does in
-    training stay. As soon as something is set on it, it runs its own forward. `release` undoes it.
+    training stay. While anything that its forward reads is not what it was, it runs that forward. `release` undoes it.
 
     Returns:
         Whether its class allows that.
     """
-    others = [m for name, m in block._modules.items() if name not in roles[:3] and m is not None]
-    adoption = _Adoption(roles, type(block).forward, tuple((m, _setting(m)) for m in others))
     try:
         object.__setattr__(block, "__class__", _adopted_class(type(block)))
     except Exception:  # classes may forbid being derived from, in ways of their own
         return False
-    block.__dict__[_ADOPTION] = adoption
+    block.__dict__[_ADOPTION] = _Adoption(roles, reads)
     return True
 
 
