@@ -18,8 +18,8 @@ def relative(found, expected):
     return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-300))
 
 
-def cases(device, sizes, dtypes):
-    """Functions that each yield (name, error, allowed): what shards divide among themselves."""
+def cases(device, sizes, dtypes, large=True):
+    """Functions that each yield (name, error, allowed): what shards divide among themselves. `large` ones need 15 GB."""
     for tile, dtype, size in itertools.product(TILES, dtypes, sizes):
         yield lambda tile=tile, dtype=dtype, size=size: kernels(device, *tile, dtype, *size)
     for tile, dtype, gated, kind in itertools.product(TILES[:2] + TILES[4:7], dtypes, (False, True), NORMS):
@@ -31,7 +31,7 @@ def cases(device, sizes, dtypes):
     if device == "cpu" or torch.cuda.get_device_capability() >= (8, 9):
         for tile, dtype, size in itertools.product(TILES, dtypes, sizes):
             yield lambda tile=tile, dtype=dtype, size=size: eight_bits(device, *tile, dtype, *size)
-    if device == "cuda":
+    if device == "cuda" and large:
         yield captured
         yield far
 
@@ -117,7 +117,7 @@ def captured():
             with torch.cuda.graph(graph):
                 y = module(x)
             graph.replay()
-        yield f"CUDA graph of {name}", relative(y, expected.double()), 1e-9
+        yield f"CUDA graph of {name}", relative(y, expected.double()), ALLOWED[torch.bfloat16]
         with torch.no_grad():
             y = torch.compile(module, fullgraph=True)(x)
         yield f"torch.compile of {name}", relative(y, expected.double()), ALLOWED[torch.bfloat16]
@@ -137,4 +137,5 @@ def far():
 def warm(index, of, ranks):
     """Compile this shard's part of what tuning will try, on few rows: the compiled code is the same and stays on disk."""
     among = list(choices.candidates(16))[index::of]
-    tune.tune(ranks, n=64, k=8192, clock=lambda run: float(run() is None), among=among)
+    for _ in tune.tune(ranks, n=64, k=8192, clock=lambda run: float(run() is None), among=among):
+        pass

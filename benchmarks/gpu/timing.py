@@ -33,7 +33,8 @@ def best_of(run, device):
     """The faster of the call as it is and compiled, and which it is."""
     if device != "cuda":
         return run, "eager"
-    faster = torch.compile(run)
+    torch._dynamo.reset()  # sizes of an earlier block would make those of this one dynamic, and slower
+    faster = torch.compile(run, dynamic=False)
     try:
         faster()
         times = [seconds_of(call, device) for call in (run, faster)]

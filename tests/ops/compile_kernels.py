@@ -19,7 +19,7 @@ from strassen_tile.ops.triton import kernels, launch
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {
-    "x", "factor", "encoded", "bias", "y", "decoder", "encoder", "out", "scale", "shift", "sums",
+    "x", "factor", "encoded", "bias", "y", "decoder", "encoder", "out", "scale", "shift", "sums", "strips",
     "up", "up_decoder", "up_bias",
 }  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -34,7 +34,7 @@ def compiled(kernel, element: str, constants: dict, capability: int) -> dict:
             continue
         if name in POINTERS:
             signature[name] = f"*{element}"
-            if name == "sums" or (name == "scale" and constants.get("SCALED")):
+            if name in ("sums", "strips") or (name == "scale" and constants.get("SCALED")):
                 signature[name] = "*fp32"
             elif name == "encoded" and constants.get("SCALED"):
                 signature[name] = "*fp8e4nv"
@@ -77,7 +77,7 @@ def variants(capability: int):
                 scaled = {**sizes("encode", torch.float8_e4m3fn), **dense, "SCALED": True}
                 yield f"encode to fp8 {label}", kernels.encode_kernel, element, scaled
             for activation in ("none", "gelu_tanh") if rank == 24 else ("none",):
-                extra = {"BIAS": True, "ACTIVATION": activation}
+                extra = {"BIAS": True, "ACTIVATION": activation, "SCALED": False}
                 yield f"decode {label} {activation}", kernels.decode_kernel, element, {**sizes("decode"), **extra}
             between = sizes("recode")
             between |= {"UP_RANKS": between["RANKS"], "NEXT_RANKS": between["RANKS"], "BIAS": True, "UP_BIAS": True}

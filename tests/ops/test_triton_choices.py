@@ -101,9 +101,9 @@ def test_tuning_takes_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(tune.launch, "compile_time", compile_time)
     sizes = {"n": 12, "k": 64, "dtype": torch.float32, "device": "cpu", "clock": clock}
-    found = tune.tune((5,), **sizes, among=list(milliseconds))
-    assert set(found) == {choices.key(step, 16, 16, 4) for step in choices.STEPS}
-    assert set(found.values()) == {(fast, 2.0, 4.0)}
+    found = list(tune.tune((5,), **sizes, among=list(milliseconds)))
+    assert {result.key for result in found} == {choices.key(step, 16, 16, 4) for step in choices.STEPS}
+    assert {result[1:] for result in found} == {(fast, 2.0, 4.0)}
     milliseconds[fast] = 3.99
-    found = tune.tune((5,), **sizes, among=[guess, fast])
-    assert set(found.values()) == {(guess, 4.0, 4.0)}
+    found = list(tune.tune((5,), **sizes, among=[guess, fast]))
+    assert {result[1:] for result in found} == {(guess, 4.0, 4.0)}

@@ -43,7 +43,18 @@ def test_a_far_matrix(tile: tuple[int, int], dimension: int) -> None:
     y = far(shape, dimension)
     sizes, grid, strides = arguments(y, z, tile)
     kernels.decode_kernel[grid](
-        z, e, None, y, *sizes, *z.stride()[:2], *y.stride()[:2], BIAS=False, ACTIVATION="none", **strides
+        z,
+        e,
+        None,
+        None,
+        y,
+        *sizes,
+        *z.stride()[:2],
+        *y.stride()[:2],
+        BIAS=False,
+        SCALED=False,
+        ACTIVATION="none",
+        **strides,
     )
     expected = generic.decode(z.double(), e.double(), *shape)
     torch.testing.assert_close(y.double(), expected, rtol=2e-3, atol=2e-3)
@@ -75,5 +86,5 @@ def test_far_channels(dimension: int) -> None:
     torch.testing.assert_close(found.double(), again, rtol=5e-3, atol=0.05)
     out = far(tuple(encoded.shape), dimension)
     sizes, grid, shape = arguments(x, out, tile)
-    kernels.encode_kernel[grid](x, e, None, out, *sizes, *x.stride(), *out.stride()[:2], SCALED=False, **shape)
+    kernels.encode_kernel[grid](x, e, None, None, out, *sizes, *x.stride(), *out.stride()[:2], SCALED=False, **shape)
     torch.testing.assert_close(out.double(), encoded, rtol=2e-3, atol=2e-3)

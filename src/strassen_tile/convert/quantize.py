@@ -9,6 +9,7 @@ from torch import nn
 from strassen_tile.convert.swap import Conversion
 from strassen_tile.errors import ConversionError
 from strassen_tile.nn import STLLinear, STLLinearFP8
+from strassen_tile.nn.steps import has_own_hooks
 
 
 def quantize_fp8(model: nn.Module) -> Conversion:
@@ -23,11 +24,7 @@ def quantize_fp8(model: nn.Module) -> Conversion:
     layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if type(module) is STLLinear}
     if "" in layers:
         raise ConversionError("the model is itself an STL layer; use STLLinearFP8 on it")
-    skipped = {
-        name: "it has an encoder for each column tile, for which there are no fp8 products"
-        for name, layer in layers.items()
-        if layer.config.encoder_scope != "layer"
-    }
+    skipped = {name: reason for name, layer in layers.items() if (reason := _reason(layer)) is not None}
     chosen = {name: layer for name, layer in layers.items() if name not in skipped}
     if not chosen:
         raise ConversionError(
@@ -42,3 +39,11 @@ def quantize_fp8(model: nn.Module) -> Conversion:
         setattr(owner, child, made[layer])
         conversion._undo.append(partial(setattr, owner, child, layer))
     return conversion
+
+
+def _reason(layer: STLLinear) -> str | None:
+    if layer.config.encoder_scope != "layer":
+        return "it has an encoder for each column tile, for which there are no fp8 products"
+    if layer.config.mixing == "causal" and layer.config.mixes_rows:
+        return "rows of a causal tile would see later ones by the scale they share"
+    return "it has hooks, which would be lost" if has_own_hooks(layer) else None

@@ -53,5 +53,10 @@ def undisturbed(x: Tensor, layers: Sequence[nn.Module], norm: nn.Module | None) 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody watches this module's calls, or those of all modules, or has put a forward of their own on it."""
+    return any(_GLOBAL_HOOKS) or has_own_hooks(module)
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches this module's calls, or has put a forward of their own on it."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or any(_GLOBAL_HOOKS) or "forward" in vars(module)
+    return bool(own) or "forward" in vars(module)

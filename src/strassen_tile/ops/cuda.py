@@ -148,11 +148,11 @@ def fp8_linear(
     if launch is None or not (launch.supports(x, encoder.shape) and launch.supports(x, decoder.shape)):
         return fp8.linear(x, values, scale, encoder, decoder, bias, columns)
     (r, p, q), (batch, rows, k), s = encoder.shape, x.shape, decoder.shape[2]
-    input_scale = fp8.scale_of_input(x, encoder)
+    of_encoder, strips = fp8.scale_of_encoder(encoder), fp8.scale_of_rows(x, p)
     room = fp8.empty_input(r, batch * tile_count(rows, p), tile_count(k, q), x)
-    encoded = launch.encode(x, encoder, out=room, scale=input_scale)
-    products = fp8.products(encoded, input_scale, fp8.Rounded(values, scale), tile_count(columns, s), x.dtype)
-    return launch.decode(products, decoder, batch, rows, columns, bias)  # type: ignore[no-any-return]
+    encoded = launch.encode(x, encoder, out=room, scales=(of_encoder, strips))
+    products = fp8.products(encoded, of_encoder, fp8.Rounded(values, scale), tile_count(columns, s), x.dtype)
+    return launch.decode(products, decoder, batch, rows, columns, bias, strips=strips)  # type: ignore[no-any-return]
 
 
 def _normed_and_encoded(launch: ModuleType, x: Tensor, norm: Norm, encoder: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
-"""Products in fp8 (e4m3), for inference: X̂ and Ŵ are rounded channel by channel, each channel by a scale of its own.
+"""Products in fp8 (e4m3), for inference: X̂ and Ŵ are rounded with a scale for each channel, and X̂ for each tile row.
 
-Ŵ[k] by its largest entry; X̂[k] by a bound of it, max|X|·‖E_k‖₁, so that nothing overflows and one maximum over X serves all
-channels. That a bound is loose costs nothing: e4m3 has the same relative precision from 2⁻⁶ to 448.
-Sums are float32, Ŷ and the rest are of the dtype of x.
+    Ŵ[k] = weight scale[k] · values[k]ᵀ                  by the largest entry of the channel
+    X̂[k, I] = encoder scale[k] · row scale[I] · values   by a bound, max|X_I|·‖E_k‖₁ over the p rows of tile row I
+
+A bound, so that nothing overflows and one maximum a row serves all channels; that it is loose costs nothing, e4m3 having the
+same relative precision from 2⁻⁶ to 448. By tile row, so that no sample, and no row beyond a tile, changes what another one
+is rounded to. The row scale leaves the products and comes back as Y is decoded. Sums are float32, Ŷ is of the dtype of x.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from strassen_tile.errors import BackendError
@@ -25,7 +29,7 @@ class Rounded(NamedTuple):
 
     Attributes:
         values: (r, L, J), each channel transposed, as fp8 products want it; sides padded with zeros to multiples of 16.
-        scale: (r,) float32: Ŵ[k] ≈ scale[k]·values[k]ᵀ.
+        scale: (r,) float32.
     """
 
     values: Tensor
@@ -41,16 +45,24 @@ def rounded(encoded_weight: Tensor) -> Rounded:
     return Rounded(values, scale)
 
 
-def scale_of_input(x: Tensor, encoder: Tensor) -> Tensor:
-    """Of each channel of X̂, (r,) float32: |X̂[k]| ≤ max|X|·‖E_k‖₁."""
-    largest = torch.linalg.vector_norm(x, float("inf")) if x.numel() else x.new_zeros(())
-    return _scale(largest.float() * encoder.float().abs().sum(dim=(1, 2)))
+def scale_of_encoder(encoder: Tensor) -> Tensor:
+    """(r,) float32: that of X̂[k] where max|X_I| is 1."""
+    return _scale(encoder.float().abs().sum(dim=(1, 2)))
 
 
-def encode(x: Tensor, encoder: Tensor, scale: Tensor) -> Tensor:
-    """X̂/scale in fp8 (r, B·I, J), J padded with zeros to a multiple of 16."""
-    encoded = generic.encode(x.float(), encoder.float()) / scale[:, None, None]
-    values = empty_input(encoded.shape[0], encoded.shape[1], encoded.shape[2], x)
+def scale_of_rows(x: Tensor, p: int) -> Tensor:
+    """max|X_I| over the p rows of each tile row, (B·I,) float32. Not zero, so that it can be divided by."""
+    largest = torch.linalg.vector_norm(x, float("inf"), dim=2) if x.shape[2] else x.new_zeros(x.shape[:2])
+    beyond = -x.shape[1] % p
+    strips = F.pad(largest, (0, beyond)).view(-1, p) if largest.numel() else largest.view(0, p)
+    return strips.amax(dim=1).float().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def encode(x: Tensor, encoder: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
+    """X̂/(scale·rows) in fp8 (r, B·I, J), J padded with zeros to a multiple of 16."""
+    encoded = generic.encode(x.float(), encoder.float()) / rows[:, None] / scale[:, None, None]
+    r, total, tiles = encoded.shape
+    values = empty_input(r, total, tiles, x)
     values[:, :, : encoded.shape[2]] = encoded.to(FP8)
     return values
 
@@ -62,18 +74,19 @@ def empty_input(r: int, total: int, tiles: int, like: Tensor) -> Tensor:
     return make(r, total, width, dtype=FP8)
 
 
-def products(encoded: Tensor, input_scale: Tensor, weight: Rounded, tiles: int, dtype: torch.dtype) -> Tensor:
-    """Ŷ (r, B·I, L) of L = `tiles` columns: r products, one after the other, since fp8 has no batched one."""
+def products(encoded: Tensor, scale: Tensor, weight: Rounded, tiles: int, dtype: torch.dtype) -> Tensor:
+    """Ŷ (r, B·I, L) of L = `tiles` columns, without the row scales: r products, one after the other."""
     (r, total, _), width = encoded.shape, weight.values.shape[1]
     made = encoded.new_empty(r, total, width, dtype=dtype)
     for k in range(r if total * width else 0):
         torch._scaled_mm(
             encoded[k],
             weight.values[k].mT,
-            scale_a=input_scale[k],
+            scale_a=scale[k],
             scale_b=weight.scale[k],
             out_dtype=dtype,
             out=made[k],
+            use_fast_accum=True,  # on Hopper; usual in inference
         )
     return made[:, :, :tiles]
 
@@ -88,10 +101,13 @@ def linear(
     columns: int,
 ) -> Tensor:
     """`library.fp8_linear` where there are no kernels."""
-    input_scale = scale_of_input(x, encoder)
-    encoded = encode(x, encoder, input_scale)
-    made = products(encoded, input_scale, Rounded(values, scale), tile_count(columns, decoder.shape[2]), x.dtype)
-    y = generic.decode(made, decoder, x.shape[0], x.shape[1], columns)
+    batch, n, _ = x.shape
+    p, s = decoder.shape[1:]
+    of_encoder, rows = scale_of_encoder(encoder), scale_of_rows(x, p)
+    encoded = encode(x, encoder, of_encoder, rows)
+    made = products(encoded, of_encoder, Rounded(values, scale), tile_count(columns, s), x.dtype)
+    y = generic.decode(made, decoder, batch, n, columns)
+    y = (y * rows.view(batch, tile_count(n, p)).repeat_interleave(p, dim=1)[:, :n, None]).to(x.dtype)
     return y if bias is None else y + bias
 
 
@@ -101,16 +117,27 @@ def fp8_linear(
     """decode(encode(x) @ Ŵ) + bias with both factors of the products in fp8: x (B, N, K) → (B, N, columns).
 
     Raises:
-        BackendError: a gradient would be asked for, or a GPU has no fp8.
+        BackendError: a gradient would be asked for, a GPU has no fp8, or `weight` is not in it.
     """
+    if weight.values.dtype != FP8:
+        raise BackendError(f"the rounded weight must be {FP8}; got {weight.values.dtype}: quantise the layer again")
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
+        name = torch.cuda.get_device_name(x.device)
+        raise BackendError(f"products in fp8 need an NVIDIA GPU of compute capability 8.9 or later; this is {name}")
+    if torch._C._are_functorch_transforms_active():
+        raise BackendError("products in fp8 are for inference, not for torch.func")
+    return library.fp8_linear(x, *weight, encoder, decoder, bias, columns)  # type: ignore[no-any-return]
+
+
+def _refusing(
+    x: Tensor, values: Tensor, scale: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
+) -> Tensor:
     if fused.learns(x, encoder, decoder, bias):
         raise BackendError(
             "products in fp8 are for inference: call under torch.no_grad(), or undo the quantisation to train"
         )
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
-        name = torch.cuda.get_device_name(x.device)
-        raise BackendError(f"products in fp8 need an NVIDIA GPU of compute capability 8.9 or later; this is {name}")
-    return library.fp8_linear(x, *weight, encoder, decoder, bias, columns)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():
+        return library.fp8_linear(x, values, scale, encoder, decoder, bias, columns)  # type: ignore[no-any-return]
 
 
 def _scale(largest: Tensor) -> Tensor:
@@ -122,3 +149,4 @@ def _aligned(size: int) -> int:
 
 
 library.register_kernel(library.fp8_linear, linear, "CompositeExplicitAutograd")
+library.register_kernel(library.fp8_linear, _refusing, "Autograd")

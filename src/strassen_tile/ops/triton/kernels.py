@@ -15,6 +15,7 @@ from strassen_tile.ops.triton.tiles import (
     from_channels,
     load_factor,
     load_rows,
+    load_strips,
     load_tiles,
     product,
     row_positions,
@@ -40,12 +41,12 @@ def activate(v, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def encode_kernel(x, factor, scale, encoded, total, tile_rows, rows, columns, tiles, rank,
+def encode_kernel(x, factor, scale, strips, encoded, total, tile_rows, rows, columns, tiles, rank,
                   stride_b, stride_n, stride_k, stride_r, stride_i,
                   P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
                   BI: tl.constexpr, BJ: tl.constexpr, FAST: tl.constexpr, SCALED: tl.constexpr,
                   UPCAST: tl.constexpr):  # fmt: skip
-    """X̂[k, I, J] = ⟨E_k, X_IJ⟩, divided by scale[k] if SCALED."""
+    """X̂[k, I, J] = ⟨E_k, X_IJ⟩, divided by scale[k]·strips[I] if SCALED."""
     block_i, block_j = split_program(tiles, BJ)
     v = load_tiles(x, block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n, stride_k,
                    P, Q, ENTRIES, BI, BJ // G, FAST)  # fmt: skip
@@ -54,6 +55,7 @@ def encode_kernel(x, factor, scale, encoded, total, tile_rows, rows, columns, ti
     if SCALED:
         k = tl.arange(0, RANKS)
         z /= tl.load(scale + k, mask=k < rank, other=1.0)[:, None]
+        z /= load_strips(strips, block_i, block_j, total, BI, BJ)
     where, there = channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i, RANKS, BI, BJ)
     tl.store(encoded + where, z.to(encoded.dtype.element_ty), mask=there)
 
@@ -101,14 +103,18 @@ def norm_encode_kernel(x, scale, shift, factor, encoded, total, tile_rows, rows,
 
 
 @triton.jit
-def decoded_block(encoded, factor, bias, block_i, block_j, total, tile_rows, rows, columns, tiles, rank, stride_r, stride_i,
+def decoded_block(encoded, factor, bias, strips, block_i, block_j, total, tile_rows, rows, columns, tiles, rank,
+                  stride_r, stride_i,
                   P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
-                  BI: tl.constexpr, BJ: tl.constexpr, BIAS: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+                  BI: tl.constexpr, BJ: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
+                  UPCAST: tl.constexpr):  # fmt: skip
     """(ENTRIES, BI·BJ) of Y + bias in float32."""
     d = load_factor(factor, rank, RANKS, P, Q, G, ENTRIES)
     where, there = channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i, RANKS, BI, BJ)
     z = from_channels(tl.load(encoded + where, mask=there, other=0.0), RANKS, G)
     y = product(tl.trans(d), z, UPCAST)
+    if SCALED:
+        y *= load_strips(strips, block_i, block_j, total, BI, BJ // G)
     if BIAS:
         _sample, _row, column, inside = entry_positions(
             block_i, block_j, total, tile_rows, rows, columns, P, Q, ENTRIES, BI, BJ // G
@@ -118,15 +124,15 @@ def decoded_block(encoded, factor, bias, block_i, block_j, total, tile_rows, row
 
 
 @triton.jit
-def decode_kernel(encoded, factor, bias, y, total, tile_rows, rows, columns, tiles, rank,
+def decode_kernel(encoded, factor, bias, strips, y, total, tile_rows, rows, columns, tiles, rank,
                   stride_r, stride_i, stride_b, stride_n,
                   P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
-                  BI: tl.constexpr, BJ: tl.constexpr, FAST: tl.constexpr, BIAS: tl.constexpr,
+                  BI: tl.constexpr, BJ: tl.constexpr, FAST: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
                   ACTIVATION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """Y_IL = activation(Σ_k Ŷ[k, I, L] D_k + bias)."""
+    """Y_IL = activation(Σ_k Ŷ[k, I, L] D_k + bias), the sum times strips[I] if SCALED."""
     block_i, block_j = split_program(tiles, BJ)
-    v = decoded_block(encoded, factor, bias, block_i, block_j, total, tile_rows, rows, columns, tiles, rank, stride_r, stride_i,
-                      P, Q, G, ENTRIES, RANKS, BI, BJ, BIAS, UPCAST)  # fmt: skip
+    v = decoded_block(encoded, factor, bias, strips, block_i, block_j, total, tile_rows, rows, columns, tiles, rank,
+                      stride_r, stride_i, P, Q, G, ENTRIES, RANKS, BI, BJ, BIAS, SCALED, UPCAST)  # fmt: skip
     store_tiles(y, activate(v, ACTIVATION), block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n,
                 P, Q, ENTRIES, BI, BJ // G, FAST)  # fmt: skip
 
@@ -143,12 +149,12 @@ def recode_kernel(encoded, decoder, bias, up, up_decoder, up_bias, encoder, out,
     GATED: the activation is act(decoded)·up, `up` being the Ŷ of a second layer of as many features.
     """
     block_i, block_j = split_program(tiles, BJ)
-    v = decoded_block(encoded, decoder, bias, block_i, block_j, total, tile_rows, rows, columns, tiles, rank,
-                      stride_r, stride_i, P, Q, G, ENTRIES, RANKS, BI, BJ, BIAS, UPCAST)  # fmt: skip
+    v = decoded_block(encoded, decoder, bias, None, block_i, block_j, total, tile_rows, rows, columns, tiles, rank,
+                      stride_r, stride_i, P, Q, G, ENTRIES, RANKS, BI, BJ, BIAS, False, UPCAST)  # fmt: skip
     v = activate(v, ACTIVATION)
     if GATED:
-        v *= decoded_block(up, up_decoder, up_bias, block_i, block_j, total, tile_rows, rows, columns, tiles, up_rank,
-                           up_stride_r, up_stride_i, P, Q, G, ENTRIES, UP_RANKS, BI, BJ, UP_BIAS, UPCAST)  # fmt: skip
+        v *= decoded_block(up, up_decoder, up_bias, None, block_i, block_j, total, tile_rows, rows, columns, tiles, up_rank,
+                           up_stride_r, up_stride_i, P, Q, G, ENTRIES, UP_RANKS, BI, BJ, UP_BIAS, False, UPCAST)  # fmt: skip
     _sample, _row, _column, inside = entry_positions(
         block_i, block_j, total, tile_rows, rows, columns, P, Q, ENTRIES, BI, BJ // G
     )

@@ -30,9 +30,14 @@ def supports(matrix: Tensor, factor: Sequence[int]) -> bool:
 
 
 def encode(
-    x: Tensor, encoder: Tensor, *, aligned: bool = False, out: Tensor | None = None, scale: Tensor | None = None
+    x: Tensor,
+    encoder: Tensor,
+    *,
+    aligned: bool = False,
+    out: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """X̂ (r, B·I, J) of x (B, N, K); into `out` (r, B·I, J or more), and each channel divided by `scale` (r,), if given."""
+    """X̂ (r, B·I, J) of x (B, N, K); into `out` (r, B·I, J or more), and divided by `scales` (r,) and (B·I,), if given."""
     r, p, q = encoder.shape
     total, tiles = x.shape[0] * tile_count(x.shape[1], p), tile_count(x.shape[2], q)
     encoded = empty_encoded(r, total, tiles, x, aligned) if out is None else out
@@ -41,12 +46,12 @@ def encode(
         kernels.encode_kernel[_grid(total, tiles, shape)](
             x,
             encoder.contiguous(),
-            scale,
+            *(scales or (None, None)),
             encoded,
             *_sizes(x, p, total, tiles, r),
             *x.stride(),
             *encoded.stride()[:2],
-            SCALED=scale is not None,
+            SCALED=scales is not None,
             **shape,
         )
     return encoded
@@ -86,8 +91,9 @@ def decode(
     columns: int,
     bias: Tensor | None = None,
     activation: str = "none",
+    strips: Tensor | None = None,
 ) -> Tensor:
-    """activation(Y + bias) (batch, rows, columns) of Ŷ (r, B·I, L)."""
+    """activation(Y + bias) (batch, rows, columns) of Ŷ (r, B·I, L); tile row I of Y is multiplied by strips[I], if given."""
     r, p, s = decoder.shape
     y = encoded.new_empty(batch, rows, columns)
     if y.numel():
@@ -95,8 +101,8 @@ def decode(
         total, tiles = encoded.shape[1:]
         shape = compile_time("decode", p, s, r, y)
         kernels.decode_kernel[_grid(total, tiles, shape)](
-            encoded, decoder.contiguous(), _dense(bias), y, *_sizes(y, p, total, tiles, r), *encoded.stride()[:2],
-            *y.stride()[:2], BIAS=bias is not None, ACTIVATION=activation, **shape,
+            encoded, decoder.contiguous(), _dense(bias), strips, y, *_sizes(y, p, total, tiles, r), *encoded.stride()[:2],
+            *y.stride()[:2], BIAS=bias is not None, SCALED=strips is not None, ACTIVATION=activation, **shape,
         )  # fmt: skip
     return y
 

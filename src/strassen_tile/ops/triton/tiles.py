@@ -146,6 +146,13 @@ def channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i,
 
 
 @triton.jit
+def load_strips(strips, block_i, block_j, total, BI: tl.constexpr, BJ: tl.constexpr):
+    """A number a tile row, (1, BI·BJ): that of each tile's."""
+    i, _j = tile_positions(block_i, block_j, BI, BJ)
+    return tl.load(strips + i, mask=i < total, other=1.0)[None, :]
+
+
+@triton.jit
 def product(a, b, UPCAST: tl.constexpr):
     """The product a @ b, summed in float32. The interpreter multiplies the bits of bfloat16: there, they are widened."""
     if UPCAST:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,8 +32,17 @@ def cases(n: int, k: int, tile: tuple[int, int], rank: int, dtype: torch.dtype, 
     yield "correlate", lambda: launch.correlate(x, z, tile)
 
 
+class Tuned(NamedTuple):
+    """The fastest choice for a key, its milliseconds, and those of the guess."""
+
+    key: str
+    choice: Choice
+    took: float
+    guessed: float
+
+
 def tune(
-    ranks: Sequence[int] = (16, 24, 49),
+    ranks: Sequence[int] = (16, 32, 49),
     *,
     n: int = 8192,
     k: int = 8192,
@@ -40,17 +50,13 @@ def tune(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda",
     clock: Clock | None = None,
-    among: Iterable[Choice] | None = None,
-) -> dict[str, tuple[Choice, float, float]]:
-    """The fastest choice of each step.
+    among: Sequence[Choice] | None = None,
+) -> Iterator[Tuned]:
+    """The fastest choice of each step, one after the other; ranks that round up to one power of two share them.
 
     One that does not compile, or computes something else than the guess does, is passed over.
-
-    Returns:
-        Key → (choice, its milliseconds, those of the guess).
     """
     timed = clock or (lambda run: float(triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")))
-    found = {}
     for rank in ranks:
         g = launch.side_by_side(*tile, rank) or 1
         entries, padded = launch.padded(tile[0] * tile[1] * g), launch.padded(rank, g) * g
@@ -64,8 +70,7 @@ def tune(
                     times[choice] = took
             best = min(times, key=lambda choice: times[choice])
             took = before if best == guess else times[best]
-            found[choices.key(step, entries, padded, dtype.itemsize)] = (best, took, before)
-    return found
+            yield Tuned(choices.key(step, entries, padded, dtype.itemsize), best, took, before)
 
 
 def _time(run: Callable[[], Tensor], choice: Choice, expected: Tensor, timed: Clock) -> float | None:
