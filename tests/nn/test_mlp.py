@@ -68,6 +68,8 @@ def test_a_norm_of_the_input(kind: type[nn.Module], learning: bool) -> None:
         with torch.set_grad_enabled(learning):
             found, expected = other(x), layer(norm(x))
             torch.testing.assert_close(found, expected)
+            torch._dynamo.reset()
+            torch.testing.assert_close(torch.compile(other, fullgraph=True)(x), expected)
             if learning:
                 got, wanted = (
                     torch.autograd.grad(y.square().sum(), list(norm.parameters())) for y in (found, expected)
