@@ -1,12 +1,16 @@
 """Blocks that are MLPs of converted layers: recognised by what they compute, in one step only where that changes nothing."""
 
+import collections
 import copy
 import functools
+import gc
 import importlib
+import inspect
 import linecache
 import pickle
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -14,8 +18,8 @@ from torch import nn
 
 import strassen_tile as stl
 import strassen_tile.nn.adopt as adopt_module
-from strassen_tile.convert.mlps import recognise
 from strassen_tile.errors import ShapeError
+from strassen_tile.nn.reading import recognise
 
 EXACT = stl.STLConfig(rank=49, basis="strassen")
 
@@ -107,6 +111,7 @@ def roles(block):
         (sequential(nn.GELU()), ("0", "2", None, "gelu")),
         (sequential(nn.GELU("tanh"), nn.Dropout(0.3)), ("0", "3", None, "gelu_tanh")),
         (nn.Sequential(nn.Linear(8, 8), nn.ReLU(True), nn.Linear(8, 8)), ("0", "2", None, "relu")),
+        (type("Kind", (nn.Sequential,), {})(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)), ("0", "2", None, "relu")),
         (sequential(nn.Tanh()), None),
         (sequential(nn.ReLU6()), None),
         (sequential(nn.ReLU(), nn.LayerNorm(12)), None),
@@ -384,11 +389,42 @@ class Named(nn.Module):
 
 
 def _set(name, value):
-    return lambda block: setattr(block, name, value)
+    return lambda block, patch: setattr(block, name, value)
 
 
-def _patch(block):
-    type(block)._kind.forward = lambda self, x: x
+def _patch(block, patch):
+    type(block).__mro__[2].forward = lambda self, x: x
+
+
+function = torch.relu
+
+
+class Global(Plain):
+    def forward(self, x):
+        return self.b(function(self.a(x)))
+
+
+class Recoded(Plain):
+    def forward(self, x):
+        return self.b(self.activate(self.a(x)))
+
+
+def _recode(block, patch):
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+    block.forward.__wrapped__.__code__ = forward.__code__
+
+
+def _reorder(block, patch):
+    activation = block.relu
+    del block.relu
+    block.relu = activation
+
+
+def _named_sequential():
+    parts = {"fc1": nn.Linear(8, 8), "relu": nn.ReLU(), "fc2": nn.Linear(8, 8)}
+    return nn.Sequential(collections.OrderedDict(parts))
 
 
 class Buffered(Named):
@@ -400,30 +436,51 @@ class Buffered(Named):
 
 
 CHANGES = {
+    "another global": (Global, lambda block, patch: patch.setitem(globals(), "function", torch.tanh)),
+    "another F.gelu": (
+        lambda: sequential(nn.GELU()),
+        lambda block, patch: patch.setattr(nn.functional, "gelu", lambda x, **_: x),
+    ),
+    "another nn.ReLU.forward": (Named, lambda block, patch: patch.setattr(nn.ReLU, "forward", lambda self, x: x)),
+    "dropout for Monte Carlo": (
+        lambda: sequential(nn.GELU(), nn.Dropout(0.5)),
+        lambda block, patch: patch.setattr(nn.Dropout, "forward", lambda self, x: nn.functional.dropout(x, 0.5)),
+    ),
+    "another class of a child": (Named, lambda block, patch: setattr(block.relu, "__class__", nn.Tanh)),
+    "other code": (Recoded, _recode),
+    "another order of the same": (_named_sequential, _reorder),
+    "a partial function changed in place": (
+        lambda: Plain(functools.partial(torch.relu)),
+        lambda block, patch: block.activate.__setstate__((torch.tanh, (), {}, {})),
+    ),
+    "a compiled child": (Named, lambda block, patch: setattr(block.relu, "_compiled_call_impl", lambda x: x)),
     "another function": (Plain, _set("activate", torch.tanh)),
-    "another function, past setattr": (Plain, lambda block: vars(block).update(activate=torch.tanh)),
-    "another function of a child": (Buffered, lambda block: _set("act", torch.tanh)(block.relu)),
-    "another forward of a child": (Buffered, lambda block: _set("forward", lambda x: x)(block.relu)),
+    "another function, past setattr": (Plain, lambda block, patch: vars(block).update(activate=torch.tanh)),
+    "another function of a child": (Buffered, lambda block, patch: _set("act", torch.tanh)(block.relu, patch)),
+    "another forward of a child": (Buffered, lambda block, patch: _set("forward", lambda x: x)(block.relu, patch)),
     "another child": (Named, _set("relu", nn.Tanh())),
     "another layer": (Named, _set("fc1", nn.Linear(8, 12))),
-    "another kind of gelu": (lambda: sequential(nn.GELU()), lambda block: _set("approximate", "tanh")(block[1])),
-    "one more child": (lambda: sequential(nn.GELU()), lambda block: block.append(nn.Tanh())),
-    "another order": (lambda: sequential(nn.ReLU()), lambda block: block.insert(0, nn.Tanh())),
-    "dropout in eval mode": (lambda: sequential(nn.GELU(), nn.Dropout(0.5)), lambda block: block[2].train()),
+    "another kind of gelu": (
+        lambda: sequential(nn.GELU()),
+        lambda block, patch: _set("approximate", "tanh")(block[1], patch),
+    ),
+    "one more child": (lambda: sequential(nn.GELU()), lambda block, patch: block.append(nn.Tanh())),
+    "another order": (lambda: sequential(nn.ReLU()), lambda block, patch: block.insert(0, nn.Tanh())),
+    "dropout in eval mode": (lambda: sequential(nn.GELU(), nn.Dropout(0.5)), lambda block, patch: block[2].train()),
     "a forward of the class": (lambda: type("Patched", (Named,), {"forward": Named.forward})(), _patch),
-    "a forward of the block": (Named, lambda block: _set("forward", lambda x: x)(block)),
+    "a forward of the block": (Named, lambda block, patch: _set("forward", lambda x: x)(block, patch)),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_is_changed_after_conversion_counts(name: str, taken: list[int]) -> None:
+def test_what_is_changed_after_conversion_counts(name: str, taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     make, change = CHANGES[name]
     network, x = Network(make()).eval(), torch.randn(2, 7, 8)
     assert stl.convert(network, EXACT).mlps == ["block"]
     with torch.no_grad():
         before = network(x)
         assert len(taken) == 1
-        change(network.block)
+        change(network.block, monkeypatch)
         after = network(x)
         assert len(taken) == 1
     if name != "another kind of gelu":  # whose results are nearly the same
@@ -461,6 +518,81 @@ def test_one_step_needs_one_dtype(taken: list[int]) -> None:
     with torch.no_grad(), pytest.raises(ShapeError, match="float64"):
         network(x)
     assert not taken
+
+
+def test_a_copy_reads_its_own(taken: list[int]) -> None:
+    """A shallow copy shares children, a deep one has its own; what is changed in a copy counts there alone."""
+    network, x = Network(Plain()).eval(), torch.randn(2, 7, 8)
+    stl.convert(network, EXACT)
+    with torch.no_grad():
+        expected = network(x)
+        for copied in (copy.copy(network.block), copy.deepcopy(network.block)):
+            assert torch.equal(copied(x), expected)
+            copied.activate = torch.tanh
+            assert not torch.allclose(copied(x), expected)
+        assert torch.equal(network(x), expected)
+    assert len(taken) == 4
+
+
+def test_whole_networks_come_back_as_their_classes_now_are(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved whole, loaded after the class has changed: the new forward runs, as without us."""
+    monkeypatch.setattr(Recoded, "forward", Recoded.forward)
+    network, x = Network(Recoded()).eval(), torch.randn(2, 7, 8)
+    stl.convert(network, EXACT)
+    saved = pickle.dumps(network)
+    monkeypatch.setattr(Recoded, "forward", Residual.forward)
+    with torch.no_grad():
+        torch.testing.assert_close(pickle.loads(saved)(x), x + network.block.b(torch.relu(network.block.a(x))))
+
+
+def test_memory_is_given_back() -> None:
+    """No cycle holds an adopted block until somebody collects garbage."""
+    network = Network(Plain()).eval()
+    stl.convert(network, EXACT)
+    block, adopted = weakref.ref(network.block), isinstance(network.block, stl.STLMLP)
+    gc.collect()
+    gc.disable()
+    try:
+        del network
+        assert adopted
+        assert block() is None
+    finally:
+        gc.enable()
+
+
+def test_as_others_see_it(taken: list[int]) -> None:
+    """Its signature, replicas, modes of torch functions and subclasses of tensors, and layers taken away."""
+
+    class Demanding(Plain):
+        def __init__(self, needed):
+            super().__init__()
+            self._kind = needed
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x)))
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return args[0] if func is torch.relu else func(*args, **(kwargs or {}))
+
+    network, x = Network(Demanding(3)).eval(), torch.randn(2, 7, 8)
+    assert stl.convert(network, EXACT).mlps == ["block"]
+    assert list(inspect.signature(network.block.forward).parameters) == ["x"]
+    assert isinstance(network.block._replicate_for_data_parallel(), Demanding)
+    with torch.no_grad():
+        expected = network(x)
+        assert len(taken) == 1
+        with Mode():
+            assert not torch.allclose(network(x), expected)
+        torch.testing.assert_close(
+            network(x.as_subclass(type("Own", (torch.Tensor,), {}))).as_subclass(torch.Tensor), expected
+        )
+        assert len(taken) == 1
+    shorter = Network(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))).eval()
+    stl.convert(shorter, EXACT)
+    del shorter.block[2]
+    with torch.no_grad():
+        assert (shorter(x) >= 0).all()
 
 
 def test_undo_beside_others_who_change_the_class() -> None:

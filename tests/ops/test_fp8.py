@@ -96,6 +96,18 @@ def test_a_tile_row_is_rounded_for_itself(value: float) -> None:
     assert not torch.equal(after[0, 4:8], before[0, 4:8])
 
 
+@pytest.mark.parametrize("of_x,of_weight", [(1e-3, 3e3), (6e2, 1e-6), (1e-3, 1.0)])
+def test_half_precision_does_not_overflow_where_the_result_does_not(of_x: float, of_weight: float) -> None:
+    """Small x and large Ŵ, and the other way round: Ŷ is of moderate size whatever they are."""
+    (x, w, e, d, bias), m = tensors("whole")
+    x, w, e, d, bias = (
+        (t * size).half() for t, size in zip((x, w, e, d, bias), (of_x, of_weight, 1, 0.1, 0), strict=True)
+    )
+    expected = reference.stl_linear(*(t.double() for t in (x, w, e, d, bias)), out_features=m)
+    with torch.no_grad():
+        assert relative(fp8.fp8_linear(x, fp8.rounded(w), e, d, bias, m), expected) < 0.06
+
+
 def test_rows_of_any_size() -> None:
     """Twenty orders of magnitude between samples cost nothing."""
     (x, w, e, d, bias), m = tensors("whole")

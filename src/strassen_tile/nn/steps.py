@@ -57,6 +57,6 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def has_own_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches this module's calls, or has put a forward of their own on it."""
+    """Whether somebody watches this module's calls, has compiled it, or has put a forward of their own on it."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or "forward" in vars(module)
+    return bool(own) or "forward" in vars(module) or module._compiled_call_impl is not None

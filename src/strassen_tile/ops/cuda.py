@@ -151,7 +151,8 @@ def fp8_linear(
     of_encoder, strips = fp8.scale_of_encoder(encoder), fp8.scale_of_rows(x, p)
     room = fp8.empty_input(r, batch * tile_count(rows, p), tile_count(k, q), x)
     encoded = launch.encode(x, encoder, out=room, scales=(of_encoder, strips))
-    products = fp8.products(encoded, of_encoder, fp8.Rounded(values, scale), tile_count(columns, s), x.dtype)
+    tiles, weight = tile_count(columns, s), fp8.Rounded(values, scale)
+    products, strips = fp8.products(encoded, of_encoder, strips, weight, tiles, x.dtype)
     return launch.decode(products, decoder, batch, rows, columns, bias, strips=strips)  # type: ignore[no-any-return]
 
 

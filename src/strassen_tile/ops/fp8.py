@@ -5,7 +5,8 @@
 
 A bound, so that nothing overflows and one maximum a row serves all channels; that it is loose costs nothing, e4m3 having the
 same relative precision from 2⁻⁶ to 448. By tile row, so that no sample, and no row beyond a tile, changes what another one
-is rounded to. The row scale leaves the products and comes back as Y is decoded. Sums are float32, Ŷ is of the dtype of x.
+is rounded to. Row scales and the largest weight leave the products and come back as Y is decoded, so that Ŷ, which has the
+dtype of x, is of moderate size. Sums are float32.
 """
 
 from __future__ import annotations
@@ -74,21 +75,25 @@ def empty_input(r: int, total: int, tiles: int, like: Tensor) -> Tensor:
     return make(r, total, width, dtype=FP8)
 
 
-def products(encoded: Tensor, scale: Tensor, weight: Rounded, tiles: int, dtype: torch.dtype) -> Tensor:
-    """Ŷ (r, B·I, L) of L = `tiles` columns, without the row scales: r products, one after the other."""
+def products(
+    encoded: Tensor, scale: Tensor, rows: Tensor, weight: Rounded, tiles: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Ŷ (r, B·I, L) of L = `tiles` columns, by r products in turn, and what its tile rows are yet to be multiplied by."""
     (r, total, _), width = encoded.shape, weight.values.shape[1]
     made = encoded.new_empty(r, total, width, dtype=dtype)
+    largest = weight.scale.amax()
+    of_weight = weight.scale / largest
     for k in range(r if total * width else 0):
         torch._scaled_mm(
             encoded[k],
             weight.values[k].mT,
             scale_a=scale[k],
-            scale_b=weight.scale[k],
+            scale_b=of_weight[k],
             out_dtype=dtype,
             out=made[k],
             use_fast_accum=True,  # on Hopper; usual in inference
         )
-    return made[:, :, :tiles]
+    return made[:, :, :tiles], rows * largest
 
 
 def linear(
@@ -105,7 +110,7 @@ def linear(
     p, s = decoder.shape[1:]
     of_encoder, rows = scale_of_encoder(encoder), scale_of_rows(x, p)
     encoded = encode(x, encoder, of_encoder, rows)
-    made = products(encoded, of_encoder, Rounded(values, scale), tile_count(columns, s), x.dtype)
+    made, rows = products(encoded, of_encoder, rows, Rounded(values, scale), tile_count(columns, s), x.dtype)
     y = generic.decode(made, decoder, batch, n, columns)
     y = (y * rows.view(batch, tile_count(n, p)).repeat_interleave(p, dim=1)[:, :n, None]).to(x.dtype)
     return y if bias is None else y + bias

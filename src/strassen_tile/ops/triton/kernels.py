@@ -54,8 +54,8 @@ def encode_kernel(x, factor, scale, strips, encoded, total, tile_rows, rows, col
     z = to_channels(product(e, v, UPCAST), RANKS, G)
     if SCALED:
         k = tl.arange(0, RANKS)
-        z /= tl.load(scale + k, mask=k < rank, other=1.0)[:, None]
         z /= load_strips(strips, block_i, block_j, total, BI, BJ)
+        z /= tl.load(scale + k, mask=k < rank, other=1.0)[:, None]
     where, there = channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i, RANKS, BI, BJ)
     tl.store(encoded + where, z.to(encoded.dtype.element_ty), mask=there)
 
