@@ -20,7 +20,8 @@ class STLLinearFP8(TileLayer):
 
     Buffers: `values` (r, ⌈M/s⌉, ⌈K/q⌉) in fp8, sides padded to multiples of 16, `scale` (r,), `encoder`, `decoder`, `bias`.
     Half the memory of a bfloat16 layer. Its results differ by 3.7 % of their norm for random bases, as a dense product in fp8
-    does, by 10.6 % for Strassen's of rank 49: as any rounding, fp8's grows with `Basis.kappa` (benchmarks/fp8_error.py). Rows of a tile share a scale.
+    does, by 10.6 % for Strassen's of rank 49: as any rounding, fp8's grows with `Basis.kappa` (benchmarks/fp8_error.py).
+    Rows of a tile share a scale.
 
     Args:
         layer: what it takes over from. Its norm, if it has one, comes along.
