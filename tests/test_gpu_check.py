@@ -1,6 +1,7 @@
 """`make gpu-check` goes through all its steps on a CPU: what is to run once, on a borrowed GPU, must not fail on a typo."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,37 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_check.py"
 
 
-def test_dry_run(tmp_path) -> None:
+BARE = """import sys
+
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {missing!r}:
+            raise ModuleNotFoundError("not installed here", name=name)
+
+
+sys.meta_path.insert(0, Finder())
+"""
+MISSING = {
+    "rich",
+    "matplotlib",
+    "transformers",
+    "safetensors",
+    "sklearn",
+    "PIL",
+    "accelerate",
+    "datasets",
+    "scipy",
+    "pandas",
+}
+
+
+def test_dry_run_with_torch_and_triton_alone(tmp_path) -> None:
+    """A borrowed machine has the common packages at best."""
+    (tmp_path / "sitecustomize.py").write_text(BARE.format(missing=MISSING))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, SCRIPT, "--dry-run", "--out", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     checks = json.loads((tmp_path / "checks.json").read_text())
     assert all(row["ok"] for row in checks)
@@ -28,7 +57,9 @@ def test_dry_run(tmp_path) -> None:
     split = next(row for row in parts if row["part"] == "split")
     assert {"encode_s", "products_s", "decode_s", "whole_s", "dense_s"} <= set(split)
     assert len(json.loads((tmp_path / "choices.json").read_text())) == 1
-    assert (tmp_path / "report.html").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert all(part in page for part in ("checks passed", "llama-block", "Where the time goes", "fp8", "Block sizes"))
+    assert not (tmp_path / "plot.png").exists(), "matplotlib was to be missing"
 
 
 def test_a_check_that_fails_or_never_ends_is_said(tmp_path) -> None:
@@ -53,4 +84,5 @@ def test_it_stops_when_the_time_is_up_and_keeps_what_there_is(tmp_path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "time is up" in done.stdout
+    assert (tmp_path / "plot.png").exists()
     assert len(json.loads((tmp_path / "rows.json").read_text())) < 10
