@@ -78,6 +78,24 @@ def test_a_norm_of_the_input(kind: type[nn.Module], learning: bool) -> None:
                     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("later", [False, True])
+def test_a_norm_of_another_class_runs_its_own_forward(later: bool) -> None:
+    """A class derived from LayerNorm may do more than it, and one put there later is what it is."""
+
+    class Twice(nn.LayerNorm):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x, norm = torch.randn(2, 7, 14), Twice(14)
+    for module in (stl.STLLinear(14, 22, norm=norm), stl.STLMLP(14, 22, norm=norm)):
+        if later:
+            module.norm = nn.Tanh()
+        given = module.norm(x)
+        with torch.no_grad():
+            found, module.norm = module(x), None
+            torch.testing.assert_close(found, module(given))
+
+
 def test_layers_side_by_side_share_one_encoder() -> None:
     parts = [nn.Linear(14, m).double() for m in (8, 9, 3)]
     layer, x = stl.STLLinear.from_linears(parts, EXACT), torch.randn(2, 7, 14, dtype=torch.float64)

@@ -71,7 +71,7 @@ def convert(
     heads under unusual names, are found by running `example_inputs`; best give two samples (one is tried twice).
 
     Blocks that are an MLP of replaced layers, two or a gated three, keep their class and names but become `STLMLP`s too:
-    in inference on a GPU they run in one step. They are recognised by what they compute.
+    in inference on a GPU they run in one step. They are recognised by reading their source.
 
     A model called with `attention_mask` (B, N) has its padding rows zeroed before they can reach real rows.
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from strassen_tile.nn.linear import STLLinear
 from strassen_tile.nn.mlp import STLMLP, Roles, can_be_one_step, layers_of, one_step
-from strassen_tile.nn.reading import Read, recognise
+from strassen_tile.nn.reading import recognise
+from strassen_tile.nn.reads import Read
 
 _ADOPTION, _KIND = "_strassen_tile_mlp", "_strassen_tile_kind"
 _classes: dict[type[nn.Module], type[nn.Module]] = {}

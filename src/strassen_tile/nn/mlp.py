@@ -55,7 +55,7 @@ class STLMLP(nn.Module):
         ConfigError: an unknown activation, another norm.
     """
 
-    _roles: Roles | None = None
+    _roles: Roles
 
     def __init__(
         self,
@@ -72,7 +72,9 @@ class STLMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._roles = _roles("up", "down", "gate" if gated else None, activation)
+        if activation not in ACTIVATIONS:
+            raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        self._roles = Roles("up", "down", "gate" if gated else None, activation)
         check_norm(norm, in_features)
         self.norm = norm
         out = in_features if out_features is None else out_features
@@ -114,7 +116,6 @@ class STLMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, N, K) → (…, N, M). Raises ShapeError for a 2-D input if rows mix."""
-        assert self._roles is not None
         norm, roles = self.norm, self._roles
         up, down, *gate = layers = layers_of(self, roles)
         if can_be_one_step(x, layers, norm):
@@ -126,11 +127,7 @@ class STLMLP(nn.Module):
 
     def extra_repr(self) -> str:
         """The activation, and whether it is gated."""
-        return (
-            ""
-            if self._roles is None
-            else f"activation={self._roles.activation!r}, gated={self._roles.gate is not None}"
-        )
+        return f"activation={self._roles.activation!r}, gated={self._roles.gate is not None}"
 
 
 def layers_of(module: nn.Module, roles: Roles) -> list[Any]:
@@ -149,6 +146,7 @@ def can_be_one_step(x: Tensor, layers: list[Any], norm: nn.Module | None) -> boo
 
 
 def one_step(x: Tensor, layers: list[Any], norm: nn.Module | None, activation: str) -> Tensor:
+    """The layers (up, down, and gate if there is one), the norm and the activation as one operator on x."""
     up, down, *gate = layers
     up.check_input(x)
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
@@ -160,9 +158,3 @@ def one_step(x: Tensor, layers: list[Any], norm: nn.Module | None, activation: s
         gate=weights[2] if gate else None, norm=norm_of(norm, x), activation=activation,
     )  # fmt: skip
     return y.view(*x.shape[:-1], down.out_features)
-
-
-def _roles(up: str, down: str, gate: str | None, activation: str) -> Roles:
-    if activation not in ACTIVATIONS:
-        raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    return Roles(up, down, gate, activation)

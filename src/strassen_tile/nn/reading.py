@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import textwrap
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from strassen_tile.nn.mlp import Roles
+from strassen_tile.nn.reads import Read, kept
+from strassen_tile.nn.source import UnknownError, source_of
 from strassen_tile.nn.steps import has_hooks
 
 _FUNCTIONS = {"relu": F.relu, "torch.relu": torch.relu, "silu": F.silu, "gelu": F.gelu}
@@ -30,42 +31,9 @@ _MODULES: Mapping[type[nn.Module], str] = {
     nn.Dropout: "",
     nn.Identity: "",
 }
-_FORWARDS = {
-    kind: kind.__dict__["forward"] for kind in (*_MODULES, nn.Sequential)
-}  # as they are before anybody patches them
+# As they are before anybody patches them.
+_FORWARDS = {kind: kind.__dict__["forward"] for kind in (*_MODULES, nn.Sequential)}
 _MACHINERY = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattribute__", "__getattr__")
-
-
-class Read(NamedTuple):
-    """Something that a block's forward depends on, and what it was when the block was recognised.
-
-    Attributes:
-        owner: a class, a function or the names of a module; None for the block itself, a name for its child.
-        name: of the attribute; None for the owner itself, "_modules" for the names of its children in their order.
-        value: what it was.
-    """
-
-    owner: Any
-    name: str | None
-    value: Any
-
-    def holds(self, block: nn.Module) -> bool:
-        """Whether it is that still."""
-        owner = block if self.owner is None else self.owner
-        found: Any = block._modules.get(owner) if isinstance(owner, str) else owner
-        if self.name == "_modules":
-            return bool(tuple(found._modules) == self.value)
-        if self.name == "__code__":
-            return found.__code__ is self.value
-        if self.name == "__class__":
-            return type(found) is self.value
-        if self.name is None:
-            return found is self.value and not found.training and not has_hooks(found)
-        found = (found if isinstance(found, dict) else found.__dict__).get(self.name)
-        if isinstance(found, functools.partial) and isinstance(self.value, functools.partial):
-            kept = self.value  # a copy: the very object may have been changed
-            return bool(found.func is kept.func and found.args == kept.args and found.keywords == kept.keywords)
-        return found is self.value or (isinstance(found, str) and found == self.value)
 
 
 class _Value(NamedTuple):
@@ -79,10 +47,6 @@ class _Value(NamedTuple):
 class _Product(NamedTuple):
     left: Any
     right: Any
-
-
-class _UnknownError(Exception):
-    """The block does something that no MLP does."""
 
 
 def recognise(block: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[Roles, tuple[Read, ...]] | None:
@@ -109,44 +73,44 @@ class _Reader:
         """What the block returns, as an expression. "x" is its argument."""
         kind = type(self.block)
         if has_hooks(self.block):
-            raise _UnknownError("hooks")
+            raise UnknownError("hooks")
         self.reads.append(Read(None, "_modules", tuple(self.block._modules)))
         forward = self._forward_of(kind)
         if forward is _FORWARDS[nn.Sequential]:
             if inspect.getattr_static(kind, "__iter__") is not nn.Sequential.__dict__["__iter__"]:
-                raise _UnknownError(kind)
+                raise UnknownError(kind)
             value: Any = "x"
             for name in self.block._modules:
                 value = self._child(name, value)
             return value
-        argument, body, scope = _source(forward.__code__, forward)
+        argument, body, scope = source_of(forward.__code__, forward)
         values: dict[str, Any] = {argument: "x"}
         for statement in body:
             if isinstance(statement, ast.Return) and statement is body[-1] and statement.value is not None:
                 value = self._expression(statement.value, values, scope)
                 if any(left != "x" for left in values.values()):  # computed, and not used: in place, perhaps
-                    raise _UnknownError(values)
+                    raise UnknownError(values)
                 return value
             if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
-                raise _UnknownError(ast.dump(statement))
+                raise UnknownError(ast.dump(statement))
             target = statement.targets[0]
             value = self._expression(statement.value, values, scope)
             if not isinstance(target, ast.Name) or target.id == "self" or values.get(target.id, "x") != "x":
-                raise _UnknownError(ast.dump(target))
+                raise UnknownError(ast.dump(target))
             values[target.id] = value
-        raise _UnknownError("no return")
+        raise UnknownError("no return")
 
     def _forward_of(self, kind: type) -> Any:
         """The forward of a class, which is called as that of any module is."""
         own = kind.__mro__[: kind.__mro__.index(nn.Module)]
         if any(name in owner.__dict__ for owner in own for name in _MACHINERY):
-            raise _UnknownError(kind)
+            raise UnknownError(kind)
         forward = inspect.getattr_static(kind, "forward")
         owner = next(owner for owner in kind.__mro__ if "forward" in owner.__dict__)
         if owner in _FORWARDS and forward is not _FORWARDS[owner]:
-            raise _UnknownError(owner)
+            raise UnknownError(owner)
         if type(forward) is not types.FunctionType:
-            raise _UnknownError(forward)
+            raise UnknownError(forward)
         self.reads += [Read(owner, "forward", forward), Read(forward, "__code__", forward.__code__)]
         return forward
 
@@ -156,7 +120,7 @@ class _Reader:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
             return _Product(self._expression(node.left, values, scope), self._expression(node.right, values, scope))
         if not isinstance(node, ast.Call) or len(node.args) != 1 or isinstance(node.args[0], ast.Starred):
-            raise _UnknownError(ast.dump(node))
+            raise UnknownError(ast.dump(node))
         value = self._expression(node.args[0], values, scope)
         if (
             isinstance(node.func, ast.Attribute)
@@ -164,7 +128,7 @@ class _Reader:
             and node.func.value.id == "self"
         ):
             if node.keywords:
-                raise _UnknownError(ast.dump(node))
+                raise UnknownError(ast.dump(node))
             return self._child(node.func.attr, value)
         return _Value(_activation(self._resolved(node.func, scope), _literals(node.keywords)), value, False)
 
@@ -173,10 +137,10 @@ class _Reader:
         if self.layers.get(name) is not None and child is self.layers[name]:
             return _Value(name, value, True)  # another layer may stand there later: that is looked at then
         if not isinstance(child, nn.Module):
-            self.reads.append(Read(None, name, _kept(child)))
+            self.reads.append(Read(None, name, kept(child)))
             return _Value(_activation(child, {}), value, False)
         if has_hooks(child) or child._modules or child._parameters or child._buffers:
-            raise _UnknownError(child)
+            raise UnknownError(child)
         self.reads += [Read(name, None, child), Read(name, "__class__", type(child))]
         activation = self._activation_of(name, child)
         return value if activation == "" else _Value(activation, value, False)
@@ -193,21 +157,21 @@ class _Reader:
                 function = activation.partition("_")[0]
                 self.reads.append(Read(F.__dict__, function, _FUNCTIONS[function]))
             return activation
-        argument, body, scope = _source(forward.__code__, forward)
+        argument, body, scope = source_of(forward.__code__, forward)
         call = body[0].value if len(body) == 1 and isinstance(body[0], ast.Return) else None
         if not isinstance(call, ast.Call) or [ast.unparse(a) for a in call.args] != [argument]:
-            raise _UnknownError(type(child))
+            raise UnknownError(type(child))
         options = _literals(call.keywords)
         if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "self":
             function = self._attribute(name, child, call.func.attr)
-            self.reads.append(Read(name, call.func.attr, _kept(function)))
+            self.reads.append(Read(name, call.func.attr, kept(function)))
             return _activation(function, options)
         return _activation(self._resolved(call.func, scope), options)
 
     def _attribute(self, owner: str | None, module: nn.Module, name: str) -> Any:
         """What `self.name` is, looked up where nothing of the block's has a say."""
         if name.startswith("__") or any(name in kind.__dict__ for kind in type(module).__mro__):
-            raise _UnknownError(name)  # mangled, or of the class
+            raise UnknownError(name)  # mangled, or of the class
         return module.__dict__[name] if name in module.__dict__ else module._modules[name]
 
     def _resolved(self, node: ast.expr, scope: dict[str, Any]) -> Any:
@@ -216,52 +180,13 @@ class _Reader:
         if isinstance(node, ast.Attribute):
             owner = self._resolved(node.value, scope)
         elif not isinstance(node, ast.Name):
-            raise _UnknownError(ast.dump(node))
+            raise UnknownError(ast.dump(node))
         name = node.attr if isinstance(node, ast.Attribute) else node.id
         names = owner.__dict__ if isinstance(owner, types.ModuleType) else owner
         if owner is not scope and not isinstance(owner, types.ModuleType):
-            raise _UnknownError(ast.dump(node))
+            raise UnknownError(ast.dump(node))
         self.reads.append(Read(names, name, names[name]))
         return names[name]
-
-
-def _kept(found: Any) -> Any:
-    """As it is now: a partial function can be changed in place."""
-    if isinstance(found, functools.partial):
-        return functools.partial(found.func, *found.args, **found.keywords)
-    return found
-
-
-@functools.cache
-def _source(code: types.CodeType, forward: Any) -> tuple[str, list[ast.stmt], dict[str, Any]]:
-    """Of an undecorated method of one argument: the argument, the statements without a docstring, the names of its module."""
-    if type(forward) is not types.FunctionType or forward.__closure__ or hasattr(forward, "__wrapped__"):
-        raise _UnknownError(forward)
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
-    if not isinstance(definition, ast.FunctionDef) or definition.decorator_list or definition.name != forward.__name__:
-        raise _UnknownError(forward)
-    arguments = definition.args
-    names = [argument.arg for argument in arguments.args]
-    extras = arguments.posonlyargs, arguments.kwonlyargs, arguments.defaults, arguments.vararg, arguments.kwarg
-    if len(names) != 2 or names[0] != "self" or any(extras) or not _is_what_runs(forward):
-        raise _UnknownError(forward)
-    body = definition.body
-    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-        body = body[1:]
-    return names[1], body, forward.__globals__
-
-
-def _is_what_runs(forward: types.FunctionType) -> bool:
-    """Whether the source file still holds the code that runs: it may have been changed since it was loaded."""
-    lines, _ = inspect.findsource(forward)
-    module = compile("".join(lines), "", "exec", dont_inherit=True)
-    codes, found = [module], []
-    while codes:
-        code = codes.pop()
-        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
-        found.append((code.co_qualname, code.co_firstlineno, code.co_code, code.co_names, code.co_consts))
-    running = forward.__code__
-    return (running.co_qualname, running.co_firstlineno, running.co_code, running.co_names, running.co_consts) in found
 
 
 def _literals(keywords: list[ast.keyword]) -> dict[str, Any]:
@@ -274,7 +199,7 @@ def _activation(function: Any, options: dict[str, Any]) -> str:
     if function is F.gelu and set(options) == {"approximate"}:
         return {"none": "gelu", "tanh": "gelu_tanh"}[options["approximate"]]
     if options:
-        raise _UnknownError(options)
+        raise UnknownError(options)
     return next(name.rpartition(".")[2] for name, known in _FUNCTIONS.items() if known is function)
 
 

@@ -13,6 +13,7 @@ from strassen_tile.ops.chains import Norm
 from strassen_tile.ops.functional import autocasts
 from strassen_tile.ops.fused import learns
 
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
 _GLOBAL_HOOKS = (
     hooks._global_forward_hooks,
     hooks._global_forward_pre_hooks,
@@ -25,7 +26,7 @@ def check_norm(norm: nn.Module | None, features: int) -> None:
     """Raise ConfigError unless `norm` is a LayerNorm or RMSNorm of that many features, or None."""
     if norm is None:
         return
-    if not isinstance(norm, nn.LayerNorm | nn.RMSNorm) or tuple(norm.normalized_shape) != (features,):
+    if not isinstance(norm, _NORMS) or tuple(norm.normalized_shape) != (features,):
         raise ConfigError(f"norm must be an nn.LayerNorm or nn.RMSNorm over {features} features; got {norm}")
 
 
@@ -46,7 +47,7 @@ def undisturbed(x: Tensor, layers: Sequence[nn.Module], norm: nn.Module | None) 
     A norm under autocast is worked out in float32, so that it is a step of its own.
     """
     modules = [*layers, *([] if norm is None else [norm])]
-    if norm is not None and autocasts(x):
+    if norm is not None and (autocasts(x) or type(norm) not in _NORMS):  # a class of somebody else's may do more
         return False
     return not any(map(has_hooks, modules)) and not learns(x, *(p for m in modules for p in m.parameters()))
 
