@@ -60,7 +60,7 @@ def main():
                 encoded = encode(w[None].double(), weight_encoder).float()
             expected = reference.stl_linear(*(t.double() for t in (x, encoded, e, d)), out_features=M)
             with torch.no_grad():
-                found = fp8.fp8_linear(x, fp8.rounded(encoded), e, d, None, M)
+                found = fp8.fp8_linear(x, fp8.rounded(encoded, e), e, d, None, M)
             errors.setdefault((name, rank), []).append(relative(found, expected))
     fixed = {"tile": "4x4x4", "dtype": "float8_e4m3fn", "n": N, "k": K, "m": M, "seeds": SEEDS, **where}
     rows = []

@@ -94,7 +94,7 @@ def eight_bits(device, p, q, r, dtype, n, k):
     """
     allowed = 0.06 if device == "cuda" else 0.4
     x, parts = torch.randn(2, n, k, device=device).to(dtype), layer(device, p, q, r, dtype, k, 48)
-    found = cuda.fp8_linear(x, *fp8.rounded(parts.encoded_weight), *parts[1:], 48)
+    found = cuda.fp8_linear(x, *fp8.rounded(parts.encoded_weight, parts.encoder), *parts[1:], 48)
     doubles = [t.double() for t in (x, *parts)]
     label = f"fp8 {p}x{q} r={r} {dtype} {n}x{k}".replace("torch.", "")
     yield label, relative(found, stl.stl_linear(*doubles, out_features=48, backend="reference")), allowed

@@ -59,15 +59,15 @@ def eight_bits(shape, rank, device):
     n, k, m = shape
     x, weight = torch.randn(1, n, k, device=device).bfloat16(), torch.randn(m, k, device=device).bfloat16()
     e, d = (torch.randn(2, rank, 4, 4, device=device) / 4).bfloat16()
-    w = fp8.rounded(torch.randn(rank, -(-k // 4), -(-m // 4), device=device).bfloat16())
-    dense = fp8.rounded(weight.mT[None])
+    w = fp8.rounded(torch.randn(rank, -(-k // 4), -(-m // 4), device=device).bfloat16(), e)
+    dense = fp8.rounded(weight.mT[None], e[:1])  # one channel; the encoder plays no part
 
     def dense_fp8():
         largest = torch.linalg.vector_norm(x, float("inf")).float().clamp_min(1e-30)
         scale = largest / fp8.LARGEST
         values = (x[0] / scale).to(fp8.FP8)
         return torch._scaled_mm(
-            values, dense.values[0].mT, scale, dense.scale[0], out_dtype=torch.bfloat16, use_fast_accum=True
+            values, dense.values[0].mT, scale, dense.largest, out_dtype=torch.bfloat16, use_fast_accum=True
         )
 
     def stl_fp8():

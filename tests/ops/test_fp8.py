@@ -36,10 +36,11 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def on_rounded(x, w, e, d, bias, m, encoded=None):
     """The definition in float64, X̂ (another's, if given) and Ŵ taken as fp8 holds them."""
-    weight, scale, rows = fp8.rounded(w), fp8.scale_of_encoder(e), fp8.scale_of_rows(x, e.shape[1])
+    weight, rows = fp8.rounded(w, e), fp8.scale_of_rows(x, e.shape[1])
+    scale = weight.encoder_scale
     encoded = fp8.encode(x, e, scale, rows) if encoded is None else encoded
     _, j, l = w.shape  # noqa: E741 - the tile index L
-    values = weight.values.double()[:, :l, :j].mT * weight.scale.double()[:, None, None]
+    values = weight.values.double()[:, :l, :j].mT * (weight.scale * weight.largest).double()[:, None, None]
     products = (encoded.double()[:, :, :j] * scale.double()[:, None, None] * rows.double()[:, None]) @ values
     return fp8.generic.decode(products, d.double(), x.shape[0], x.shape[1], m) + bias.double()
 
@@ -49,7 +50,7 @@ def on_rounded(x, w, e, d, bias, m, encoded=None):
 def test_against_the_definition(size: str, dtype: torch.dtype) -> None:
     (x, w, e, d, bias), m = tensors(size, dtype)
     with torch.no_grad():
-        y = fp8.fp8_linear(x, fp8.rounded(w), e, d, bias, m)
+        y = fp8.fp8_linear(x, fp8.rounded(w, e), e, d, bias, m)
     assert y.dtype == dtype
     exact = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]  # Ŷ and y are rounded to it
     assert relative(y, on_rounded(x, w, e, d, bias, m)) < exact
@@ -61,10 +62,10 @@ def test_against_the_definition(size: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_nothing_overflows(size: str) -> None:
     """The bound of X̂ holds for the worst x there is: the signs of an encoder's own entries."""
-    e = tensors(size)[0][2]
+    _, w, e = tensors(size)[0][:3]
     p, q = e.shape[1:]
     worst = 3e4 * (torch.zeros(e.shape[0], p, q) + e.sign())  # a tile each
-    encoded = fp8.encode(worst, e, fp8.scale_of_encoder(e), fp8.scale_of_rows(worst, p)).double()
+    encoded = fp8.encode(worst, e, fp8.rounded(w, e).encoder_scale, fp8.scale_of_rows(worst, p)).double()
     assert torch.isfinite(encoded).all()
     own = torch.stack([encoded[k, k, 0] for k in range(len(e))])
     assert (own == LARGEST).all()
@@ -76,8 +77,8 @@ def test_channels_have_scales_of_their_own() -> None:
     (x, w, e, d, bias), m = tensors("whole")
     size = torch.logspace(-10, 10, 24)[:, None, None]
     with torch.no_grad():
-        plain = fp8.fp8_linear(x, fp8.rounded(w), e, d, bias, m)
-        spread = fp8.fp8_linear(x, fp8.rounded(w * size), e / size, d, bias, m)
+        plain = fp8.fp8_linear(x, fp8.rounded(w, e), e, d, bias, m)
+        spread = fp8.fp8_linear(x, fp8.rounded(w * size, e / size), e / size, d, bias, m)
     torch.testing.assert_close(spread, plain, rtol=1e-3, atol=0.3)
     assert relative(spread, plain.double()) < 0.05
 
@@ -87,9 +88,9 @@ def test_a_tile_row_is_rounded_for_itself(value: float) -> None:
     """Whatever one row holds, the rows of other tiles and other samples are bit for bit what they were."""
     (x, w, e, d, bias), m = tensors("whole")
     with torch.no_grad():
-        before = fp8.fp8_linear(x, fp8.rounded(w), e, d, bias, m)
+        before = fp8.fp8_linear(x, fp8.rounded(w, e), e, d, bias, m)
         x[0, 5, 3] = value
-        after = fp8.fp8_linear(x, fp8.rounded(w), e, d, bias, m)
+        after = fp8.fp8_linear(x, fp8.rounded(w, e), e, d, bias, m)
     assert torch.equal(after[1], before[1])
     assert torch.equal(after[0, :4], before[0, :4])
     assert torch.equal(after[0, 8:], before[0, 8:])
@@ -105,7 +106,7 @@ def test_half_precision_does_not_overflow_where_the_result_does_not(of_x: float,
     )
     expected = reference.stl_linear(*(t.double() for t in (x, w, e, d, bias)), out_features=m)
     with torch.no_grad():
-        assert relative(fp8.fp8_linear(x, fp8.rounded(w), e, d, bias, m), expected) < 0.06
+        assert relative(fp8.fp8_linear(x, fp8.rounded(w, e), e, d, bias, m), expected) < 0.06
 
 
 def test_rows_of_any_size() -> None:
@@ -113,8 +114,8 @@ def test_rows_of_any_size() -> None:
     (x, w, e, d, bias), m = tensors("whole")
     bias.zero_()
     with torch.no_grad():
-        plain = fp8.fp8_linear(x, fp8.rounded(w), e, d, bias, m)
-        scaled = fp8.fp8_linear(x * torch.tensor([2.0**-40, 2.0**20])[:, None, None], fp8.rounded(w), e, d, bias, m)
+        plain = fp8.fp8_linear(x, fp8.rounded(w, e), e, d, bias, m)
+        scaled = fp8.fp8_linear(x * torch.tensor([2.0**-40, 2.0**20])[:, None, None], fp8.rounded(w, e), e, d, bias, m)
     torch.testing.assert_close(scaled[0] * 2.0**40, plain[0])
     torch.testing.assert_close(scaled[1] * 2.0**-20, plain[1])
 
@@ -123,14 +124,14 @@ def test_rows_of_any_size() -> None:
 def test_nothing_to_do(shape) -> None:
     (_, w, e, d, bias), m = tensors("whole")
     with torch.no_grad():
-        assert fp8.fp8_linear(torch.randn(shape), fp8.rounded(w), e, d, bias, m).shape == (*shape[:2], m)
-        zero = fp8.fp8_linear(torch.zeros(1, 4, 64), fp8.rounded(torch.zeros_like(w)), e, d, bias, m)
+        assert fp8.fp8_linear(torch.randn(shape), fp8.rounded(w, e), e, d, bias, m).shape == (*shape[:2], m)
+        zero = fp8.fp8_linear(torch.zeros(1, 4, 64), fp8.rounded(torch.zeros_like(w), e), e, d, bias, m)
     assert torch.equal(zero, bias.expand_as(zero))
 
 
 def test_as_an_operator() -> None:
     (x, w, e, d, bias), m = tensors("ragged")
-    weight = fp8.rounded(w)
+    weight = fp8.rounded(w, e)
     with torch.no_grad():
         # test_schema multiplies its arguments, which PyTorch cannot do in fp8.
         tests = ("test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
@@ -159,7 +160,7 @@ def test_the_kernel_rounds_as_the_definition_does(size: str) -> None:
     from strassen_tile.ops.triton import launch
 
     (x, w, e, d, bias), m = tensors(size)
-    scale, rows = fp8.scale_of_encoder(e), fp8.scale_of_rows(x, e.shape[1])
+    scale, rows = fp8.rounded(w, e).encoder_scale, fp8.scale_of_rows(x, e.shape[1])
     expected = fp8.encode(x, e, scale, rows)
     found = launch.encode(x, e, out=fp8.empty_input(len(e), len(rows), w.shape[1], x), scales=(scale, rows))
     assert found.dtype == FP8
@@ -170,13 +171,14 @@ def test_the_kernel_rounds_as_the_definition_does(size: str) -> None:
     assert (wanted[carried & differs].abs().log2() % 1 == 0).all()
     assert int((differs & ~carried).sum()) <= 1 + 2e-3 * differs.numel()
     assert float(differs.double().mean()) < 0.05
-    y = cuda.fp8_linear(x, *fp8.rounded(w), e, d, bias, m)
+    y = cuda.fp8_linear(x, *fp8.rounded(w, e), e, d, bias, m)
     assert relative(y, on_rounded(x, w, e, d, bias, m, encoded=found)) < 1e-6
 
 
 def test_rounded_weights_are_where_products_want_them() -> None:
     w = torch.randn(3, 5, 20)
-    values, scale = Rounded(*fp8.rounded(w))
+    values, scale, largest, _ = Rounded(*fp8.rounded(w, torch.randn(3, 4, 4)))
+    scale = scale * largest
     assert values.shape == (3, 32, 16)
     assert scale.shape == (3,)
     assert float(values.double().abs().amax()) == LARGEST

@@ -18,7 +18,8 @@ from strassen_tile.tiling import as_samples
 class STLLinearFP8(TileLayer):
     """`STLLinear` with X̂ and Ŵ in fp8 (e4m3), each channel by its own scale. For inference; on GPUs from capability 8.9.
 
-    Buffers: `values` (r, ⌈M/s⌉, ⌈K/q⌉) in fp8, sides padded to multiples of 16, `scale` (r,), `encoder`, `decoder`, `bias`.
+    Buffers: `values` (r, ⌈M/s⌉, ⌈K/q⌉) in fp8, sides padded to multiples of 16, `scale` (r,), `largest` (),
+    `encoder_scale` (r,) (`ops.fp8.Rounded`), `encoder`, `decoder`, `bias`.
     Half the memory of a bfloat16 layer. Its results differ by 3.7 % of their norm for random bases, as a dense product in fp8
     does, by 10.6 % for Strassen's of rank 49: as any rounding, fp8's grows with `Basis.kappa` (benchmarks/fp8_error.py).
     Rows of a tile share a scale.
@@ -45,9 +46,9 @@ class STLLinearFP8(TileLayer):
             )
         self.padding, self.norm = layer.padding, layer.norm
         with torch.no_grad():
-            values, scale = rounded(layer.encoded_weight)
             encoder, decoder = layer.factors()
-        for name, tensor in (("values", values), ("scale", scale)):
+            weight = rounded(layer.encoded_weight, encoder)
+        for name, tensor in weight._asdict().items():
             self.register_buffer(name, tensor)
         for name, factor in (("encoder", encoder), ("decoder", decoder), ("bias", layer.bias)):
             self.register_buffer(name, None if factor is None else factor.detach().clone())
@@ -55,6 +56,8 @@ class STLLinearFP8(TileLayer):
 
     values: Tensor
     scale: Tensor
+    largest: Tensor
+    encoder_scale: Tensor
     encoder: Tensor
     decoder: Tensor
 
@@ -77,12 +80,15 @@ class STLLinearFP8(TileLayer):
         x = as_samples(self.without_padding(x if self.norm is None else self.norm(x).to(x.dtype)))
         encoder, decoder = self.encoder.to(x.dtype), self.decoder.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = fp8_linear(x, Rounded(self.values, self.scale), encoder, decoder, bias, self.out_features)
+        y = fp8_linear(x, self._rounded(), encoder, decoder, bias, self.out_features)
         return y.view(*lead, self.out_features)
+
+    def _rounded(self) -> Rounded:
+        return Rounded(self.values, self.scale, self.largest, self.encoder_scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> STLLinearFP8:
         """Moved as other modules are, but fp8 and its scales keep their dtype: `model.to(dtype)` would widen them."""
-        before = {"values": self.values, "scale": self.scale}
+        before = self._rounded()._asdict()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in before.items():
             if getattr(self, name).dtype != tensor.dtype:

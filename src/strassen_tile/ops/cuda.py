@@ -141,19 +141,26 @@ def mlp(
 
 
 def fp8_linear(
-    x: Tensor, values: Tensor, scale: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
+    x: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    largest: Tensor,
+    encoder_scale: Tensor,
+    encoder: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None,
+    columns: int,
 ) -> Tensor:
     """As `fp8.linear`; X̂ is rounded to fp8 as it is encoded."""
-    launch = launcher()
+    launch, weight = launcher(), fp8.Rounded(values, scale, largest, encoder_scale)
     if launch is None or not (launch.supports(x, encoder.shape) and launch.supports(x, decoder.shape)):
-        return fp8.linear(x, values, scale, encoder, decoder, bias, columns)
+        return fp8.linear(x, *weight, encoder, decoder, bias, columns)
     (r, p, q), (batch, rows, k), s = encoder.shape, x.shape, decoder.shape[2]
-    of_encoder, strips = fp8.scale_of_encoder(encoder), fp8.scale_of_rows(x, p)
+    strips = fp8.scale_of_rows(x, p)
     room = fp8.empty_input(r, batch * tile_count(rows, p), tile_count(k, q), x)
-    encoded = launch.encode(x, encoder, out=room, scales=(of_encoder, strips))
-    tiles, weight = tile_count(columns, s), fp8.Rounded(values, scale)
-    products, strips = fp8.products(encoded, of_encoder, strips, weight, tiles, x.dtype)
-    return launch.decode(products, decoder, batch, rows, columns, bias, strips=strips)  # type: ignore[no-any-return]
+    encoded = launch.encode(x, encoder, out=room, scales=(encoder_scale, strips))
+    products = fp8.products(encoded, weight, tile_count(columns, s), x.dtype)
+    return launch.decode(products, decoder, batch, rows, columns, bias, strips=strips * largest)  # type: ignore[no-any-return]
 
 
 def _normed_and_encoded(launch: ModuleType, x: Tensor, norm: Norm, encoder: Tensor) -> Tensor:

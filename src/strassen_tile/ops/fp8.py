@@ -11,7 +11,7 @@ dtype of x, is of moderate size. Sums are float32.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,29 +26,29 @@ _ALIGNED = 16  # sides that fp8 products take
 
 
 class Rounded(NamedTuple):
-    """Ŵ in fp8.
+    """Ŵ in fp8, and all scales that do not depend on x.
 
     Attributes:
         values: (r, L, J), each channel transposed, as fp8 products want it; sides padded with zeros to multiples of 16.
-        scale: (r,) float32.
+        scale: (r,) float32, of each channel as a part of the largest.
+        largest: () float32, the largest scale: Ŵ[k] ≈ largest · scale[k] · values[k]ᵀ.
+        encoder_scale: (r,) float32, that of X̂[k] where max|X_I| is 1.
     """
 
     values: Tensor
     scale: Tensor
+    largest: Tensor
+    encoder_scale: Tensor
 
 
-def rounded(encoded_weight: Tensor) -> Rounded:
-    """Ŵ (r, J, L), each channel in fp8."""
+def rounded(encoded_weight: Tensor, encoder: Tensor) -> Rounded:
+    """Ŵ (r, J, L), each channel in fp8, for an encoder (r, p, q)."""
     r, j, l = encoded_weight.shape  # noqa: E741 - the tile index L
     scale = _scale(encoded_weight.abs().amax(dim=(1, 2)) if j * l else encoded_weight.new_zeros(r))
     values = encoded_weight.new_zeros(r, _aligned(l), _aligned(j), dtype=FP8)
     values[:, :l, :j] = (encoded_weight.float() / scale[:, None, None]).mT.to(FP8)
-    return Rounded(values, scale)
-
-
-def scale_of_encoder(encoder: Tensor) -> Tensor:
-    """(r,) float32: that of X̂[k] where max|X_I| is 1."""
-    return _scale(encoder.float().abs().sum(dim=(1, 2)))
+    largest = scale.amax()
+    return Rounded(values, scale / largest, largest, _scale(encoder.float().abs().sum(dim=(1, 2))))
 
 
 def scale_of_rows(x: Tensor, p: int) -> Tensor:
@@ -75,31 +75,29 @@ def empty_input(r: int, total: int, tiles: int, like: Tensor) -> Tensor:
     return make(r, total, width, dtype=FP8)
 
 
-def products(
-    encoded: Tensor, scale: Tensor, rows: Tensor, weight: Rounded, tiles: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Ŷ (r, B·I, L) of L = `tiles` columns, by r products in turn, and what its tile rows are yet to be multiplied by."""
+def products(encoded: Tensor, weight: Rounded, tiles: int, dtype: torch.dtype) -> Tensor:
+    """Ŷ (r, B·I, L) of L = `tiles` columns, by r products in turn; to be multiplied by the row scales and `weight.largest`."""
     (r, total, _), width = encoded.shape, weight.values.shape[1]
     made = encoded.new_empty(r, total, width, dtype=dtype)
-    largest = weight.scale.amax()
-    of_weight = weight.scale / largest
     for k in range(r if total * width else 0):
         torch._scaled_mm(
             encoded[k],
             weight.values[k].mT,
-            scale_a=scale[k],
-            scale_b=of_weight[k],
+            scale_a=weight.encoder_scale[k],
+            scale_b=weight.scale[k],
             out_dtype=dtype,
             out=made[k],
             use_fast_accum=True,  # on Hopper; usual in inference
         )
-    return made[:, :, :tiles], rows * largest
+    return made[:, :, :tiles]
 
 
 def linear(
     x: Tensor,
     values: Tensor,
     scale: Tensor,
+    largest: Tensor,
+    encoder_scale: Tensor,
     encoder: Tensor,
     decoder: Tensor,
     bias: Tensor | None,
@@ -108,11 +106,11 @@ def linear(
     """`library.fp8_linear` where there are no kernels."""
     batch, n, _ = x.shape
     p, s = decoder.shape[1:]
-    of_encoder, rows = scale_of_encoder(encoder), scale_of_rows(x, p)
-    encoded = encode(x, encoder, of_encoder, rows)
-    made, rows = products(encoded, of_encoder, rows, Rounded(values, scale), tile_count(columns, s), x.dtype)
-    y = generic.decode(made, decoder, batch, n, columns)
-    y = (y * rows.view(batch, tile_count(n, p)).repeat_interleave(p, dim=1)[:, :n, None]).to(x.dtype)
+    rows = scale_of_rows(x, p)
+    encoded = encode(x, encoder, encoder_scale, rows)
+    weight = Rounded(values, scale, largest, encoder_scale)
+    y = generic.decode(products(encoded, weight, tile_count(columns, s), x.dtype), decoder, batch, n, columns)
+    y = (y * (rows * largest).view(batch, tile_count(n, p)).repeat_interleave(p, dim=1)[:, :n, None]).to(x.dtype)
     return y if bias is None else y + bias
 
 
@@ -134,15 +132,13 @@ def fp8_linear(
     return library.fp8_linear(x, *weight, encoder, decoder, bias, columns)  # type: ignore[no-any-return]
 
 
-def _refusing(
-    x: Tensor, values: Tensor, scale: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
-) -> Tensor:
-    if fused.learns(x, encoder, decoder, bias):
+def _refusing(x: Tensor, *arguments: Any) -> Tensor:
+    if fused.learns(x, *(a for a in arguments if isinstance(a, Tensor))):
         raise BackendError(
             "products in fp8 are for inference: call under torch.no_grad(), or undo the quantisation to train"
         )
     with torch._C._AutoDispatchBelowAutograd():
-        return library.fp8_linear(x, values, scale, encoder, decoder, bias, columns)  # type: ignore[no-any-return]
+        return library.fp8_linear(x, *arguments)  # type: ignore[no-any-return]
 
 
 def _scale(largest: Tensor) -> Tensor:

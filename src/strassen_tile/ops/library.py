@@ -45,7 +45,8 @@ _library.define(
     tags=_tags,
 )
 _library.define(
-    "fp8_linear(Tensor x, Tensor values, Tensor scale, Tensor encoder, Tensor decoder, Tensor? bias, SymInt columns) -> Tensor",
+    "fp8_linear(Tensor x, Tensor values, Tensor scale, Tensor largest, Tensor encoder_scale, Tensor encoder, Tensor decoder, "
+    "Tensor? bias, SymInt columns) -> Tensor",
     tags=_tags,
 )
 for _kernel in (generic.encode, generic.decode, generic.correlate):
@@ -115,9 +116,8 @@ def _chain_shape(x: Tensor, *arguments: Any) -> Tensor:
 
 
 @torch.library.register_fake(f"{NAMESPACE}::fp8_linear")  # type: ignore[untyped-decorator]
-def _fp8_shape(
-    x: Tensor, values: Tensor, scale: Tensor, e: Tensor, d: Tensor, bias: Tensor | None, columns: int
-) -> Tensor:
+def _fp8_shape(x: Tensor, *arguments: Any) -> Tensor:
+    columns = arguments[-1]
     return x.new_empty(x.shape[0], x.shape[1], columns)
 
 
@@ -174,16 +174,8 @@ def _norm_linear_flops(x: Sequence[int], *arguments: Any, **__: Any) -> int:
 
 
 @register_flop_formula(torch.ops.strassen_tile.fp8_linear)  # type: ignore[untyped-decorator, unused-ignore]
-def _fp8_flops(
-    x: Sequence[int],
-    values: Sequence[int],
-    scale: Any,
-    e: Sequence[int],
-    d: Sequence[int],
-    b: Any,
-    columns: int,
-    **_: Any,
-) -> int:
+def _fp8_flops(x: Sequence[int], *arguments: Any, **__: Any) -> int:
+    values, _scale, _largest, _encoder_scale, e, d, _bias, columns = arguments
     sizes = values[0], tile_count(x[2], e[2]), tile_count(columns, d[2])  # what is padded is not counted
     return sum(_pass_flops(x, sizes, e, d))
 
