@@ -3,7 +3,7 @@
 from strassen_tile import bases, cost, models, reference
 from strassen_tile._version import __version__
 from strassen_tile.basis import Basis
-from strassen_tile.convert import Conversion, convert, quantize_fp8
+from strassen_tile.convert import Conversion, MixingReport, check_mixing, convert, quantize_fp8
 from strassen_tile.nn import STLMLP, STLConfig, STLLinear, STLLinearFP8, param_groups
 from strassen_tile.ops import register_backend, stl_linear, stl_matmul
 
@@ -14,11 +14,13 @@ __all__ = [
     "STLMLP",
     "Basis",
     "Conversion",
+    "MixingReport",
     "STLConfig",
     "STLLinear",
     "STLLinearFP8",
     "__version__",
     "bases",
+    "check_mixing",
     "convert",
     "cost",
     "models",

@@ -161,7 +161,8 @@ def test_gradients_under_checkpointing_are_those_without(reentrant):
 @torch.no_grad()
 def test_encoder_of_an_encoder_decoder_model_follows_its_own_mask(monkeypatch):
     model = t5()
-    convert(model, SEQUENCE, filter_fn=lambda module, name: name.startswith("encoder."))
+    examples = {**EXAMPLES, "decoder_input_ids": IDS}
+    convert(model, SEQUENCE, example_inputs=examples, filter_fn=lambda module, name: name.startswith("encoder."))
 
     def logits(ids, mask):
         written = IDS[:1].expand(len(ids), -1)  # as long as the encoder's, so that a mix-up of masks would go unnoticed

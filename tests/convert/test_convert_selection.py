@@ -86,9 +86,9 @@ def test_a_linear_layer_itself_is_refused():
 @pytest.mark.parametrize("name", ["head", "lm_head", "classifier", "score", "qa_outputs", "fc_out"])
 def test_heads_by_name(name):
     model = nn.ModuleDict({"body": nn.Linear(8, 8), name: nn.Linear(8, 8), "norm": nn.LayerNorm(8)})
-    assert convert(model, SEQUENCE).skipped == {name: HEAD}
+    assert convert(model, APART).skipped == {name: HEAD}
     nested = nn.ModuleDict({"body": nn.Linear(8, 8), name: nn.ModuleDict({"dense": nn.Linear(8, 8)})})
-    assert convert(nested, SEQUENCE).skipped == {f"{name}.dense": HEAD}
+    assert convert(nested, APART).skipped == {f"{name}.dense": HEAD}
 
 
 def test_heads_by_get_output_embeddings():
@@ -96,7 +96,7 @@ def test_heads_by_get_output_embeddings():
         def get_output_embeddings(self):
             return self[1]
 
-    assert convert(Model(nn.Linear(8, 8), nn.Linear(8, 8)), SEQUENCE).skipped == {"1": HEAD}
+    assert convert(Model(nn.Linear(8, 8), nn.Linear(8, 8)), APART).skipped == {"1": HEAD}
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ def test_heads_by_making_the_output(wrap):
             return wrap(super().forward(x))
 
     model = Model(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    assert convert(model, SEQUENCE, example_inputs=X).skipped == {"2": HEAD}
+    assert convert(model, APART, example_inputs=X).skipped == {"2": HEAD}
     model = Model(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
-    assert convert(model, SEQUENCE, example_inputs=X).skipped == {}
+    assert convert(model, APART, example_inputs=X).skipped == {}
 
 
 def test_tied_parameters_are_left_alone():
@@ -138,7 +138,7 @@ def test_shared_module_is_converted_once_and_everywhere():
 
     model = Twice()
     dense, expected = model.a, model(X)
-    done = convert(model, SEQUENCE, example_inputs=X)
+    done = convert(model, APART, example_inputs=X)
     assert list(done.converted) == ["a"]
     assert model.a is model.inside["b"] is done.converted["a"]
     assert done.calls["a"] == [(2, 6, 8), (2, 6, 8)]
@@ -187,7 +187,7 @@ def test_matrices_that_are_no_linear_layer_are_named_too():
     model = nn.ModuleDict(
         {"odd": Odd(), "attention": nn.MultiheadAttention(8, 2, batch_first=True), "a": nn.Linear(8, 8)}
     )
-    skipped = convert(model, SEQUENCE).skipped
+    skipped = convert(model, APART).skipped
     assert skipped["odd"] == "is a Odd; only nn.Linear modules are replaced"
     assert skipped["attention"].startswith("multiplies by its in_proj_weight itself")
     assert skipped["attention.out_proj"].startswith("is a NonDynamicallyQuantizableLinear")

@@ -10,7 +10,7 @@ import strassen_tile as st
 from strassen_tile import cost
 from strassen_tile.errors import ConversionError
 
-ROOM = sys.modules["strassen_tile.convert.swap"]  # the package has a function of that name
+ROOM = sys.modules["strassen_tile.convert.stl"]
 
 
 def machine(copy: float) -> cost.Machine:
@@ -27,7 +27,9 @@ def model() -> nn.Module:
 def test_layers_that_would_not_pay_are_left_with_the_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer of 16 features reads and writes more than it saves; the wide one gains."""
     monkeypatch.setattr(ROOM, "machine", lambda device, dtype: machine(copy=3e10))
-    conversion = st.convert(model(), st.STLConfig(rank=24), example_inputs=torch.randn(2, 256, 512), min_speedup=1.2)
+    conversion = st.convert(
+        model(), st.STLConfig(rank=24), example_inputs=torch.randn(2, 256, 512), min_speedup=1.2, force_mixing=["*"]
+    )
     assert list(conversion.converted) == ["0"]
     for name in ("2", "4"):
         assert "predicted" in conversion.skipped[name] and "below 1.2" in conversion.skipped[name]
@@ -38,7 +40,11 @@ def test_without_memory_limits_what_pays_is_a_matter_of_flops(monkeypatch: pytes
     monkeypatch.setattr(ROOM, "machine", lambda device, dtype: machine(copy=1e30))
     for threshold, names in ((1.2, ["0"]), (0.1, ["0", "2", "4"])):
         conversion = st.convert(
-            model(), st.STLConfig(rank=24), example_inputs=torch.randn(2, 256, 512), min_speedup=threshold
+            model(),
+            st.STLConfig(rank=24),
+            example_inputs=torch.randn(2, 256, 512),
+            min_speedup=threshold,
+            force_mixing=["*"],
         )
         assert list(conversion.converted) == names
 

@@ -39,7 +39,7 @@ def test_undo_in_any_order():
         model = Classifier().eval()
         modules, expected = dict(model.named_modules()), model(X)
         done = [
-            convert(model, SEQUENCE, filter_fn=lambda module, name: name == "first"),
+            convert(model, SEQUENCE, example_inputs=X, filter_fn=lambda module, name: name == "first"),
             convert(model, APART, filter_fn=lambda module, name: name == "second"),
         ]
         assert done[1].skipped["first"] == "is an STLLinear already"
@@ -67,7 +67,7 @@ def test_examples_leave_no_trace():
         model.norm.eval()
         model.pooled.weight.requires_grad_(False)
         model.norm.weight.grad = torch.ones(8)
-        convert(model, SEQUENCE, example_inputs=examples, filter_fn=lambda module, name: name in ("first", "second"))
+        convert(model, APART, example_inputs=examples, filter_fn=lambda module, name: name in ("first", "second"))
         return model, torch.rand(1)
 
     (with_examples, one), (without, other) = converted(X), converted(None)
@@ -149,13 +149,15 @@ def test_fit_is_taken_where_the_config_says_so():
 def test_meta_model_is_converted_without_numbers():
     with torch.device("meta"):
         model, x = Classifier(), torch.empty(2, 6, 8)
-    done = convert(model, SEQUENCE, example_inputs=x)
-    assert list(done.converted) == ["first", "second"]
+    with pytest.raises(ConversionError, match="meta device"):  # and so nothing that shows what its rows may see
+        convert(model, SEQUENCE, example_inputs=x)
+    done = convert(model, APART, example_inputs=x)
+    assert list(done.converted) == ["first", "second", "pooled"]
     assert all(p.is_meta for p in model.parameters())
     assert model(x).shape == (2, 3)
     with torch.device("meta"):
         same_sizes = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
-        done = convert(same_sizes, SEQUENCE, example_inputs=torch.empty(2, 6, 8))
+        done = convert(same_sizes, APART, example_inputs=torch.empty(2, 6, 8))
     assert not done.skipped  # none of them makes the output
 
 

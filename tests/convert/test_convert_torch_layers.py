@@ -6,7 +6,6 @@ from tiny_models import APART, SEQUENCE
 from torch import nn
 
 from strassen_tile import STLConfig, STLLinear, convert, models, rivals
-from strassen_tile.errors import ConversionError
 
 EXACT = STLConfig(tile=2, rank=7, basis="strassen")
 X = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -20,13 +19,12 @@ def encoder(layers=2, **options):
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
-@pytest.mark.parametrize("examples", [None, X], ids=["blind", "seen"])
-def test_encoder_leaves_the_fused_path_that_reads_weights_itself(examples):
+def test_encoder_leaves_the_fused_path_that_reads_weights_itself():
     model = encoder()
     with torch.no_grad():
         fused = model(X, src_key_padding_mask=PADDING)
         expected = model(X)
-        done = convert(model, EXACT, example_inputs=examples)
+        done = convert(model, EXACT, example_inputs=X)
         assert list(done.converted) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
         torch.testing.assert_close(model(X), expected)
         real = ~PADDING
@@ -57,12 +55,17 @@ def test_attention_projections_are_left_to_their_owner(config):
     assert set(skipped) == {"layers.0.self_attn", "layers.0.self_attn.out_proj"}
 
 
-def test_decoders_are_refused_unless_left_out():
-    model = nn.Transformer(8, 2, 1, 1, 16, batch_first=True, dtype=torch.float64).eval()
-    with pytest.raises(ConversionError, match=r"decoder\.layers\.0.*filter_fn"):
-        convert(model, SEQUENCE)
-    convert(model, SEQUENCE, filter_fn=lambda module, name: name.startswith("encoder."))
-    model = nn.Transformer(8, 2, 1, 1, 16, batch_first=True, dtype=torch.float64).eval()
+def test_decoders_are_left_dense_where_their_rows_must_not_meet():
+    def made():
+        return nn.Transformer(8, 2, 1, 1, 16, batch_first=True, dtype=torch.float64).eval()
+
+    causal = nn.Transformer.generate_square_subsequent_mask(3, dtype=torch.float64)
+    done = convert(made(), SEQUENCE, example_inputs={"src": X, "tgt": X[:, :3], "tgt_mask": causal})
+    assert list(done.converted) == ["encoder.layers.0.linear1", "encoder.layers.0.linear2"]
+    assert "depend on tgt[0, " in done.skipped["decoder.layers.0.linear1"]
+    both_ways = convert(made(), SEQUENCE, example_inputs={"src": X, "tgt": X[:, :3]})  # without a mask rows do meet
+    assert "decoder.layers.0.linear1" in both_ways.converted
+    model = made()
     assert "decoder.layers.0.linear1" in convert(model, APART).converted
     assert model(X, X[:, :3]).shape == (2, 3, 8)
 
@@ -95,11 +98,11 @@ def test_t2t_vit_without_a_filter_leaves_its_head():
 
 def test_lazy_layers_that_the_examples_materialise_are_converted():
     model = nn.Sequential(nn.LazyLinear(8), nn.ReLU())
-    assert convert(model, SEQUENCE, example_inputs=torch.randn(2, 5, 6)).converted["0"].in_features == 6
+    assert convert(model, APART, example_inputs=torch.randn(2, 5, 6)).converted["0"].in_features == 6
 
 
 def test_a_parallel_wrapper_is_seen_through():
     model = nn.DataParallel(nn.Sequential(nn.Linear(8, 8, dtype=torch.float64), nn.ReLU()))
     expected = model(X)
-    assert list(convert(model, EXACT, example_inputs=X).converted) == ["module.0"]
+    assert list(convert(model, EXACT, example_inputs=X, force_mixing=["*"]).converted) == ["module.0"]
     torch.testing.assert_close(model(X), expected)

@@ -49,7 +49,7 @@ def test_masked_language_model_keeps_its_tied_head():
 
 def test_untied_head_is_found_by_get_output_embeddings():
     model = bert("BertForMaskedLM", tie_word_embeddings=False)
-    assert convert(model, SEQUENCE).skipped == {"cls.predictions.decoder": HEAD}
+    assert convert(model, SEQUENCE, example_inputs=TEXT).skipped == {"cls.predictions.decoder": HEAD}
     assert isinstance(model.cls.predictions.decoder, torch.nn.Linear)
 
 

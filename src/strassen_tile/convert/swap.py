@@ -1,23 +1,26 @@
-"""Swap layers of a model in place, say what was done, and undo it."""
+"""Swap layers of a model in place, all or none; say what was done, and undo it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from torch import nn
 
-from strassen_tile.convert.mlps import adopt_mlps
-from strassen_tile.convert.observe import Calls, causal_layers, observe
-from strassen_tile.convert.select import Candidate, Filter, candidates, causal_parts, others, reasons, within
-from strassen_tile.cost import machine
+from strassen_tile.convert.influence import Mixing
+from strassen_tile.convert.select import Candidate, Filter, place_of
+from strassen_tile.convert.survey import Pays, survey
+from strassen_tile.convert.trial import failures
 from strassen_tile.errors import ConversionError
-from strassen_tile.nn import PaddingMask, STLConfig, STLLinear, STLLinearFP8
+from strassen_tile.nn import PaddingMask, STLLinear, STLLinearFP8
 
 Replace = Callable[[nn.Linear], nn.Module | str]  # a replacement, or the reason why there is none
-Pays = Callable[[nn.Linear, list[tuple[int, ...]]], str | None]  # of a layer and its input shapes: why it does not pay
+# What to do about rows that may not mix.
+WAYS_OUT = (
+    "Use STLConfig(mixing='none') (rows apart), mixing='causal' (rows see earlier ones) for a causal model, or name layers in "
+    "force_mixing whose rows may see others of their sample all the same"
+)
 
 
 @dataclass
@@ -56,129 +59,78 @@ class Conversion:
         return "\n".join([head, *lines])
 
 
-def convert(
-    model: nn.Module,
-    config: STLConfig | None = None,
-    *,
-    example_inputs: object = None,
-    filter_fn: Filter | None = None,
-    min_speedup: float | None = None,
-) -> Conversion:
-    """Replace the linear layers of `model`, in place, by `STLLinear`.
-
-    Left as they are, each with a reason: heads (layers that make the model's output), layers with tied weights or hooks,
-    subclasses of `nn.Linear`, and, where rows mix, layers fed 2-D inputs or rows of several samples. The last two, and
-    heads under unusual names, are found by running `example_inputs`; best give two samples (one is tried twice).
-
-    Blocks that are an MLP of replaced layers, two or a gated three, keep their class and names but become `STLMLP`s too:
-    in inference on a GPU they run in one step. They are recognised by reading their source.
-
-    A model called with `attention_mask` (B, N) has its padding rows zeroed before they can reach real rows.
-
-    Args:
-        model: any module that is not itself a linear layer.
-        config: `STLConfig()` by default. Whether Ŵ starts from the weight or from noise of its scale is in it.
-        example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments, run in eval mode.
-        filter_fn: filter_fn(module, name) → whether to replace it; given, it decides about heads too.
-        min_speedup: leave layers that are predicted to gain less than this on this machine at the shapes of
-            `example_inputs` (as `strassen-tile plan` does): of a training step if the model is in training mode, of a
-            forward pass otherwise.
-
-    Returns:
-        A `Conversion`; `str()` of it is a table.
-
-    Raises:
-        ConversionError: nothing was converted, rows would mix in a causal language model or a decoder, or
-            min_speedup was given without example_inputs.
-    """
-    config = config or STLConfig()
-    config.load_basis()  # a basis that does not exist is said before anything is touched
-    if config.mixing == "sequence" and config.mixes_rows:
-        _refuse_causal(model, example_inputs, filter_fn)
-    if min_speedup is not None and example_inputs is None:
-        raise ConversionError(
-            "min_speedup needs example_inputs: how much a layer gains depends on how many rows it is fed"
-        )
-    padding = PaddingMask() if config.mixes_rows else None
-    name = "step" if model.training else "forward"
-    pays = None if min_speedup is None else partial(_pays, config=config, least=min_speedup, name=name)
-
-    def replace(linear: nn.Linear) -> nn.Module:
-        start = config if config.fits else STLConfig.from_dict({**config.to_dict(), "init": "random"})
-        layer = STLLinear.from_linear(linear, start)
-        layer.config = config
-        layer.padding = padding
-        return layer
-
-    conversion = swap(
-        model, replace, example_inputs=example_inputs, filter_fn=filter_fn, mixes_rows=config.mixes_rows, pays=pays
-    )
-    conversion.padding = padding
-    mlps = adopt_mlps(model, conversion.converted.values())
-    conversion.mlps = list(mlps)
-    conversion._undo.extend(mlps.values())
-    if padding is not None:
-        conversion._undo.extend(handle.remove for handle in padding.attach(model))
-    return conversion
-
-
 def swap(
     model: nn.Module,
     replace: Replace,
     *,
     example_inputs: object = None,
     filter_fn: Filter | None = None,
-    mixes_rows: bool = False,
+    mixing: Mixing | None = None,
+    force_mixing: Sequence[str] = (),
     pays: Pays | None = None,
 ) -> Conversion:
-    """Replace the layers that `replace` has a replacement for; the engine of `convert` and of its rivals."""
-    found = candidates(model)
-    if any("" in candidate.names for candidate in found):
-        raise ConversionError("the model is itself a linear layer; use STLLinear.from_linear on it")
-    layers = {candidate.name: candidate.layer for candidate in found}
-    calls: Mapping[str, Calls] | None = None if example_inputs is None else observe(model, layers, example_inputs)
-    skipped = reasons(model, found, filter_fn=filter_fn, calls=calls, mixes_rows=mixes_rows)
-    skipped.update(others(model))
-    if pays is not None and calls is not None:
-        chosen = [candidate for candidate in found if candidate.name not in skipped]
-        losses = {candidate.name: pays(candidate.layer, calls[candidate.name].shapes) for candidate in chosen}
-        skipped.update({name: loss for name, loss in losses.items() if loss is not None})
-    replacements: list[tuple[Candidate, nn.Module]] = []
-    for candidate in found:
-        if candidate.name not in skipped:
-            replacement = replace(candidate.layer)
-            if isinstance(replacement, str):
-                skipped[candidate.name] = replacement
-            else:
-                replacements.append((candidate, replacement))
+    """Replace the layers that `replace` has a replacement for, all or none; the engine of `convert` and of its rivals."""
+    plan = survey(
+        model, example_inputs=example_inputs, filter_fn=filter_fn, mixing=mixing, force_mixing=force_mixing, pays=pays
+    )
+    skipped = dict(plan.skipped)
+    replacements: dict[Candidate, nn.Module] = {}
+    for candidate in plan.chosen:
+        replacement = replace(candidate.layer)
+        if isinstance(replacement, str):
+            skipped[candidate.name] = replacement
+        else:
+            replacements[candidate] = replacement
+    if example_inputs is not None:
+        for candidate, reason in failures(model, replacements, example_inputs).items():
+            skipped[candidate.name] = reason
+            del replacements[candidate]
     if not replacements:
         listing = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "it has no nn.Linear"
-        raise ConversionError(f"nothing to convert in {type(model).__name__}. {listing}")
+        way_out = f". {WAYS_OUT}" if plan.dangers else ""
+        raise ConversionError(f"nothing to convert in {type(model).__name__}. {listing}{way_out}")
     conversion = Conversion(
-        converted={candidate.name: layer for candidate, layer in replacements},
+        converted={candidate.name: layer for candidate, layer in replacements.items()},
         skipped=skipped,
-        calls={name: call.shapes for name, call in (calls or {}).items()},
+        calls={name: call.shapes for name, call in (plan.calls or {}).items()},
     )
-    places = [(_place(model, name), *pair) for pair in replacements for name in pair[0].names]
-    for (parent, child), candidate, replacement in places:
-        setattr(parent, child, replacement)
-        conversion._undo.append(partial(setattr, parent, child, candidate.layer))
+    conversion._undo.extend(put_in_place(model, replacements))
     conversion._undo.extend(_leave_fast_path(model))
     return conversion
 
 
-def _pays(
-    linear: nn.Linear, shapes: list[tuple[int, ...]], *, config: STLConfig, least: float, name: str
-) -> str | None:
-    here = machine(linear.weight.device.type, linear.weight.dtype)
-    rows = math.prod(shapes[0][:-1])
-    speedup = here.speedup(rows, linear.in_features, linear.out_features, config.pqs, config.rank, name)
-    return f"predicted {speedup:.2f}× on this machine, below {least:g}×" if speedup < least else None
+def put_in_place(model: nn.Module, replacements: Mapping[Candidate, nn.Module]) -> list[Callable[[], object]]:
+    """Put every replacement where its candidate is, or none of them; returns what puts each candidate back.
+
+    Raises:
+        ConversionError: the owner of a layer does not take another one.
+    """
+    places = [(*place_of(model, name), c.layer, layer) for c, layer in replacements.items() for name in c.names]
+    done: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for parent, child, before, layer in places:
+            done.append((parent, child, before))
+            setattr(parent, child, layer)
+    except BaseException as error:
+        for owner, child, linear in done:
+            owner._modules[child] = linear
+        if not isinstance(error, Exception):
+            raise
+        owner, child, _ = done[-1]
+        raise ConversionError(
+            f"{type(owner).__name__} does not take another layer as {child!r} ({type(error).__name__}: {error}); leave it "
+            "out with filter_fn. Nothing was converted"
+        ) from error
+    return [partial(_put_back, *place) for place in places]
 
 
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    parent, _, child = name.rpartition(".")
-    return model.get_submodule(parent), child
+def _put_back(parent: nn.Module, child: str, before: nn.Module, layer: nn.Module) -> None:
+    """The layer that was there, with the dtype, device and mode that the model has been given since."""
+    now = next((p for p in layer.parameters() if p.is_floating_point()), None)
+    was = next((p for p in before.parameters() if p.is_floating_point()), None)
+    if now is not None and was is not None and not was.is_meta and (now.dtype, now.device) != (was.dtype, was.device):
+        before.to(now.device, now.dtype)
+    parent._modules[child] = before.train(layer.training)
 
 
 def _leave_fast_path(model: nn.Module) -> list[Callable[[], object]]:
@@ -198,22 +150,6 @@ def _leave_fast_path(model: nn.Module) -> list[Callable[[], object]]:
                     encoder = isinstance(module, nn.TransformerEncoder)
                     change(module, *(("use_nested_tensor", False) if encoder else ("activation_relu_or_gelu", 0)))
     return undo
-
-
-def _refuse_causal(model: nn.Module, example_inputs: object, filter_fn: Filter | None) -> None:
-    layers = {candidate.name: candidate.layer for candidate in candidates(model)}
-    chosen = [name for name, layer in layers.items() if filter_fn is None or filter_fn(layer, name)]
-    parts = causal_parts(model)
-    causal = [name for name in chosen if within(name, parts)]
-    if not causal and example_inputs is not None:
-        parts = causal_layers(model, layers, example_inputs)
-        causal = [name for name in chosen if name in parts]
-    if causal:
-        raise ConversionError(
-            f"{type(model).__name__} is, or holds, a causal language model or decoder ({causal[0]} is in it), and "
-            "mixing='sequence' would let a token see later ones in its tile. Use STLConfig(mixing='none') (rows apart) or "
-            "mixing='causal' (rows see earlier ones), or leave its layers out with filter_fn"
-        )
 
 
 def _describe(layer: nn.Module) -> str:

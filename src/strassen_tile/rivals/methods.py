@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from strassen_tile import cost
 from strassen_tile.convert import Conversion, convert, swap
-from strassen_tile.convert.observe import evaluating, run
+from strassen_tile.convert.influence import Mixing
+from strassen_tile.convert.running import evaluating, run
 from strassen_tile.convert.select import Filter
 from strassen_tile.convert.swap import Replace
 from strassen_tile.cost import Cost
@@ -91,12 +92,12 @@ def low_rank(flop_ratio: float) -> Method:
 
 def token_mix(rows_mixed: int = 4) -> Method:
     """Dense layers that first mix the rows of a tile: the control for row mixing."""
-    return _swapped("dense+mix", lambda linear: TokenMixLinear(linear, rows_mixed), mixes_rows=True)
+    return _swapped("dense+mix", lambda linear: TokenMixLinear(linear, rows_mixed), Mixing(rows_mixed, causal=False))
 
 
-def _swapped(name: str, replace: Replace, *, mixes_rows: bool = False) -> Method:
+def _swapped(name: str, replace: Replace, mixing: Mixing | None = None) -> Method:
     def apply(model: nn.Module, inputs: object, keep: Filter | None) -> Conversion:
-        return swap(model, replace, example_inputs=inputs, filter_fn=keep, mixes_rows=mixes_rows)
+        return swap(model, replace, example_inputs=inputs, filter_fn=keep, mixing=mixing)
 
     return Method(name, None, apply)
 
