@@ -45,9 +45,9 @@ def test_a_model_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(
         nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)), shared, shared, nn.Linear(64, 4)
     )
-    conversion, x = (
-        stl.convert(model, stl.STLConfig(rank=24), filter_fn=lambda _, name: name != "3"),
-        torch.randn(2, 9, 64),
+    x = torch.randn(2, 9, 64)
+    conversion = stl.convert(
+        model, stl.STLConfig(rank=24), example_inputs=x, filter_fn=lambda _, name: name != "3", force_mixing=["*"]
     )
     model.eval()
     with torch.no_grad():

@@ -69,7 +69,10 @@ def test_optimizer_takes_them_and_only_weights_decay():
 
 def convert_t2t():
     model = models.t2t_vit("t2t_vit_micro", num_classes=3, image_size=8, in_channels=1)
-    convert(model, STLConfig(tile=4, rank=6), filter_fn=lambda _, name: name.startswith("blocks."))
+    pixels = torch.randn(2, 1, 8, 8)
+    convert(
+        model, STLConfig(tile=4, rank=6), example_inputs=pixels, filter_fn=lambda _, name: name.startswith("blocks.")
+    )
     return model
 
 

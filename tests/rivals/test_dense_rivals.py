@@ -139,6 +139,13 @@ def test_token_mix_trains_the_mix_and_keeps_the_mode():
         TokenMixLinear(dense(), 0)
 
 
+class MeanAdded(nn.Module):
+    """Lets all rows of a sample meet."""
+
+    def forward(self, x):
+        return x + x.mean(dim=1, keepdim=True)
+
+
 def test_methods_convert_and_undo():
     examples = torch.randn(2, 7, 12)
     methods = {
@@ -148,7 +155,7 @@ def test_methods_convert_and_undo():
         "dense+mix": (rivals.token_mix(3), TokenMixLinear),
     }
     for name, (method, kind) in methods.items():
-        model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()).eval()
+        model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), MeanAdded()).eval()
         layers, expected = list(model), model(examples)
         done = method.apply(model, examples, None)
         assert method.name == method.label == name

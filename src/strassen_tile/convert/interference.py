@@ -16,6 +16,7 @@ and what not.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -159,7 +160,7 @@ class Trial:
                 "nothing that was changed in the example inputs reaches it, which shows nothing of its rows", False
             )
         for call in several:
-            hazard = self._hazard_of_call(call, how, considered)
+            hazard = self._shared_rows(call) or self._hazard_of_call(call, how, considered)
             if hazard is not None:
                 return hazard
         return None
@@ -188,6 +189,17 @@ class Trial:
             for at, changed in enumerate(now.outputs):
                 if not self.depends(place, at, changed):
                     return self.described(at, changed, place)
+        return None
+
+    def _shared_rows(self, call: Call) -> Hazard | None:
+        """That rows of one leading index are of different samples: tiles may part them here, and not at another length."""
+        samples = [place for place in self.samples if call in self.seen[place].rows]
+        for one, other in itertools.combinations(samples, 2):
+            if one.leaf != other.leaf or one.index[one.dim] == other.index[other.dim]:
+                continue
+            a, b = self.seen[one].rows[call], self.seen[other].rows[call]
+            if bool(((a & ~b).any(dim=1) & (b & ~a).any(dim=1)).any()):
+                return Hazard(f"dimension −2 of its input holds rows of several samples: {one} and {other}", True)
         return None
 
     def _hazard_of_call(self, call: Call, how: Mixing, considered: Sequence[Place]) -> Hazard | None:

@@ -103,7 +103,7 @@ def guinea_pig(model: nn.Module) -> Iterator[nn.Module]:
     if double is not None:
         yield double
         return
-    state = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    state = [(t, t.data, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
     attributes = [(vars(module), {name: copy.copy(v) if isinstance(v, dict) else v for name, v in vars(module).items()})
                   for module in model.modules()]  # fmt: skip
     try:
@@ -118,5 +118,6 @@ def guinea_pig(model: nn.Module) -> Iterator[nn.Module]:
                     now[name].update(value)
                 else:
                     now[name] = value
-        for tensor, values in state:
-            tensor.data.copy_(values)
+        for tensor, data, values in state:
+            data.copy_(values)
+            tensor.data = data  # it may have been given another dtype

@@ -11,6 +11,7 @@ from strassen_tile.errors import ShapeError, shape_text
 from strassen_tile.nn import fit, init
 from strassen_tile.nn.base import TileLayer
 from strassen_tile.nn.config import STLConfig
+from strassen_tile.nn.stand_in import dense_weight
 from strassen_tile.nn.steps import check_norm, norm_of, undisturbed
 from strassen_tile.ops import stl_linear
 from strassen_tile.ops.chains import Weights, norm_linear
@@ -172,10 +173,8 @@ class STLLinear(TileLayer):
 
     @property
     def weight(self) -> Tensor:
-        """An empty tensor (M, 0) with the dtype and device of the layer, which is what some models ask a linear layer's
-        `weight` for (T5). There is no dense weight: use as one fails.
-        """
-        return self.encoded_weight.new_empty((self.out_features, 0))
+        """What models may ask a linear layer's `weight` for: its shape (M, K), dtype and device. Computing with it raises."""
+        return dense_weight(self.out_features, self.in_features, self.encoded_weight)
 
     @property
     def itemsize(self) -> int:
