@@ -19,11 +19,9 @@ class DenseWeight(Tensor):
     @staticmethod
     def __new__(cls, rows: int, columns: int, like: Tensor) -> DenseWeight:
         """Of `rows` × `columns`, with the dtype and device of `like`."""
-        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
-            cls, (rows, columns), dtype=like.dtype, device=like.device
-        )
+        return Tensor._make_wrapper_subclass(cls, (rows, columns), dtype=like.dtype, device=like.device)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"DenseWeight({tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r}: there is none)"
 
     @classmethod
