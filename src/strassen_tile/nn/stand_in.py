@@ -21,7 +21,7 @@ class DenseWeight(Tensor):
         """Of `rows` × `columns`, with the dtype and device of `like`."""
         return Tensor._make_wrapper_subclass(cls, (rows, columns), dtype=like.dtype, device=like.device)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
         return f"DenseWeight({tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r}: there is none)"
 
     @classmethod
