@@ -93,6 +93,47 @@ def test_code_in_a_file_is_not_run(tmp_path):
     refused(small(1), tmp_path / "args.pt", "tensors alone")
 
 
+STRANGE = {
+    "sparse": (lambda t: t.to_sparse(), "without plain numbers"),
+    "meta": (lambda t: t.to("meta"), "on the meta device"),
+    "complex": (lambda t: t.to(torch.complex64), "expected torch.float32, got torch.complex64"),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("key", ["norm.weight", "head.weight"])
+def test_tensors_that_no_model_holds_change_nothing(tmp_path, kind, key):
+    make, fragment = STRANGE[kind]
+    state = small(0).state_dict()
+    state[key] = make(state[key])
+    torch.save(state, tmp_path / "strange.pt")
+    refused(small(1), tmp_path / "strange.pt", key, fragment)
+
+
+def test_fractions_are_not_cut_to_whole_numbers(tmp_path):
+    norm = torch.nn.BatchNorm1d(3)
+    torch.save({**norm.state_dict(), "num_batches_tracked": torch.tensor(1.5)}, tmp_path / "cut.pt")
+    refused(norm, tmp_path / "cut.pt", "num_batches_tracked: expected torch.int64, got torch.float32")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("disk"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_what_fails_half_way_is_taken_back(tmp_path, monkeypatch, error):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    state = {key: value + 1 for key, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "a.pt")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    monkeypatch.setattr(model[1], "_load_from_state_dict", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else DataError):
+        load_checkpoint(model, tmp_path / "a.pt")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_name_with_and_without_its_prefix_is_refused(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    torch.save({**model.state_dict(), "module.weight": torch.zeros(2, 2)}, tmp_path / "twice.pt")
+    refused(model, tmp_path / "twice.pt", "twice")
+
+
 def test_a_model_without_storage_is_refused(tmp_path):
     torch.save(small(0).state_dict(), tmp_path / "a.pt")
     with torch.device("meta"):

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from strassen_tile.errors import ConfigError, DataError, shape_text
 
@@ -24,33 +26,59 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Reads `.safetensors`, and any other suffix as a torch file with `weights_only=True`. A top-level "state_dict_ema" or
     "state_dict" is entered and a leading "module." taken off the names, as the published T2T-ViT files need. Nothing is
-    resized: a checkpoint of other sizes is refused.
+    resized: a checkpoint of other sizes is refused, and so is one whose numbers the model cannot hold (complex for real,
+    fractions for whole) or that lacks them (sparse, quantised or meta tensors). Until all of it is in, a copy of what the
+    model held is kept in CPU memory.
 
     Raises:
-        DataError: the file is missing or unreadable, or names or shapes differ from the model's; both sides are named.
-        ConfigError: the model is on the meta device and has no storage to load into.
+        DataError: the file is missing or unreadable, or does not fit the model; both sides are named. The model is as it was.
+        ConfigError: the model is on the meta device, or lazy, and has no storage to load into.
         ImportError: a .safetensors file, and safetensors is not installed.
     """
     path = Path(path)
     state = _state_dict(_read(path), path)
-    expected = model.state_dict()
-    if any(value.is_meta for value in expected.values()):
-        raise ConfigError(f"load_checkpoint({str(path)!r}): the model is on the meta device; call to_empty() first.")
+    expected = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    if any(is_lazy(value) or value.is_meta for value in expected.values()):
+        raise ConfigError(
+            f"load_checkpoint({str(path)!r}): the model has no storage yet; call to_empty() first if it is on the meta "
+            "device, or run it once if it is lazy."
+        )
+    strange = {key: kind for key, value in state.items() if (kind := _kind(value))}
+    pairs = {key: (expected[key], state[key]) for key in (expected.keys() & state.keys()) - strange.keys()}
     problems = [
         *_list("missing", expected.keys() - state.keys()),
         *_list("unexpected", state.keys() - expected.keys()),
+        *_list("without plain numbers", (f"{key}: {kind}" for key, kind in strange.items())),
         *_list(
             "of another shape",
             (
-                f"{key}: expected {shape_text(expected[key].shape)}, got {shape_text(state[key].shape)}"
-                for key in expected.keys() & state.keys()
-                if expected[key].shape != state[key].shape
+                f"{key}: expected {shape_text(ours.shape)}, got {shape_text(theirs.shape)}"
+                for key, (ours, theirs) in pairs.items()
+                if ours.shape != theirs.shape
+            ),
+        ),
+        *_list(
+            "of another kind of number",
+            (
+                f"{key}: expected {ours.dtype}, got {theirs.dtype}"
+                for key, (ours, theirs) in pairs.items()
+                if not torch.can_cast(theirs.dtype, ours.dtype)
             ),
         ),
     ]
     if problems:
         raise DataError(f"{path} does not fit the model; keys {'; '.join(problems)}.")
-    model.load_state_dict(state)
+    before = {key: value.to("cpu", copy=True) for key, value in expected.items()}
+    try:
+        model.load_state_dict(state)
+    except BaseException as error:  # an interrupt too
+        with torch.no_grad():
+            for key, value in expected.items():
+                with suppress(RuntimeError):  # what cannot be written was not
+                    value.copy_(before[key])
+        if not isinstance(error, Exception):
+            raise
+        raise DataError(f"{path} cannot be loaded, and the model is as it was: {error}") from error
 
 
 def _read(path: Path) -> object:
@@ -83,7 +111,21 @@ def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise DataError(f"{path} holds no state dict: expected names with tensors, at the top or under {WRAPPERS}.")
-    return {str(key).removeprefix(PREFIX): value for key, value in content.items()}
+    state = {str(key).removeprefix(PREFIX): value for key, value in content.items()}
+    if len(state) != len(content):
+        raise DataError(
+            f"{path} names some tensors twice, with and without {PREFIX!r}; which are meant, it does not say."
+        )
+    return state
+
+
+def _kind(value: Tensor) -> str | None:
+    """What a tensor is that has not one number in memory for each entry; None if it has."""
+    if value.is_meta:
+        return "on the meta device"
+    if value.is_nested or value.layout != torch.strided:
+        return "nested" if value.is_nested else str(value.layout)
+    return "quantised" if value.is_quantized else None
 
 
 def _list(what: str, keys: Iterable[str]) -> list[str]:
