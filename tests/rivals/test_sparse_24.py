@@ -131,6 +131,20 @@ def test_state_of_a_one_shot_layer_holds_its_mask():
     assert set(Sparse24Linear(8, 8).state_dict()) == {"weight", "bias"}
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_fresh_layer_takes_the_mask_of_a_state(assign):
+    layer, model = Sparse24Linear.from_linear(dense(), one_shot="magnitude"), nn.Sequential(Sparse24Linear(16, 6))
+    model.double().load_state_dict({f"0.{key}": value for key, value in layer.state_dict().items()}, assign=assign)
+    assert torch.equal(model(X), layer(X))
+    assert torch.equal(model[0].fixed_mask, layer.fixed_mask)
+    with pytest.raises(RuntimeError, match="fixed_mask"):  # a mask is not lost in silence
+        layer.load_state_dict(dense().state_dict())
+    fresh = Sparse24Linear(8, 6)
+    with pytest.raises(RuntimeError):
+        fresh.load_state_dict(layer.state_dict())
+    assert fresh.fixed_mask is None
+
+
 def test_cost_is_half():
     cost = Sparse24Linear(16, 6).cost(3, 4)
     assert (cost.flops, cost.product_flops, cost.params) == (12 * 16 * 6, 12 * 16 * 6, 48)

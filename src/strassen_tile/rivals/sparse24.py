@@ -6,6 +6,7 @@ speed is measured by `strassen-tile bench` where the hardware has it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -98,6 +99,14 @@ class Sparse24Linear(nn.Linear):
         if one_shot is not None:
             layer.fixed_mask = mask_24(linear.weight, inputs if one_shot == "wanda" else None)
         return layer.train(linear.training)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
+        """As of any module; a layer without a mask takes that of a state that has one, and prunes by it from then on."""
+        mask = state_dict.get(prefix + "fixed_mask")
+        fits = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == self.weight.shape
+        if self.fixed_mask is None and fits:
+            self.fixed_mask = torch.ones_like(self.weight, dtype=torch.bool)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, K) → (…, M) with the masked weight."""
