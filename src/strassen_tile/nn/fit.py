@@ -10,7 +10,30 @@ from strassen_tile.ops.autograd import decode, encode
 from strassen_tile.tiling import as_samples, to_tiles
 
 _RIDGE = 1e-6  # of the mean diagonal: keeps Ŵ bounded where random terms are nearly dependent
+_BLOCK = 2**16  # entries of a weight that are widened to float64 at a time
 _CHUNK = 2**24  # entries of Gram matrices at a time
+
+
+def mean_square(weight: Tensor) -> float:
+    """Of all entries, summed in float64, a block of rows at a time."""
+    sums = [block.double().square().sum() for block in weight.split(_rows_a_block(weight))] if weight.numel() else []
+    return float(sum(sums)) / max(1, weight.numel())
+
+
+def encode_weight_into(
+    encoded: Tensor, weight: Tensor, encoder: Tensor, decoder: Tensor, basis: Basis | None = None
+) -> None:
+    """`encode_weight` in float64 into `encoded`, of any dtype, a block of column tiles at a time."""
+    q = encoder.shape[-1]
+    tiles = max(1, _rows_a_block(weight) // q)
+    for first in range(0, encoded.shape[1], tiles):
+        part = slice(first, first + tiles)
+        block = weight[first * q : (first + tiles) * q].double()
+        encoded[:, part] = encode_weight(block, encoder[part] if encoder.ndim == 4 else encoder, decoder, basis)
+
+
+def _rows_a_block(weight: Tensor) -> int:
+    return max(1, _BLOCK // max(1, weight.shape[1]))
 
 
 def encode_weight(weight: Tensor, encoder: Tensor, decoder: Tensor, basis: Basis | None = None) -> Tensor:

@@ -62,7 +62,7 @@ def start_factors(config: STLConfig, basis: Basis | None, columns: int, outputs:
     encoder = torch.randn(*((columns,) if per_tile else ()), r, p, q, dtype=torch.float64)
     decoder = torch.randn(*((outputs,) if per_tile else ()), r, p, s, dtype=torch.float64)
     if masks is None:
-        return encoder / (p * q) ** 0.5, decoder / r**0.5
+        return encoder.div_((p * q) ** 0.5), decoder.div_(r**0.5)
     rows_read = masks[0].sum(dim=1, keepdim=True)  # entries of E_k that are alive
     terms_written = masks[1].sum(dim=0, keepdim=True)  # terms that reach a row of Y
     return encoder * masks[0] / (rows_read * q) ** 0.5, decoder * masks[1] / terms_written**0.5
@@ -72,7 +72,7 @@ def weight_deviation(encoder: Tensor, decoder: Tensor, variance: float) -> float
     """Standard deviation of Ŵ that gives Y the variance a dense weight of `variance` would, averaged over rows."""
     p, s = decoder.shape[-2:]
     r, _, q = encoder.shape[-3:]
-    energy_in = encoder.square().sum(dim=(-2, -1)).reshape(-1, r).mean(dim=0)
-    energy_out = decoder.square().sum(dim=(-2, -1)).reshape(-1, r).mean(dim=0)
+    energy_in = torch.linalg.vector_norm(encoder, dim=(-2, -1)).square().reshape(-1, r).mean(dim=0)
+    energy_out = torch.linalg.vector_norm(decoder, dim=(-2, -1)).square().reshape(-1, r).mean(dim=0)
     per_tile_product = float(energy_in @ energy_out) / (p * s)
     return float((q * variance / per_tile_product) ** 0.5) if per_tile_product > 0 else 0.0

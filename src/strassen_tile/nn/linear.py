@@ -87,25 +87,26 @@ class STLLinear(TileLayer):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
         device = self.encoded_weight.device
-        dense = torch.empty(self.in_features, self.out_features, dtype=torch.float64, device=device)
-        dense = dense.uniform_(-bound, bound) if weight is None else weight.to(device, torch.float64)
         columns, outputs = self.encoded_weight.shape[1:]
         with torch.device("cpu"):  # whatever the default device is
             basis = self.config.load_basis()
             basis = basis if basis is None else init.normalised(basis)
             factors = init.start_factors(self.config, basis, columns, outputs)
         encoder, decoder = (factor.to(device) for factor in factors)
-        if self.config.fits:
-            encoded = fit.encode_weight(dense, encoder, decoder, basis)
-            if inputs is not None:
-                encoded = fit.calibrate(inputs.detach().to(device, torch.float64), dense, encoder, decoder, encoded)
-        else:
-            variance = float(dense.square().mean()) if dense.numel() else 0.0
-            deviation = init.weight_deviation(encoder, decoder, variance)
-            encoded = torch.randn(self.encoded_weight.shape, dtype=torch.float64, device=device) * deviation
         self.encoder.copy_(encoder)
         self.decoder.copy_(decoder)
-        self.encoded_weight.copy_(encoded)
+        if not self.config.fits:
+            variance = bound**2 / 3 if weight is None else fit.mean_square(weight)
+            self.encoded_weight.normal_(0, init.weight_deviation(encoder, decoder, variance))
+            return
+        if weight is None:
+            weight = self.encoded_weight.new_empty(self.out_features, self.in_features).uniform_(-bound, bound).mT
+        weight = weight.to(device)
+        fit.encode_weight_into(self.encoded_weight, weight, encoder, decoder, basis)
+        if inputs is not None:
+            start, dense = (t.to(device, torch.float64) for t in (self.encoded_weight, weight))
+            x = inputs.detach().to(device, torch.float64)
+            self.encoded_weight.copy_(fit.calibrate(x, dense, encoder, decoder, start))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: STLConfig | None = None, inputs: Tensor | None = None) -> STLLinear:
@@ -187,7 +188,7 @@ class STLLinear(TileLayer):
         """
         if self.config.backend != "auto" or self.padding_now() is not None:
             return False
-        return autocasts(x) or all(p.dtype == x.dtype for p in self.parameters(recurse=False))
+        return all(p.dtype == x.dtype or (autocasts(x) and autocasts(p)) for p in self.parameters(recurse=False))
 
     def weights(self, dtype: torch.dtype) -> Weights:
         """Its tensors as the product uses them."""

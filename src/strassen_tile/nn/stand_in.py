@@ -21,11 +21,11 @@ class DenseWeight(Tensor):
         """Of `rows` × `columns`, with the dtype and device of `like`."""
         return Tensor._make_wrapper_subclass(cls, (rows, columns), dtype=like.dtype, device=like.device)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override] # by the name torch calls it by
         return f"DenseWeight({tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r}: there is none)"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """No number is ever asked of it."""
         name = func._schema.name.rpartition("::")[2]
         if name in _STARTS:
