@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import strassen_tile as stl
 from strassen_tile import reference
-from strassen_tile.errors import BackendError
+from strassen_tile.errors import BackendError, ShapeError
 from strassen_tile.ops import fp8, library
 from strassen_tile.ops.fp8 import FP8, LARGEST, Rounded
 
@@ -186,3 +186,87 @@ def test_rounded_weights_are_where_products_want_them() -> None:
     assert not values[:, :, 5:].double().any()
     back = values[:, :20, :5].double().mT * scale.double()[:, None, None]
     assert relative(back, w.double()) < 0.04
+
+
+PATHS = ["plain"] + ["kernels"] * (os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def on(path: str, x, w, e, d, bias, m):
+    if path == "plain":
+        with torch.no_grad():
+            return fp8.fp8_linear(x, fp8.rounded(w, e), e, d, bias, m)
+    pytest.importorskip("triton")
+    from strassen_tile.ops import cuda
+
+    return cuda.fp8_linear(x, *fp8.rounded(w, e), e, d, bias, m)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_float16_where_the_encoded_output_is_beyond_it(path: str) -> None:
+    """Positive x and W of 4096 features: y is 16, and Ŷ by the scale of its factors half a million."""
+    k = 4096
+    basis = stl.bases.naive(1, 4, 4)
+    x, w = torch.rand(1, 4, k).half(), (torch.rand(k, 8) / 64).half()
+    e, f, d = (t.half() for t in (basis.encoder, basis.weight_encoder, basis.decoder))
+    y = on(path, x, fp8.generic.encode(w[None], f), e, d, torch.zeros(8).half(), 8)
+    assert relative(y, x.double() @ w.double()) < 0.02
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_place(value: float, dtype: torch.dtype, path: str) -> None:
+    """In Ŵ: the columns of its output tile. In x: the rows of its tile. In the bias: its column."""
+    (x, w, e, d, bias), _ = tensors("ragged", dtype)
+    clean = on(path, x, w, e, d, bias, 45)
+    spoilt = [t.clone() for t in (x, w, bias)]
+    spoilt[0][1, 6, 3] = spoilt[1][2, 5, 3] = spoilt[2][7] = value
+    for which, rows, columns in (
+        (0, slice(4, 8), slice(None)),
+        (1, slice(None), slice(12, 16)),
+        (2, slice(None), slice(7, 8)),
+    ):
+        given = [spoilt[i] if i == which else t for i, t in enumerate((x, w, bias))]
+        y, inside = on(path, *given[:2], e, d, given[2], 45), torch.zeros(2, 13, 45, dtype=torch.bool)
+        inside[1 if which == 0 else slice(None), rows, columns] = True
+        assert torch.equal(y[~inside], clean[~inside])
+        assert not y[inside].isfinite().any()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("of_x,of_weight", [(127, -110), (-100, 100), (-110, 120), (127, -116)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_extreme_operands_of_a_moderate_result(of_x: int, of_weight: int, dtype: torch.dtype, path: str) -> None:
+    """Neither X̂, nor the product of the scales, may overflow on the way: powers of two change nothing but the exponent."""
+    (x, w, e, d, bias), m = tensors("small", dtype)
+    x, w, bias = x.clamp(-1, 1), w.clamp(-1, 1), torch.zeros_like(bias)
+    plain = on(path, x, w, e, d, bias, m).double()
+    y = on(path, x * 2.0**of_x, w * 2.0**of_weight, e, d, bias, m).double()
+    torch.testing.assert_close(
+        y * 2.0 ** -(of_x + of_weight), plain, rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-5
+    )
+    nothing = on(path, 0 * x, w * 2.0**126, e, d, bias, m)
+    assert torch.equal(nothing, torch.zeros_like(nothing))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_bias_that_brings_a_sum_back_into_float16(path: str) -> None:
+    one = torch.ones(1, 1, 1).half()
+    y = on(path, 256 * torch.ones(1, 1, 1).half(), 256 * one, one, one, torch.tensor([-1024.0]).half(), 1)
+    assert y.item() == 65536 - 1024
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.complex64], ids=str)
+def test_dtypes_that_fp8_does_not_serve(dtype: torch.dtype) -> None:
+    (x, w, e, d, bias), m = tensors("small")
+    with pytest.raises(ShapeError, match="float32, bfloat16 or float16"), torch.no_grad():
+        fp8.fp8_linear(x.to(dtype), fp8.rounded(w, e), e, d, bias, m)
+
+
+@pytest.mark.parametrize("shape,features", [((2, 5, 0), (0, 8)), ((2, 5, 8), (8, 0)), ((0, 5, 0), (0, 0))])
+def test_layers_without_features(shape, features) -> None:
+    layer = stl.STLLinearFP8(stl.STLLinear(*features))
+    with torch.no_grad():
+        y = layer(torch.randn(shape))
+    assert y.shape == (*shape[:2], features[1])
+    assert features[0] or torch.equal(y, layer.bias.expand_as(y))

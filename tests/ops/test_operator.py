@@ -195,3 +195,23 @@ def test_activation(backend: str, learns: bool) -> None:
                 torch.testing.assert_close(got, wanted)
     with pytest.raises(ConfigError, match="gelu_tanh"):
         stl.stl_linear(*o.tensors, out_features=o.out_features, activation="tanh")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool], ids=str)
+def test_autocast_makes_no_numbers_of_integers(dtype: torch.dtype) -> None:
+    layer = stl.STLLinear(8, 8)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ShapeError, match="floating-point or complex"):
+        layer(torch.ones(1, 4, 8).to(dtype))
+
+
+def test_autocast_casts_what_a_dense_product_would() -> None:
+    """Complex numbers and float64 stay what they are; to mix them with others is an error, as it is without autocast."""
+    tensors = [torch.randn(s) for s in ((1, 4, 8), (5, 2, 2), (5, 4, 4), (5, 4, 4), (8,))]
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype, result in ((torch.complex64,) * 2, (torch.float64,) * 2, (torch.float16, torch.bfloat16)):
+            assert stl.stl_linear(*(t.to(dtype) for t in tensors)).dtype == result
+            if dtype != result:
+                continue
+            for i in range(5):
+                with pytest.raises(ShapeError, match=r"torch\.bfloat16"):
+                    stl.stl_linear(*(t.to(dtype) if k == i else t for k, t in enumerate(tensors)))

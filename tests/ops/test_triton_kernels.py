@@ -145,3 +145,44 @@ def test_nothing_to_do(shape: tuple[int, int, int]) -> None:
     assert encoded.shape == generic.encode(x, e).shape
     assert launch.decode(encoded, e, *shape).shape == x.shape
     assert torch.equal(launch.correlate(x, encoded, (4, 4)), torch.zeros(5, 4, 4))
+
+
+def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device: with a layer on another one, that of the arguments has to be made current."""
+    from contextlib import contextmanager
+
+    from strassen_tile.ops.triton import kernels, launch
+
+    inside: list[torch.Tensor] = []
+    launched = []
+
+    @contextmanager
+    def device_of(tensor):
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    class Watched:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            def run(*arguments, **options):
+                assert len(inside) == 1, self.name
+                assert any(inside[0] is argument for argument in arguments), "a tensor of its own"
+                launched.append(self.name)
+                return self.kernel[grid](*arguments, **options)
+
+            return run
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    names = [name for name in vars(kernels) if name.endswith("_kernel")]
+    for name in names:
+        monkeypatch.setattr(kernels, name, Watched(name, getattr(kernels, name)))
+    x, factor = torch.randn(1, 8, 16), torch.randn(5, 4, 4)
+    encoded = launch.encode(x, factor)
+    launch.norm_encode(x, None, None, 1e-5, factor, centre=True)
+    launch.decode(encoded, factor, 1, 8, 16)
+    launch.recode(launch.Decoding(encoded, factor, None), None, factor, 1, rows=8, columns=16, activation="relu")
+    launch.correlate(x, encoded, (4, 4))
+    assert sorted(launched) == sorted(names)

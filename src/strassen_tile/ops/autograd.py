@@ -4,8 +4,8 @@ With Y = decode(Ŷ, D) and X̂ = encode(X, E):  dX = decode(dX̂, E),  dE = corr
 dD = correlate(dY, Ŷ). Since backwards are built from these same functions, gradients of any order exist. Complex
 arguments follow PyTorch's convention: the gradient of a·b in a is g·conj(b).
 
-Forward-mode differentiation is not offered here (a `jvp` would break `torch.compile(fullgraph=True)`); the reference
-backend has it.
+Forward-mode differentiation goes another way: a `jvp` here would break `torch.compile(fullgraph=True)`, so while it is on,
+the same sums are done by `ops/generic.py` in PyTorch's own operators, which carry tangents.
 """
 
 from __future__ import annotations
@@ -16,13 +16,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
-from strassen_tile.ops import library
+from strassen_tile.ops import generic, library
+from strassen_tile.tiling import tile_count
+
+
+def forward_mode() -> bool:
+    """Whether tangents may be on their way: in a `forward_ad.dual_level`, or under `torch.func.jvp` and what is made of it."""
+    return forward_ad._current_level >= 0
 
 
 def _map_samples(function: Callable[..., Tensor], info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
     """Vmap by a loop over samples: for a batch of factors, which no kernel takes."""
+    if info.batch_size == 0:  # the shape of a sample's result is still asked for
+        one = (
+            a.new_zeros(a.movedim(d, 0).shape[1:]) if d is not None else a for a, d in zip(args, in_dims, strict=True)
+        )
+        return torch.stack([function(*one)])[:0], 0
     return torch.stack([
         function(*(a.select(d, i) if d is not None else a for a, d in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)
@@ -53,8 +64,8 @@ class Encode(Function):
         if in_dims[1] is not None:
             return _map_samples(encode, info, in_dims, x, encoder)
         samples = x.movedim(in_dims[0], 0)
-        encoded = encode(samples.flatten(0, 1), encoder)
-        return encoded.unflatten(1, (info.batch_size, encoded.shape[1] // info.batch_size)), 1
+        rows = samples.shape[1] * tile_count(samples.shape[2], encoder.shape[-2])
+        return encode(samples.flatten(0, 1), encoder).unflatten(1, (info.batch_size, rows)), 1
 
 
 class Decode(Function):
@@ -121,16 +132,22 @@ class Correlate(Function):
 
 def encode(x: Tensor, encoder: Tensor) -> Tensor:
     """X̂[k, I, J] = ⟨E_k, X_IJ⟩: x (B, N, K) → (r, B·I, J). Differentiable in both."""
+    if forward_mode():
+        return generic.encode(x, encoder)
     return Encode.apply(x, encoder)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def decode(encoded: Tensor, decoder: Tensor, batch: int, rows: int, columns: int) -> Tensor:
     """Y_IL = Σ_k Ŷ[k, I, L] D_k: encoded (r, B·I, L) → (batch, rows, columns). Differentiable in both tensors."""
+    if forward_mode():
+        return generic.decode(encoded, decoder, batch, rows, columns)
     return Decode.apply(encoded, decoder, batch, rows, columns)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def correlate(x: Tensor, encoded: Tensor, tile: tuple[int, int], per_column: bool) -> Tensor:
     """C_k = Σ_IJ X̂[k, I, J] X_IJ: (r, p, q), or (J, r, p, q) if per column tile. Differentiable in both tensors."""
+    if forward_mode():
+        return generic.correlate(x, encoded, tile, per_column)
     return Correlate.apply(x, encoded, tuple(tile), per_column)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -139,14 +156,15 @@ def _leaves(args: Sequence[Any]) -> Iterator[Any]:
     return chain.from_iterable(a if isinstance(a, list | tuple) else (a,) for a in args)
 
 
-def differentiable(function: Callable[..., Tensor], operator: Any) -> Callable[..., Tensor]:
-    """What `operator` does under the Autograd key: a call through `torch.ops` has gradients too."""
+def differentiable(function: Callable[..., Any], operator: Any) -> Callable[..., Any]:
+    """What `operator` does under the Autograd key: a call through `torch.ops` has gradients and tangents too."""
 
-    def kernel(*args: Any) -> Tensor:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in _leaves(args)):
+    def kernel(*args: Any) -> Any:
+        learns = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in _leaves(args))
+        if learns or forward_mode():
             return function(*args)
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(*args)  # type: ignore[no-any-return]
+            return operator(*args)
 
     return kernel
 

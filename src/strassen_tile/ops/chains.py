@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from strassen_tile.ops import fused, library
-from strassen_tile.ops.autograd import differentiable
+from strassen_tile.ops.autograd import differentiable, forward_mode
 
 
 class Weights(NamedTuple):
@@ -120,7 +120,7 @@ def mlp(
 
 
 def _by_steps(*tensors: Tensor | None) -> bool:
-    return torch._C._are_functorch_transforms_active() or fused.learns(*tensors)
+    return torch._C._are_functorch_transforms_active() or forward_mode() or fused.learns(*tensors)
 
 
 for _operator, _function in ((library.norm_linear, linear_by_steps), (library.mlp, mlp_by_steps)):

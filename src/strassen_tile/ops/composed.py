@@ -49,7 +49,7 @@ def linear_forward(
     """`linear` without an activation, and Ŷ's r·B·I·L numbers in an order that the device's `linear_backward` knows."""
     products = torch.bmm(encode(x, encoder), encoded_weight)
     y = decode(products, decoder, x.shape[0], x.shape[1], columns)
-    return y if bias is None else y + bias, products.view(-1)
+    return y if bias is None else y + bias, products.view(products.numel())
 
 
 def linear_backward(

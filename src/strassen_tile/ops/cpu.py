@@ -1,7 +1,7 @@
 """The CPU's kernels: tiles gathered and scattered in registers, one pass over the matrix.
 
 Requires: float32 or bfloat16 with tiles of p·q ≤ 64 entries, q and s one of 1, 2, 4, 8, one encoder a layer, and the
-compiled module `_kernels` (built on installation where there is a C compiler). Anything else takes `generic`.
+compiled module `_kernels` (built on installation where there is a C compiler). Anything else takes `generic`, step by step.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ def encode(x: Tensor, encoder: Tensor) -> Tensor:
     """As `generic.encode`."""
     if not supports(x, encoder.shape):
         return generic.encode(x, encoder)
-    r, p, q = encoder.shape
-    rows = x.shape[0] * tile_count(x.shape[1], p)
-    encoded = x.new_empty(r, rows, tile_count(x.shape[2], q))
-    step("encode", rows_dense(x), encoded, as_factor(encoder), 0, rows)
+    rows = x.shape[0] * tile_count(x.shape[1], encoder.shape[1])
+    encoded = x.new_empty(encoder.shape[0], rows, tile_count(x.shape[2], encoder.shape[2]))
+    encode_into(encoded, rows_dense(x), encoder)
     return encoded
 
 
@@ -45,7 +44,7 @@ def decode(encoded: Tensor, decoder: Tensor, batch: int, rows: int, columns: int
     if not supports(encoded, decoder.shape):
         return generic.decode(encoded, decoder, batch, rows, columns)
     y = encoded.new_empty(batch, rows, columns)
-    step("decode", y, encoded.contiguous(), as_factor(decoder), 0, encoded.shape[1])
+    decode_into(y, encoded.contiguous(), decoder)
     return y
 
 
@@ -54,9 +53,49 @@ def correlate(x: Tensor, encoded: Tensor, tile: Sequence[int], per_column: bool)
     factor = (encoded.shape[0], *tile)
     if per_column or not supports(x, factor):
         return generic.correlate(x, encoded, tile, per_column)
-    sums = empty_sums(factor)
-    step("correlate", rows_dense(x), encoded.contiguous(), sums, 0, encoded.shape[1])
-    return total_of(sums, x.dtype)
+    correlation = Correlation(x, factor)
+    correlation.add(rows_dense(x), encoded.contiguous())
+    return correlation.total(x.dtype)
+
+
+def encode_into(encoded: Tensor, x: Tensor, encoder: Tensor) -> None:
+    """X̂ of `x` (B, N, K), its rows dense, into `encoded` (r, B·I, J), contiguous."""
+    if supports(x, encoder.shape):
+        _call("encode", x, encoded, _as_factor(encoder))
+    else:
+        encoded.copy_(generic.encode(x, encoder))
+
+
+def decode_into(y: Tensor, encoded: Tensor, decoder: Tensor, bias: Tensor | None = None) -> None:
+    """Y + bias into `y` (B, N, M), its rows dense, from `encoded` (r, B·I, L), contiguous."""
+    if supports(y, decoder.shape):
+        _call("decode", y, encoded, _as_factor(decoder), None if bias is None else _as_factor(bias))
+    else:
+        y.copy_(generic.decode(encoded, decoder, *y.shape))
+        if bias is not None:
+            y += bias
+
+
+class Correlation:
+    """A sum of correlations of one shape, (r, p, q) or (J, r, p, q): in float32 where storage has 16 bits."""
+
+    def __init__(self, like: Tensor, factor: Sequence[int]) -> None:
+        self._compiled, self._tile = supports(like, factor), factor[-2:]
+        # what the kernel adds to: a part for each thread and lane. On the CPU and float32, whatever torch's defaults are
+        shape = (torch.get_num_threads(), *factor, _LANES) if self._compiled else tuple(factor)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self._sums = torch.zeros(shape, dtype=dtype, device="cpu")
+
+    def add(self, x: Tensor, encoded: Tensor) -> None:
+        """Add that of `x` (B, N, K), its rows dense, with `encoded` (r, B·I, J), contiguous."""
+        if self._compiled:
+            _call("correlate", x, encoded, self._sums)
+        else:
+            self._sums += library.correlate(x, encoded, self._tile, self._sums.ndim == 4)
+
+    def total(self, dtype: torch.dtype) -> Tensor:
+        """The sum."""
+        return (self._sums.sum(dim=(0, -1)) if self._compiled else self._sums).to(dtype)
 
 
 def supports(matrix: Tensor, factor: Sequence[int]) -> bool:
@@ -69,35 +108,23 @@ def supports(matrix: Tensor, factor: Sequence[int]) -> bool:
 
 def rows_dense(x: Tensor) -> Tensor:
     """`x` with rows of neighbouring numbers, copied only if it has none."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    return x if rows_are_dense(x) else x.contiguous()
 
 
-def as_factor(factor: Tensor) -> Tensor:
-    """E or D as the kernels read it."""
-    return factor.float().contiguous()
+def rows_are_dense(x: Tensor) -> bool:
+    """Whether neighbours in a row are neighbours in memory."""
+    return x.stride(-1) == 1 or x.shape[-1] <= 1
 
 
-def empty_sums(factor: Sequence[int]) -> Tensor:
-    """What "correlate" adds to: (threads, r, p, q, lanes), zero."""
-    # float32 on the CPU whatever torch's defaults are: the kernel writes just that
-    return torch.zeros(torch.get_num_threads(), *factor, _LANES, dtype=torch.float32, device="cpu")
+def _as_factor(factor: Tensor) -> Tensor:
+    return factor.float().contiguous()  # as the kernels read E, D and the bias
 
 
-def total_of(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """The correlation (r, p, q)."""
-    return sums.sum(dim=(0, -1)).to(dtype)
-
-
-def step(
-    name: str, matrix: Tensor, encoded: Tensor, factor: Tensor, first: int, count: int, bias: Tensor | None = None
-) -> None:
-    """The kernel `name` on tile rows first … first + count of `matrix` (B, N, K), its rows dense.
-
-    `encoded` (r, count, J) holds those rows alone; `factor` is E or D from `as_factor`, or for "correlate" the sums
-    that it adds to; `bias` (float32) is added by "decode".
-    """
+def _call(name: str, matrix: Tensor, encoded: Tensor, factor: Tensor, bias: Tensor | None = None) -> None:
+    """The kernel `name` on all tile rows of `matrix`; `factor` is E or D, or for "correlate" the sums that it adds to."""
     r, p, q = factor.shape[1:4] if name == "correlate" else factor.shape
     _, rows, columns = matrix.shape
+    _, total, tiles = encoded.shape
     _kernels.call(
         name,
         matrix.data_ptr(),
@@ -109,21 +136,22 @@ def step(
         matrix.stride(0),
         matrix.stride(1),
         tile_count(rows, p),
-        encoded.shape[2],
+        tiles,
         encoded.stride(0),
-        first,
-        count,
+        0,
+        total,
         r,
         p,
         q,
         _TYPES[matrix.dtype],
-        torch.get_num_threads() if count * encoded.shape[2] >= _PARALLEL_FROM else 1,
+        torch.get_num_threads() if total * tiles >= _PARALLEL_FROM else 1,
     )
 
 
 def huge_pages(memory: Tensor) -> None:
     """Ask for huge pages behind `memory`, which is to be kept for long."""
-    _kernels.advise(memory.data_ptr(), memory.numel() * memory.element_size())
+    if _kernels is not None:
+        _kernels.advise(memory.data_ptr(), memory.numel() * memory.element_size())
 
 
 for _operator, _kernel in ((library.encode, encode), (library.decode, decode), (library.correlate, correlate)):

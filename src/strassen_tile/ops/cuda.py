@@ -160,7 +160,9 @@ def fp8_linear(
     room = fp8.empty_input(r, batch * tile_count(rows, p), tile_count(k, q), x)
     encoded = launch.encode(x, encoder, out=room, scales=(encoder_scale, strips))
     products = fp8.products(encoded, weight, tile_count(columns, s), x.dtype)
-    return launch.decode(products, decoder, batch, rows, columns, bias, strips=strips * largest)  # type: ignore[no-any-return]
+    y = x.new_empty(batch, rows, columns)
+    back = fp8.scale_of_result(strips, largest)
+    return launch.decode(products, decoder, batch, rows, columns, bias, strips=back, out=y)  # type: ignore[no-any-return]
 
 
 def _normed_and_encoded(launch: ModuleType, x: Tensor, norm: Norm, encoder: Tensor) -> Tensor:

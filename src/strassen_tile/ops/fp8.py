@@ -5,8 +5,11 @@
 
 A bound, so that nothing overflows and one maximum a row serves all channels; that it is loose costs nothing, e4m3 having the
 same relative precision from 2⁻⁶ to 448. By tile row, so that no sample, and no row beyond a tile, changes what another one
-is rounded to. Row scales and the largest weight leave the products and come back as Y is decoded, so that Ŷ, which has the
-dtype of x, is of moderate size. Sums are float32.
+is rounded to. What is not finite stays in its place likewise: a row of x with a NaN spoils its tile row, a NaN in Ŵ the
+columns of its output tile, as without fp8.
+
+Row scales and the largest weight leave the products and come back as Y is decoded. Still Ŷ may be J·‖E_k‖₁·448, more than
+float16 holds: for float16 it is kept in float32, twice the bytes. Sums are float32, and so is Y until its bias is added.
 """
 
 from __future__ import annotations
@@ -16,12 +19,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from strassen_tile.errors import BackendError
+from strassen_tile.errors import BackendError, ShapeError
 from strassen_tile.ops import fused, generic, library
+from strassen_tile.ops.autograd import forward_mode
 from strassen_tile.tiling import tile_count
 
 FP8, LARGEST = torch.float8_e4m3fn, 448.0
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNED = 16  # sides that fp8 products take
 
 
@@ -44,9 +50,11 @@ class Rounded(NamedTuple):
 def rounded(encoded_weight: Tensor, encoder: Tensor) -> Rounded:
     """Ŵ (r, J, L), each channel in fp8, for an encoder (r, p, q)."""
     r, j, l = encoded_weight.shape  # noqa: E741 - the tile index L
-    scale = _scale(encoded_weight.abs().amax(dim=(1, 2)) if j * l else encoded_weight.new_zeros(r))
+    wide = encoded_weight.float()
+    wide = wide.where(wide.isfinite(), torch.nan)  # fp8 has no infinity
+    scale = _scale(wide.nan_to_num().abs().amax(dim=(1, 2)) if j * l else wide.new_zeros(r))
     values = encoded_weight.new_zeros(r, _aligned(l), _aligned(j), dtype=FP8)
-    values[:, :l, :j] = (encoded_weight.float() / scale[:, None, None]).mT.to(FP8)
+    values[:, :l, :j] = (wide / scale[:, None, None]).mT.to(FP8)
     largest = scale.amax()
     return Rounded(values, scale / largest, largest, _scale(encoder.float().abs().sum(dim=(1, 2))))
 
@@ -59,13 +67,31 @@ def scale_of_rows(x: Tensor, p: int) -> Tensor:
     return strips.amax(dim=1).float().clamp_min(torch.finfo(torch.float32).tiny)
 
 
+def power_of(rows: Tensor) -> Tensor:
+    """The largest power of two in each: x is divided by it before it is encoded, which is exact, and cannot overflow then."""
+    return (rows.view(torch.int32) & 0x7F800000).view(torch.float32)
+
+
+def scale_of_result(rows: Tensor, largest: Tensor) -> Tensor:
+    """√(rows·largest): to be multiplied by twice, since the product itself may be beyond float32 though the result is not."""
+    return rows.sqrt() * largest.sqrt()
+
+
 def encode(x: Tensor, encoder: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
     """X̂/(scale·rows) in fp8 (r, B·I, J), J padded with zeros to a multiple of 16."""
-    encoded = generic.encode(x.float(), encoder.float()) / rows[:, None] / scale[:, None, None]
+    power, p = power_of(rows), encoder.shape[1]
+    encoded = generic.encode(x.float() / of_rows(power, x, p), encoder.float())
+    encoded = encoded / (rows / power)[:, None] / scale[:, None, None]
     r, total, tiles = encoded.shape
     values = empty_input(r, total, tiles, x)
     values[:, :, : encoded.shape[2]] = encoded.to(FP8)
     return values
+
+
+def of_rows(strips: Tensor, x: Tensor, p: int) -> Tensor:
+    """A number a tile row (B·I,) as one for each row of x (B, N, K): (B, N, 1)."""
+    batch, n, _ = x.shape
+    return strips.view(batch, tile_count(n, p)).repeat_interleave(p, dim=1)[:, :n, None]
 
 
 def empty_input(r: int, total: int, tiles: int, like: Tensor) -> Tensor:
@@ -76,8 +102,14 @@ def empty_input(r: int, total: int, tiles: int, like: Tensor) -> Tensor:
 
 
 def products(encoded: Tensor, weight: Rounded, tiles: int, dtype: torch.dtype) -> Tensor:
-    """Ŷ (r, B·I, L) of L = `tiles` columns, by r products in turn; to be multiplied by the row scales and `weight.largest`."""
-    (r, total, _), width = encoded.shape, weight.values.shape[1]
+    """Ŷ (r, B·I, L) of L = `tiles` columns, by r products in turn; to be multiplied by the row scales and `weight.largest`.
+
+    Of `dtype`, or of float32 where that is float16.
+    """
+    (r, total, shared), width = encoded.shape, weight.values.shape[1]
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    if not shared:
+        return encoded.new_zeros(r, total, tiles, dtype=dtype)
     made = encoded.new_empty(r, total, width, dtype=dtype)
     for k in range(r if total * width else 0):
         torch._scaled_mm(
@@ -108,10 +140,10 @@ def linear(
     p, s = decoder.shape[1:]
     rows = scale_of_rows(x, p)
     encoded = encode(x, encoder, encoder_scale, rows)
-    weight = Rounded(values, scale, largest, encoder_scale)
-    y = generic.decode(products(encoded, weight, tile_count(columns, s), x.dtype), decoder, batch, n, columns)
-    y = (y * (rows * largest).view(batch, tile_count(n, p)).repeat_interleave(p, dim=1)[:, :n, None]).to(x.dtype)
-    return y if bias is None else y + bias
+    made = products(encoded, Rounded(values, scale, largest, encoder_scale), tile_count(columns, s), x.dtype)
+    back = of_rows(scale_of_result(rows, largest), x, p)
+    y = generic.decode(made.float(), decoder.float(), batch, n, columns) * back * back
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 def fp8_linear(
@@ -120,8 +152,13 @@ def fp8_linear(
     """decode(encode(x) @ Ŵ) + bias with both factors of the products in fp8: x (B, N, K) → (B, N, columns).
 
     Raises:
+        ShapeError: x is not float32, bfloat16 or float16.
         BackendError: a gradient would be asked for, a GPU has no fp8, or `weight` is not in it.
     """
+    if x.dtype not in _DTYPES:
+        raise ShapeError(
+            f"products in fp8 take x in float32, bfloat16 or float16; got {x.dtype}: convert it with .to(…)"
+        )
     if weight.values.dtype != FP8:
         raise BackendError(f"the rounded weight must be {FP8}; got {weight.values.dtype}: quantise the layer again")
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
@@ -133,10 +170,13 @@ def fp8_linear(
 
 
 def _refusing(x: Tensor, *arguments: Any) -> Tensor:
-    if fused.learns(x, *(a for a in arguments if isinstance(a, Tensor))):
+    tensors = [a for a in (x, *arguments) if isinstance(a, Tensor)]
+    if fused.learns(*tensors):
         raise BackendError(
             "products in fp8 are for inference: call under torch.no_grad(), or undo the quantisation to train"
         )
+    if forward_mode() and any(forward_ad.unpack_dual(a).tangent is not None for a in tensors):
+        raise BackendError("products in fp8 are for inference and carry no tangents: undo the quantisation for jvp")
     with torch._C._AutoDispatchBelowAutograd():
         return library.fp8_linear(x, *arguments)  # type: ignore[no-any-return]
 

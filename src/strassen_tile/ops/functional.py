@@ -69,10 +69,12 @@ def stl_linear(
     """
     if activation not in ACTIVATIONS:
         raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    if autocasts(x):
+    if _autocasting(x):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, encoded_weight, encoder, decoder = (a.to(dtype) for a in (x, encoded_weight, encoder, decoder))
-        bias = None if bias is None else bias.to(dtype)
+        x, encoded_weight, encoder, decoder = (
+            a.to(dtype) if autocasts(a) else a for a in (x, encoded_weight, encoder, decoder)
+        )
+        bias = bias.to(dtype) if bias is not None and autocasts(bias) else bias
     columns = check(x, encoded_weight, encoder, decoder, bias, out_features)
     chosen = _choose(backend, x, encoder, decoder)
     if chosen is not None:
@@ -112,8 +114,8 @@ def stl_matmul(x: Tensor, w: Tensor, basis: Basis, *, backend: Backend = "auto")
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether a product with x is autocast, as that of `F.linear` would be."""
-    return _autocasting(x) and x.dtype != torch.float64
+    """Whether x is cast in a product under autocast, as `F.linear` would cast it: floating-point numbers, but for float64."""
+    return _autocasting(x) and x.is_floating_point() and x.dtype != torch.float64
 
 
 def _autocasting(x: Tensor) -> bool:
@@ -143,6 +145,8 @@ def check(
     x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, out_features: int | None
 ) -> int:
     """M, once everything fits together."""
+    if not (x.is_floating_point() or x.is_complex()):
+        raise ShapeError(f"x must be floating-point or complex; got {x.dtype}: convert it with .to(…)")
     if x.ndim < 2:
         raise ShapeError(f"x must be (…, N, K) with at least two dimensions; got {shape_text(x.shape)}")
     if encoded_weight.ndim != 3:
@@ -173,6 +177,4 @@ def check(
             raise ShapeError(
                 f"x is {x.dtype} on {x.device}, but {name} is {tensor.dtype} on {tensor.device}; use .to(…), or autocast"
             )
-    if not (x.is_floating_point() or x.is_complex()):
-        raise ShapeError(f"x must be floating-point or complex; got {x.dtype}")
     return m

@@ -1,16 +1,18 @@
 """Whole passes on the CPU in panels of tile rows, so that X̂, Ŷ and their gradients never exist as a whole.
 
-Requires: as `ops/cpu.py`; anything else is composed (`ops/composed.py`).
+Requires: as `ops/generic.py`; a step that the compiled kernels take (`ops/cpu.py`) is theirs.
 
 What costs time beside the products is memory: first touched, it is faulted in page by page, slower than the arithmetic
 on it. So matrices are read and written once, and what lies between is a panel's, in a workspace kept from call to call.
 
     forward    X panel → X̂ → Ŷ → Y panel
-    backward   dY panel → dŶ → dX̂ → dX panel;  dŴ += X̂ᵀ dŶ;  dE += ⟨X, dX̂⟩;  dD += ⟨dY, Ŷ⟩
+    backward   dY panel → dŶ → dX̂ → dX panel;  dŴ += X̂ᴴ dŶ;  dE += ⟨X, dX̂⟩;  dD += ⟨dY, Ŷ⟩
 
-Memory beside arguments and results: one workspace a thread, 64 MiB at most (128 MiB once it has trained); from the forward
-to the backward pass Ŷ where the decoder learns; for bfloat16, in the backward pass, a float32 sum of dŴ if there are
-several panels. Matrices whose rows are not dense are copied first.
+A panel is a few whole samples or a part of one: a matrix like any other. Memory beside arguments and results: 64 MiB at
+most in inference, 128 MiB in training, whatever the dtype, tile, scope and strides of x and dY. It holds a workspace a
+thread, and what steps without a compiled kernel need for a moment. Beyond it, from the forward to the backward pass, Ŷ
+where the decoder learns; in the backward pass in 16 bits, a float32 sum of dŴ if there are several panels; a copy of Ŵ
+that is not contiguous. A panel has one tile row at least, which complex numbers or very many features may push beyond.
 """
 
 from __future__ import annotations
@@ -24,10 +26,18 @@ import torch
 from torch import Tensor
 
 from strassen_tile.ops import composed, library
-from strassen_tile.ops.cpu import as_factor, empty_sums, huge_pages, rows_dense, step, supports, total_of
+from strassen_tile.ops.cpu import (
+    Correlation,
+    decode_into,
+    encode_into,
+    huge_pages,
+    rows_are_dense,
+    rows_dense,
+    supports,
+)
 from strassen_tile.tiling import tile_count
 
-# Of a panel's X̂ and Ŷ. In training each panel also adds to all of dŴ, so that fewer, larger ones pay.
+# Of a panel. In training each panel also adds to all of dŴ, so that fewer, larger ones pay.
 INFERENCE_BYTES = 64 << 20
 TRAINING_BYTES = 128 << 20
 _held = threading.local()
@@ -40,34 +50,24 @@ _IN_PLACE: Mapping[str, Callable[[Tensor], object]] = {
 
 
 @dataclass(frozen=True)
-class _Panels:
-    """How a pass over `total` tile rows is cut: r channels of j tiles a row in X̂ and of l tiles in Ŷ."""
+class _Panel:
+    """Some rows of some samples, `count` tile rows from the `first` of all on, and room for their X̂ and Ŷ."""
 
-    r: int
-    j: int
-    l: int  # noqa: E741 - the tile index L
-    total: int
-    height: int
-    workspace: Tensor
+    samples: slice
+    rows: slice
+    first: int
+    count: int
+    x_side: Tensor
+    y_side: Tensor
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        """(first tile row, how many) of each panel."""
-        for first in range(0, self.total, self.height):
-            yield first, min(self.height, self.total - first)
+    def of(self, matrix: Tensor) -> Tensor:
+        """Its part of a matrix (B, N, K)."""
+        return matrix[self.samples, self.rows]
 
-    def x_side(self, count: int) -> Tensor:
-        """Room for a panel's X̂ or dX̂."""
-        return self.workspace[: self.r * count * self.j].view(self.r, count, self.j)
-
-    def y_side(self, count: int) -> Tensor:
-        """Room for a panel's Ŷ or dŶ, beside that of `x_side`."""
-        start = self.r * count * self.j
-        return self.workspace[start : start + self.r * count * self.l].view(self.r, count, self.l)
-
-    def part_of(self, kept: Tensor, first: int, count: int) -> Tensor:
-        """A panel's Ŷ in `kept`, where panel follows panel."""
-        start = self.r * first * self.l
-        return kept[start : start + self.r * count * self.l].view(self.r, count, self.l)
+    def part_of(self, kept: Tensor) -> Tensor:
+        """Its Ŷ in `kept`, where panel follows panel."""
+        r, _, l = self.y_side.shape  # noqa: E741 - the tile index L
+        return kept[r * self.first * l :][: r * self.count * l].view_as(self.y_side)
 
 
 def linear(
@@ -79,9 +79,7 @@ def linear(
     columns: int,
     activation: str,
 ) -> Tensor:
-    """As `composed.linear`: memory beside the output is one workspace."""
-    if not _fits(x, encoder, decoder):
-        return composed.linear(x, encoded_weight, encoder, decoder, bias, columns, activation)
+    """As `composed.linear`, panel by panel."""
     return _forward(x, encoded_weight, encoder, decoder, bias, columns, None, activation)
 
 
@@ -89,10 +87,8 @@ def linear_forward(
     x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
 ) -> tuple[Tensor, Tensor]:
     """As `composed.linear_forward`; Ŷ is kept panel by panel."""
-    if not _fits(x, encoder, decoder):
-        return composed.linear_forward(x, encoded_weight, encoder, decoder, bias, columns)
     r, _, l = encoded_weight.shape  # noqa: E741 - the tile index L
-    kept = x.new_empty(r * x.shape[0] * tile_count(x.shape[1], encoder.shape[1]) * l)
+    kept = x.new_empty(r * x.shape[0] * tile_count(x.shape[1], encoder.shape[-2]) * l)
     return _forward(x, encoded_weight, encoder, decoder, bias, columns, kept), kept
 
 
@@ -106,50 +102,52 @@ def linear_backward(
     wants: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """As `composed.linear_backward`."""
-    panels = _panels(x, encoded_weight, encoder, TRAINING_BYTES) if _fits(x, encoder, decoder) else None
-    if panels is None or 0 in (panels.total, panels.j, panels.l):
+    panels = list(_panels(x, grad, encoded_weight, encoder, decoder, TRAINING_BYTES))
+    if not panels or 0 in encoded_weight.shape:
         return composed.linear_backward(grad, x, encoded_weight, encoder, decoder, kept, wants)
     wants_x, wants_weight, wants_encoder, wants_decoder, wants_bias = wants
-    grad, x, transposed = rows_dense(grad), rows_dense(x), encoded_weight.contiguous().mT
-    e, d = as_factor(encoder), as_factor(decoder)
+    encoded_weight = encoded_weight.contiguous()
+    transposed, e_conj, d_conj = encoded_weight.mH, encoder.conj(), decoder.conj()
     dx = x.new_empty(x.shape if wants_x else 0)
-    weight_sum = _Sum(encoded_weight, len(list(panels))) if wants_weight else None
-    e_sums, d_sums = empty_sums(encoder.shape), empty_sums(decoder.shape)
-    for first, count in panels:
-        a, b = panels.x_side(count), panels.y_side(count)
-        if wants_decoder:
-            products = b if kept is None else panels.part_of(kept, first, count)
+    weight_sum = _Sum(encoded_weight, len(panels)) if wants_weight else None
+    e_sum = Correlation(x, encoder.shape) if wants_encoder else None
+    d_sum = Correlation(x, decoder.shape) if wants_decoder else None
+    for panel in panels:
+        x_part, grad_part, a, b = rows_dense(panel.of(x)), rows_dense(panel.of(grad)), panel.x_side, panel.y_side
+        if d_sum is not None:
+            products = b if kept is None else panel.part_of(kept)
             if kept is None:
-                step("encode", x, a, e, first, count)
+                encode_into(a, x_part, encoder)
                 torch.bmm(a, encoded_weight, out=b)
-            step("correlate", grad, products, d_sums, first, count)
+            d_sum.add(grad_part, products.conj())
         if wants_x or wants_weight or wants_encoder:
-            step("encode", grad, b, d, first, count)
+            encode_into(b, grad_part, d_conj)
         if weight_sum is not None:
-            step("encode", x, a, e, first, count)
-            weight_sum.add(a.mT, b)
+            encode_into(a, x_part, encoder)
+            weight_sum.add(a.mH, b)
         if wants_x or wants_encoder:
             torch.bmm(b, transposed, out=a)
         if wants_x:
-            step("decode", dx, a, e, first, count)
-        if wants_encoder:
-            step("correlate", x, a, e_sums, first, count)
+            decode_into(panel.of(dx), a, e_conj)
+        if e_sum is not None:
+            e_sum.add(x_part.conj(), a)
+        del x_part, grad_part  # which may be copies, before the next ones are made
     return (
         dx,
         x.new_empty(0) if weight_sum is None else weight_sum.total(),
-        total_of(e_sums, x.dtype) if wants_encoder else x.new_empty(0),
-        total_of(d_sums, x.dtype) if wants_decoder else x.new_empty(0),
+        x.new_empty(0) if e_sum is None else e_sum.total(x.dtype),
+        x.new_empty(0) if d_sum is None else d_sum.total(x.dtype),
         grad.sum(dim=(0, 1)) if wants_bias else x.new_empty(0),
     )
 
 
 class _Sum:
-    """dŴ over the panels: in place in float32; for bfloat16 in a float32 sum, since many small terms would be lost."""
+    """dŴ over the panels: in place; in 16 bits by way of a float32 sum, since many small terms would be lost."""
 
     def __init__(self, like: Tensor, panels: int) -> None:
         self._result = like.new_empty(like.shape)
-        widened = like.dtype != torch.float32 and panels > 1
-        self._sum = like.new_zeros(like.shape, dtype=torch.float32) if widened else None
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self._sum = like.new_zeros(like.shape, dtype=wide) if wide != like.dtype and panels > 1 else None
         self._first = True
 
     def add(self, a: Tensor, b: Tensor) -> None:
@@ -180,44 +178,51 @@ def _forward(
     y = x.new_empty(x.shape[0], x.shape[1], columns)
     if 0 in y.shape:
         return y
-    panels = _panels(x, encoded_weight, encoder, INFERENCE_BYTES if kept is None else TRAINING_BYTES)
-    x, encoded_weight = rows_dense(x), encoded_weight.contiguous()
-    e, d = as_factor(encoder), as_factor(decoder)
-    added = None if bias is None else bias.float().contiguous()
-    for first, count in panels:
-        encoded = panels.x_side(count)
-        products = panels.y_side(count) if kept is None else panels.part_of(kept, first, count)
-        step("encode", x, encoded, e, first, count)
-        torch.bmm(encoded, encoded_weight, out=products)
-        step("decode", y, products, d, first, count, added)
+    most = INFERENCE_BYTES if kept is None else TRAINING_BYTES
+    encoded_weight = encoded_weight.contiguous()
+    for panel in _panels(x, y, encoded_weight, encoder, decoder, most):
+        products = panel.y_side if kept is None else panel.part_of(kept)
+        encode_into(panel.x_side, rows_dense(panel.of(x)), encoder)
+        torch.bmm(panel.x_side, encoded_weight, out=products)
+        decode_into(panel.of(y), products, decoder, bias)
         if activation != "none":  # while the panel is in cache
-            for rows in _rows_of(y, encoder.shape[1], first, count):
-                _IN_PLACE[activation](rows)
+            _IN_PLACE[activation](panel.of(y))
     return y
 
 
-def _rows_of(y: Tensor, p: int, first: int, count: int) -> Iterator[Tensor]:
-    """The rows of y (B, N, M) that tile rows first … first + count cover, sample by sample."""
-    a_sample = tile_count(y.shape[1], p)
-    for sample in range(first // a_sample, (first + count - 1) // a_sample + 1):
-        start, end = (min(max(i - sample * a_sample, 0), a_sample) * p for i in (first, first + count))
-        yield y[sample, start:end]
-
-
-def _fits(x: Tensor, encoder: Tensor, decoder: Tensor) -> bool:
-    return supports(x, encoder.shape) and supports(x, decoder.shape)
-
-
-def _panels(x: Tensor, encoded_weight: Tensor, encoder: Tensor, most: int) -> _Panels:
-    (r, j, l), p = encoded_weight.shape, encoder.shape[1]  # noqa: E741 - the tile index L
-    total = x.shape[0] * tile_count(x.shape[1], p)
-    height = panel_rows(total, r * (j + l) * x.element_size(), most) if total else 1
-    return _Panels(r, j, l, total, height, _workspace(r * height * (j + l), x))
+def _panels(
+    x: Tensor, y: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, most: int
+) -> Iterator[_Panel]:
+    """The panels of x (B, N, K) and y (B, N, M), of `most` bytes at most if a tile row allows it."""
+    (r, j, l), (p, q), s = encoded_weight.shape, encoder.shape[-2:], decoder.shape[-1]  # noqa: E741 - the tile index L
+    batch, rows = x.shape[:2]
+    a_sample = tile_count(rows, p)
+    numbers = r * (j + l)
+    if not (supports(x, encoder.shape) and supports(x, decoder.shape)):
+        numbers += 2 * r * max(j, l) + 3 * p * max(j * q, l * s)  # tiles, padded and regrouped, and one result more
+    numbers += sum(p * matrix.shape[2] for matrix in (x, y) if not rows_are_dense(matrix))
+    if not batch * rows:
+        return
+    bytes_a_row = numbers * x.element_size()
+    samples, height = panel_rows(batch, a_sample * bytes_a_row, most), panel_rows(a_sample, bytes_a_row, most)
+    room = _workspace(r * samples * height * (j + l), x)
+    for sample in range(0, batch, samples):
+        some = min(samples, batch - sample)
+        for i in range(0, a_sample, height):
+            count = some * min(height, a_sample - i)
+            yield _Panel(
+                slice(sample, sample + some),
+                slice(i * p, min((i + height) * p, rows)),
+                sample * a_sample + i * some,
+                count,
+                room[: r * count * j].view(r, count, j),
+                room[r * count * j :][: r * count * l].view(r, count, l),
+            )
 
 
 @lru_cache(maxsize=1024)
 def panel_rows(total: int, bytes_a_row: int, most: int) -> int:
-    """Tile rows a panel: as many as `most` bytes hold, at least one, in panels of equal height."""
+    """Tile rows a panel, or samples: as many as `most` bytes hold, at least one, in panels of equal size."""
     return tile_count(total, tile_count(total, max(1, most // max(1, bytes_a_row))))
 
 

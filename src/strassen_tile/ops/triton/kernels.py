@@ -41,20 +41,31 @@ def activate(v, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def power_of(strip):
+    """The largest power of two in a positive number."""
+    return (strip.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def encode_kernel(x, factor, scale, strips, encoded, total, tile_rows, rows, columns, tiles, rank,
                   stride_b, stride_n, stride_k, stride_r, stride_i,
                   P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
                   BI: tl.constexpr, BJ: tl.constexpr, FAST: tl.constexpr, SCALED: tl.constexpr,
                   UPCAST: tl.constexpr):  # fmt: skip
-    """X̂[k, I, J] = ⟨E_k, X_IJ⟩, divided by scale[k]·strips[I] if SCALED."""
+    """X̂[k, I, J] = ⟨E_k, X_IJ⟩, divided by scale[k]·strips[I] if SCALED: by a power of two before, so that none overflows."""
     block_i, block_j = split_program(tiles, BJ)
     v = load_tiles(x, block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n, stride_k,
                    P, Q, ENTRIES, BI, BJ // G, FAST)  # fmt: skip
     e = load_factor(factor, rank, RANKS, P, Q, G, ENTRIES)
+    if SCALED:
+        v = (v.to(tl.float32) / power_of(load_strips(strips, block_i, block_j, total, BI, BJ // G))).to(
+            x.dtype.element_ty
+        )
     z = to_channels(product(e, v, UPCAST), RANKS, G)
     if SCALED:
         k = tl.arange(0, RANKS)
-        z /= load_strips(strips, block_i, block_j, total, BI, BJ)
+        strip = load_strips(strips, block_i, block_j, total, BI, BJ)
+        z /= strip / power_of(strip)
         z /= tl.load(scale + k, mask=k < rank, other=1.0)[:, None]
     where, there = channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i, RANKS, BI, BJ)
     tl.store(encoded + where, z.to(encoded.dtype.element_ty), mask=there)
@@ -108,13 +119,14 @@ def decoded_block(encoded, factor, bias, strips, block_i, block_j, total, tile_r
                   P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
                   BI: tl.constexpr, BJ: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
                   UPCAST: tl.constexpr):  # fmt: skip
-    """(ENTRIES, BI·BJ) of Y + bias in float32."""
+    """(ENTRIES, BI·BJ) of Y·strips[I]² + bias in float32."""
     d = load_factor(factor, rank, RANKS, P, Q, G, ENTRIES)
     where, there = channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i, RANKS, BI, BJ)
     z = from_channels(tl.load(encoded + where, mask=there, other=0.0), RANKS, G)
-    y = product(tl.trans(d), z, UPCAST)
+    y = product(tl.trans(d).to(z.dtype), z, UPCAST)
     if SCALED:
-        y *= load_strips(strips, block_i, block_j, total, BI, BJ // G)
+        strip = load_strips(strips, block_i, block_j, total, BI, BJ // G)
+        y = y * strip * strip  # one after the other: the square may be beyond float32
     if BIAS:
         _sample, _row, column, inside = entry_positions(
             block_i, block_j, total, tile_rows, rows, columns, P, Q, ENTRIES, BI, BJ // G
@@ -129,7 +141,7 @@ def decode_kernel(encoded, factor, bias, strips, y, total, tile_rows, rows, colu
                   P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
                   BI: tl.constexpr, BJ: tl.constexpr, FAST: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
                   ACTIVATION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """Y_IL = activation(Σ_k Ŷ[k, I, L] D_k + bias), the sum times strips[I] if SCALED."""
+    """Y_IL = activation(Σ_k Ŷ[k, I, L] D_k + bias), the sum times strips[I]² if SCALED."""
     block_i, block_j = split_program(tiles, BJ)
     v = decoded_block(encoded, factor, bias, strips, block_i, block_j, total, tile_rows, rows, columns, tiles, rank,
                       stride_r, stride_i, P, Q, G, ENTRIES, RANKS, BI, BJ, BIAS, SCALED, UPCAST)  # fmt: skip

@@ -1,7 +1,8 @@
 """The kernels as functions of tensors: sizes, strides and padding worked out here, once a call.
 
-Requires: tensors on one CUDA device (any device under Triton's interpreter), factors one a layer (3-D), ranks and tiles with
-r ≤ 128 and p·q ≤ 64. Results have 16-byte aligned rows where `aligned` asks for it: their last dimension is then a view.
+Requires: tensors on one CUDA device, current or not (any device under Triton's interpreter), factors one a layer (3-D), ranks
+and tiles with r ≤ 128 and p·q ≤ 64. Triton launches on the current device, so each launch makes that of its tensors current.
+Results have 16-byte aligned rows where `aligned` asks for it: their last dimension is then a view.
 """
 
 from __future__ import annotations
@@ -43,17 +44,18 @@ def encode(
     encoded = empty_encoded(r, total, tiles, x, aligned) if out is None else out
     if encoded.numel():
         shape = compile_time("encode", p, q, r, encoded)
-        kernels.encode_kernel[_grid(total, tiles, shape)](
-            x,
-            encoder.contiguous(),
-            *(scales or (None, None)),
-            encoded,
-            *_sizes(x, p, total, tiles, r),
-            *x.stride(),
-            *encoded.stride()[:2],
-            SCALED=scales is not None,
-            **shape,
-        )
+        with torch.cuda.device_of(encoded):
+            kernels.encode_kernel[_grid(total, tiles, shape)](
+                x,
+                encoder.contiguous(),
+                *(scales or (None, None)),
+                encoded,
+                *_sizes(x, p, total, tiles, r),
+                *x.stride(),
+                *encoded.stride()[:2],
+                SCALED=scales is not None,
+                **shape,
+            )
     return encoded
 
 
@@ -75,11 +77,12 @@ def norm_encode(
         shape = compile_time("norm_encode", p, q, r, x)
         del shape["ENTRIES"], shape["FAST"]
         scale, shift = _dense(scale), _dense(shift)
-        kernels.norm_encode_kernel[(triton.cdiv(total, shape["BI"]),)](
-            x, scale, shift, encoder.contiguous(), encoded, *_sizes(x, p, total, tiles, r), eps,
-            *x.stride(), *encoded.stride()[:2], CENTRE=centre, SCALE=scale is not None,
-            SHIFT=shift is not None, **shape,
-        )  # fmt: skip
+        with torch.cuda.device_of(encoded):
+            kernels.norm_encode_kernel[(triton.cdiv(total, shape["BI"]),)](
+                x, scale, shift, encoder.contiguous(), encoded, *_sizes(x, p, total, tiles, r), eps,
+                *x.stride(), *encoded.stride()[:2], CENTRE=centre, SCALE=scale is not None,
+                SHIFT=shift is not None, **shape,
+            )  # fmt: skip
     return encoded
 
 
@@ -92,18 +95,23 @@ def decode(
     bias: Tensor | None = None,
     activation: str = "none",
     strips: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """activation(Y + bias) (batch, rows, columns) of Ŷ (r, B·I, L); tile row I of Y is multiplied by strips[I], if given."""
+    """activation(Y + bias) (batch, rows, columns) of Ŷ (r, B·I, L), into `out` if given.
+
+    Tile row I of Y is multiplied by strips[I] twice, if those are given.
+    """
     r, p, s = decoder.shape
-    y = encoded.new_empty(batch, rows, columns)
+    y = encoded.new_empty(batch, rows, columns) if out is None else out
     if y.numel():
         encoded = _dense_last(encoded)
         total, tiles = encoded.shape[1:]
-        shape = compile_time("decode", p, s, r, y)
-        kernels.decode_kernel[_grid(total, tiles, shape)](
-            encoded, decoder.contiguous(), _dense(bias), strips, y, *_sizes(y, p, total, tiles, r), *encoded.stride()[:2],
-            *y.stride()[:2], BIAS=bias is not None, SCALED=strips is not None, ACTIVATION=activation, **shape,
-        )  # fmt: skip
+        shape = compile_time("decode", p, s, r, encoded)
+        with torch.cuda.device_of(y):
+            kernels.decode_kernel[_grid(total, tiles, shape)](
+                encoded, decoder.contiguous(), _dense(bias), strips, y, *_sizes(y, p, total, tiles, r), *encoded.stride()[:2],
+                *y.stride()[:2], BIAS=bias is not None, SCALED=strips is not None, ACTIVATION=activation, **shape,
+            )  # fmt: skip
     return y
 
 
@@ -148,11 +156,12 @@ def recode(
         ranks = {"RANKS": r, "UP_RANKS": d_up.shape[0], "NEXT_RANKS": next_rank}
         shape |= {name: padded(rank, shape["G"]) for name, rank in ranks.items()}
         sizes = total, tile_count(rows, p), rows, columns, tiles, r, d_up.shape[0], next_rank
-        kernels.recode_kernel[_grid(total, tiles, shape)](
-            z, d, bias, z_up, d_up, _dense(second.bias), encoder.contiguous(), out, *sizes, *z.stride()[:2], *z_up.stride()[:2],
-            *out.stride()[:2], BIAS=bias is not None,
-            UP_BIAS=second.bias is not None, GATED=up is not None, ACTIVATION=activation, **shape,
-        )  # fmt: skip
+        with torch.cuda.device_of(out):
+            kernels.recode_kernel[_grid(total, tiles, shape)](
+                z, d, bias, z_up, d_up, _dense(second.bias), encoder.contiguous(), out, *sizes,
+                *z.stride()[:2], *z_up.stride()[:2], *out.stride()[:2], BIAS=bias is not None,
+                UP_BIAS=second.bias is not None, GATED=up is not None, ACTIVATION=activation, **shape,
+            )  # fmt: skip
     return out
 
 
@@ -166,9 +175,10 @@ def correlate(x: Tensor, encoded: Tensor, tile: Sequence[int]) -> Tensor:
     programs = min(blocks, _PROGRAMS)
     ranks, g, entries = shape["RANKS"], shape["G"], shape["ENTRIES"]
     sums = x.new_empty(programs, ranks * g, entries, dtype=torch.float32)
-    kernels.correlate_kernel[(programs,)](
-        x, encoded, sums, *_sizes(x, p, total, tiles, r), blocks, *x.stride(), *encoded.stride()[:2], **shape
-    )
+    with torch.cuda.device_of(sums):
+        kernels.correlate_kernel[(programs,)](
+            x, encoded, sums, *_sizes(x, p, total, tiles, r), blocks, *x.stride(), *encoded.stride()[:2], **shape
+        )
     each = sums.sum(dim=0)[: r * g, : p * q * g].view(r, g, p, g, q)
     return each.diagonal(dim1=1, dim2=3).sum(dim=-1).to(x.dtype)
 
