@@ -152,7 +152,7 @@ BAD_ARRAYS = {
     "negative": ({"-2,2,2": GOOD}, "named like"), "other tile": ({"2,2,3": GOOD}, "of 4, 6, 6 rows"),
     "complex": ({"2,2,2": GOOD * (1 + 1j)}, "complex128"), "text": ({"2,2,2": GOOD.astype(str)}, "real numbers"),
     "two factors": ({"2,2,2": GOOD[:2]}, "three factors"), "no terms": ({"2,2,2": GOOD[..., :0]}, "non-empty"),
-    "flat": ({"2,2,2": np.ones(3)}, "three factors"), "scalar": ({"2,2,2": np.float64(3)}, "cannot read"),
+    "flat": ({"2,2,2": np.ones(3)}, "three factors"), "scalar": ({"2,2,2": np.float64(3)}, "three factors"),
     "nan": ({"2,2,2": GOOD * np.nan}, "finite"), "wrong": ({"2,2,2": GOOD[::-1]}, "exactly, but"),
 }  # fmt: skip
 

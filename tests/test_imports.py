@@ -15,11 +15,25 @@ import pytest
 import strassen_tile
 
 PACKAGE = "strassen_tile"
-ROOMS = ["errors", "tiling", "basis", "bases", "cost", "reference", "ops", "nn", "convert", "rivals", "models", "data"]
+ROOMS = [
+    "errors",
+    "files",
+    "tiling",
+    "basis",
+    "bases",
+    "cost",
+    "reference",
+    "ops",
+    "nn",
+    "convert",
+    "rivals",
+    "models",
+    "data",
+]
 ROOMS += ["integrations", "report", "experiments", "cli"]
 OPTIONAL = {"transformers", "accelerate", "datasets", "sklearn", "matplotlib"}
 OPTIONAL_ROOMS = {"integrations", "experiments", "data", "report"}
-OPS_MAY_IMPORT = {"errors", "tiling", "basis", "ops"}  # its oracle, `reference`, stands on bases and cost
+OPS_MAY_IMPORT = {"errors", "files", "tiling", "basis", "ops"}  # its oracle, `reference`, stands on bases and cost
 HEAVY = {*OPTIONAL, "PIL", "rich", "scipy", "triton", "pandas"}
 
 

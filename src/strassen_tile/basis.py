@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strassen_tile.errors import BasisError, STLError, shape_text
+from strassen_tile import files
+from strassen_tile.errors import BasisError, ConfigError, STLError, shape_text
 from strassen_tile.tiling import Tile, as_tile
 
 EXACT_BELOW = 1e-24  # relative squared error: 1e-12 in relative error, what float64 coefficients such as 1/3 allow
+MAX_BYTES = 16 << 20  # of a file, and of its three factors in float64: two million coefficients
 EXPLICIT_UP_TO = 2**24  # entries of the tensor; the residual of a larger one comes from Gram matrices
 _FACTORS = ("encoder", "weight_encoder", "decoder")
 _KEYS = {*_FACTORS, "name", "tile", "rank", "relative_squared_error", "kappa", "exact"}
@@ -101,6 +103,7 @@ class Basis:
             gram = self._gram("encoder") * self._gram("weight_encoder")
             inner = torch.einsum("kab,kbc,kac->", self.encoder, self.weight_encoder, self.decoder)
             error = float(1.0 + ((gram * self._gram("decoder")).sum() - 2.0 * inner) / (p * q * s))
+            error = max(error, 1.0 - self.rank / max(p * q, q * s, p * s))  # no fewer products can do better
             if not error < 1e-9:  # below, the terms cancel to rounding noise: only the residual itself tells
                 return error
         total, column = 0.0, torch.arange(s, device="cpu")
@@ -198,16 +201,21 @@ class Basis:
             raise BasisError(f"cannot write a basis to {path}: {error}") from error
 
     @classmethod
-    def load(cls, path: str | Path) -> Basis:
+    def load(cls, path: str | Path, *, max_bytes: int = MAX_BYTES) -> Basis:
         """Read a file written by `save`.
 
+        Args:
+            path: the file.
+            max_bytes: the most that the file, or its factors in float64, may take.
+
         Raises:
-            BasisError: not such a file, factors of another tile or rank than stated, or not exact though it claims so.
+            BasisError: not such a file, larger than `max_bytes`, factors of another tile or rank than stated, or not
+                exact though it claims so.
         """
-        return cls.from_record(read_json(path), source=str(path))
+        return cls.from_record(read_json(path, max_bytes), source=str(path), max_bytes=max_bytes)
 
     @classmethod
-    def from_record(cls, record: object, *, source: str) -> Basis:
+    def from_record(cls, record: object, *, source: str, max_bytes: int = MAX_BYTES) -> Basis:
         """The basis in a parsed JSON `record`; `source` names it in errors. Raises as `load`."""
         if not isinstance(record, dict) or not all(field in record for field in _FACTORS):
             raise BasisError(f"{source} is not a basis file: it wants the keys {', '.join(_FACTORS)}")
@@ -218,6 +226,7 @@ class Basis:
             tile = as_tile(record.get("tile", basis.tile))
         except STLError as error:
             raise BasisError(f"{source}: {error}") from error
+        check_size(sum(getattr(basis, field).numel() for field in _FACTORS), source, max_bytes)
         if tile != basis.tile:
             raise BasisError(f"{source} says tile {record['tile']}, but its factors are for {list(basis.tile)}")
         if record.get("rank", basis.rank) != basis.rank:
@@ -235,15 +244,19 @@ class Basis:
         return f"Basis({name}tile={self.tile}, rank={self.rank}, error={self.error:.4g}, kappa={self.kappa:.4g})"
 
 
-def read_json(path: str | Path) -> object:
-    """What the JSON file holds. Raises BasisError: unreadable, malformed, nested too deep, or with a key given twice."""
+def read_json(path: str | Path, max_bytes: int = MAX_BYTES) -> object:
+    """What the JSON file holds. Raises BasisError: unreadable, too large, malformed, or with a key given twice."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except (OSError, ValueError, RecursionError) as error:
+        return files.read_json(path, max_bytes)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
         raise BasisError(f"cannot read a basis from {path}: {error}") from error
 
 
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    if len(record := dict(pairs)) < len(pairs):
-        raise ValueError("a key appears twice")
-    return record
+def check_size(coefficients: int, source: object, max_bytes: int) -> None:
+    """Raise BasisError if that many float64 coefficients take more than `max_bytes`: work on them is quadratic and worse."""
+    if 8 * coefficients > max_bytes:
+        raise BasisError(
+            f"{source}: a basis of {coefficients} coefficients {files.too_large(8 * coefficients, max_bytes)}"
+        )

@@ -3,28 +3,48 @@
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn, TypeAlias
 
 from strassen_tile import __version__
 from strassen_tile.errors import ShapeError, STLError
+from strassen_tile.files import parse_json
 from strassen_tile.tiling import as_tile
+
+_REPORT = ("matplotlib", "numpy", "rich")
+_NEEDS = {"report": _REPORT, "vision": (*_REPORT, "accelerate", "safetensors", "transformers")}
+_MOST_SEEDS = 1000
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with an argument in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+_Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `strassen-tile`; the exit status: 0, 1 for a bad input (said in one line), 130 when interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="strassen-tile", description="Strassen-Tile: cheaper products for deep networks."
-    )
+    """Run `strassen-tile`; the exit status: 0, 1 or 2 for a bad input (said in one line), 130 when interrupted."""
+    parser = _Parser(prog="strassen-tile", description="Strassen-Tile: cheaper products for deep networks.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_compare(commands)
     _add_bench(commands)
     _add_plan(commands)
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    for argument in given:  # bytes that are no text (in a path) could not be written to the rows and the page
+        if "\0" in argument or argument != argument.encode(errors="replace").decode():
+            parser.error(f"arguments must be text in UTF-8; got {_short(argument)}")
+    options = parser.parse_args(given)
     try:
+        _need(options.extra)
         from strassen_tile.experiments import commands as programs  # rich and matplotlib: only once there is work
 
         return int(getattr(programs, options.run)(options))
@@ -34,22 +54,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("strassen-tile: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as error:  # torch's allocator has no type of its own for it on a CPU
+        if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory", str(error)):
+            raise
+        said = str(error).partition("\n")[0]
+        print(f"strassen-tile: this is too large for this machine's memory: {said or 'out of memory'}", file=sys.stderr)
+        return 1
+
+
+def _need(extra: str) -> None:
+    """Raise ImportError, with the pip command, where a package of this extra is not installed."""
+    for package in _NEEDS[extra]:
+        try:
+            missing = importlib.util.find_spec(package) is None
+        except (ImportError, ValueError):
+            missing = True
+        if missing:
+            raise ImportError(
+                f'this command needs {package}, which is not installed: pip install "strassen-tile[{extra}]"'
+            )
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:60]}…")
+
+
+def _integer(text: str) -> int:
+    if not re.fullmatch("[+-]?[0-9]{1,18}", text):  # int() also takes other scripts' digits, and thousands of digits
+        raise argparse.ArgumentTypeError(f"a whole number of at most 18 digits is wanted; got {_short(text)}")
+    return int(text)
 
 
 def _integers(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(_integer(part.strip()) for part in text.split(","))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"whole numbers joined by commas are wanted: {error}") from error
+
+
+def _real(text: str) -> float:
+    try:
+        return float(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"whole numbers joined by commas are wanted; got {text!r}") from error
+        raise argparse.ArgumentTypeError(f"a number is wanted; got {_short(text)}") from error
+
+
+def _folder(text: str) -> Path:
+    try:
+        if text.strip():
+            return Path(text).expanduser()
+    except RuntimeError as error:  # a home that nobody has
+        raise argparse.ArgumentTypeError(f"{error}; got {_short(text)}") from error
+    raise argparse.ArgumentTypeError("the path of a folder is wanted, '.' for this one; got an empty one")
 
 
 def _object(text: str) -> dict[str, object]:
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"a JSON object is wanted; got {text!r}: {error}") from error
+        raise argparse.ArgumentTypeError(f"a JSON object is wanted; got {_short(text)}: {error}") from error
     if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f'a JSON object such as {{"image_size": 224}} is wanted; got {text!r}')
+        raise argparse.ArgumentTypeError(f'a JSON object such as {{"image_size": 224}} is wanted; got {_short(text)}')
     return found
 
 
@@ -59,7 +124,11 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _seeds(text: str) -> tuple[int, ...]:
     numbers = _integers(text)
-    return tuple(range(numbers[0])) if len(numbers) == 1 and numbers[0] > 0 else numbers
+    if len(numbers) > 1 or numbers[0] < 1:
+        return numbers
+    if numbers[0] > _MOST_SEEDS:
+        raise argparse.ArgumentTypeError(f"at most {_MOST_SEEDS} seeds are run, from 0 on; got {text!r}")
+    return tuple(range(numbers[0]))
 
 
 def _tile(text: str) -> tuple[int, int, int]:
@@ -70,7 +139,7 @@ def _tile(text: str) -> tuple[int, int, int]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_compare(commands: _Commands) -> None:
     command = commands.add_parser(
         "compare",
         help="train the same network dense, 2:4 and STL on images",
@@ -81,13 +150,13 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add = command.add_argument
     add("--data", default="digits", help="digits (bundled), or a folder: IDX files, or images by class")
     add("--model", default=None, help="T2T-ViT size (default: by image size)")
-    add("--image-size", type=int, default=None, help="side in pixels (default: the data's)")
+    add("--image-size", type=_integer, default=None, help="side in pixels (default: the data's)")
     add("--methods", type=_names, default=("dense", "2:4", "stl"), help="of dense, 2:4, stl, low-rank, dense+mix")
     add("--ranks", type=_integers, default=(16, 24, 32), help="of the STL runs")
     add("--seeds", type=_seeds, default=(0, 1), help="how many seeds, or a list of them")
-    add("--epochs", type=int, default=None, help="(default: by data)")
-    add("--batch-size", type=int, default=None, help="(default: by data)")
-    add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
+    add("--epochs", type=_integer, default=None, help="(default: by data)")
+    add("--batch-size", type=_integer, default=None, help="(default: by data)")
+    add("--lr", type=_real, default=1e-3, help="peak learning rate of AdamW")
     add("--init", choices=("random", "approximate"), default="random", help="where STL starts")
     add(
         "--mixing",
@@ -103,12 +172,12 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default=None,
         help="shift and flip images (default: by data)",
     )
-    add("--limit", type=int, default=None, help="train on that many images only")
-    add("--out", type=Path, default=Path("out/compare"), help="folder for rows.json, report.html and plot.png")
-    command.set_defaults(run="run_compare")
+    add("--limit", type=_integer, default=None, help="train on that many images only")
+    add("--out", type=_folder, default=Path("out/compare"), help="folder for rows.json, report.html and plot.png")
+    command.set_defaults(run="run_compare", extra="vision")
 
 
-def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_bench(commands: _Commands) -> None:
     command = commands.add_parser(
         "bench",
         help="time dense, STL and rivals on this machine",
@@ -121,15 +190,15 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--shapes", default="squares", help="NxKxM,… or squares, small, vit-b, llama-7b, mlp")
     add("--ranks", type=_integers, default=(16, 24, 32), help="of the STL runs")
     add("--pass", dest="passes", type=_names, default=("forward", "step"), help="forward, step (forward and backward)")
-    add("--methods", type=_names, default=("stl", "low-rank"), help="of stl, low-rank, 2:4 (GPU)")
+    add("--methods", type=_names, default=("stl", "low-rank"), help="besides dense: of stl, low-rank, 2:4 (GPU)")
     add("--tile", type=_tile, default=(4, 4, 4), help="side, or p,q,s")
-    add("--seconds", type=float, default=4.0, help="for each pair")
-    add("--threads", type=int, default=None, help="(default: torch's)")
-    add("--out", type=Path, default=Path("out/bench"), help="folder for rows.json, report.html and plot.png")
-    command.set_defaults(run="run_bench")
+    add("--seconds", type=_real, default=4.0, help="for each pair")
+    add("--threads", type=_integer, default=None, help="(default: torch's)")
+    add("--out", type=_folder, default=Path("out/bench"), help="folder for rows.json, report.html and plot.png")
+    command.set_defaults(run="run_bench", extra="report")
 
 
-def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_plan(commands: _Commands) -> None:
     command = commands.add_parser(
         "plan",
         help="say which layers of a model would pay on this machine",
@@ -140,8 +209,8 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add("model", nargs="?", default=None, help="package.module:callable, or the folder of a transformers model")
     add("--arguments", type=_object, default=None, help="what the callable is called with, as JSON")
     add("--shapes", default=None, help="NxKxM,… instead of a model")
-    add("--rows", type=int, default=4096, help="rows each layer is fed, all samples together")
-    add("--rank", type=int, default=24, help="of the STL layers")
+    add("--rows", type=_integer, default=4096, help="rows each layer is fed, all samples together")
+    add("--rank", type=_integer, default=None, help="of the STL layers (default: by tile)")
     add("--tile", type=_tile, default=(4, 4, 4), help="side, or p,q,s")
     add(
         "--mixing",
@@ -152,10 +221,10 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add("--pass", dest="passes", choices=("forward", "step"), default="forward", help="inference or a training step")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where it would run")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
-    add("--min-speedup", type=float, default=1.05, help="convert from here on")
+    add("--min-speedup", type=_real, default=1.05, help="convert from here on")
     add("--refresh", action="store_true", help="measure the machine again")
-    add("--out", type=Path, default=Path("out/plan"), help="folder for rows.json, report.html and plot.png")
-    command.set_defaults(run="run_plan")
+    add("--out", type=_folder, default=Path("out/plan"), help="folder for rows.json, report.html and plot.png")
+    command.set_defaults(run="run_plan", extra="report")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ def as_tile(tile: int | Sequence[int]) -> Tile:
     Raises:
         ShapeError: not one or three positive integers.
     """
-    sides = (tile, tile, tile) if isinstance(tile, int) else tuple(tile) if isinstance(tile, Sequence) else ()
-    if len(sides) != 3 or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in sides):
+    given = tuple(tile) if isinstance(tile, Sequence) else (tile, tile, tile)
+    sides = [side for side in map(as_integer, given) if side is not None and side >= 1]
+    if len(given) != 3 or len(sides) != 3:
         raise ShapeError(f"tile must be a positive integer or three of them (p, q, s); got {tile!r}")
     p, q, s = sides
     return p, q, s

@@ -96,8 +96,10 @@ def test_a_lying_header_costs_no_memory(tmp_path: Path, pack) -> None:
     path.write_bytes(pack(b"\0\0\x08\x03" + struct.pack(">III", 2**20, 2**12, 2**12) + b"few"))
     tracemalloc.start()
     try:
-        with pytest.raises(DataError, match="only 3 follow"):
+        with pytest.raises(DataError, match=r"promises .* raise max_bytes"):
             read_idx(path)
+        with pytest.raises(DataError, match="only 3 follow"):
+            read_idx(path, max_bytes=2**50)
         assert tracemalloc.get_traced_memory()[1] < 2**23
     finally:
         tracemalloc.stop()

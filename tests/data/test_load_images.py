@@ -207,3 +207,23 @@ def test_trainer_takes_it_and_resumes(tmp_path: Path) -> None:
     resumed = trainer(tmp_path / "b")
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert torch.equal(full.model.linear.weight, resumed.model.linear.weight)
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "~nobody-at-all/x"])
+def test_a_path_that_cannot_be_looked_up(source: str) -> None:
+    with pytest.raises(DataError, match="cannot be looked up"):
+        load_images(source)
+
+
+SENSELESS = [{"image_size": size} for size in (4.5, "8", True, 10**6)] + [{"limit": limit} for limit in ("3", 2.0)]
+
+
+@pytest.mark.parametrize("option", [*SENSELESS, {"seed": -1}, {"seed": 2**70}, {"seed": 0.5}], ids=str)
+def test_options_of_another_type_or_range(option: dict[str, object]) -> None:
+    """A TypeError from deep inside interpolate, or terabytes for one digit."""
+    with pytest.raises(ConfigError, match=next(iter(option))):
+        load_images(**option)
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    assert load_images(image_size=np.int64(8), limit=np.int32(20), seed=np.int64(1)).image_size == 8

@@ -7,11 +7,13 @@ import torch
 
 from strassen_tile import cost, nn
 from strassen_tile.cli import main
+from strassen_tile.convert import convert
 from strassen_tile.cost import rates
-from strassen_tile.errors import ConfigError
+from strassen_tile.errors import ConfigError, ConversionError
 from strassen_tile.experiments import candidates, planning, speed
 from strassen_tile.ops import panels
 from strassen_tile.report import bench as bench_report
+from strassen_tile.report import plan as plan_report
 
 CONTRACT = {
     "device", "dtype", "n", "k", "m", "tile", "rank", "pass", "method", "median_s", "q20_s", "q80_s", "speedup", "limit",
@@ -40,11 +42,16 @@ def test_bench_leaves_rows_page_and_plot(tmp_path) -> None:
     arguments = ["--shapes", "64x96x80,33x50x41", "--ranks", "7,16", "--dtype", "float32,bfloat16", "--seconds", "0.01"]
     assert main(["bench", "--out", str(out), *arguments]) == 0
     rows = json.loads((out / "rows.json").read_text())
-    assert len(rows) == 2 * 2 * 2 * 2 * 2  # dtypes, shapes, passes, ranks, methods
+    assert len(rows) == 2 * 2 * 2 * (2 * 2 + 1)  # dtypes, shapes, passes, ranks and methods, dense
+    dense = [row for row in rows if row["method"] == "dense"]
+    assert len(dense) == 2 * 2 * 2
+    for row in dense:
+        assert (row["rank"], row["limit"], row["speedup"], row["median_s"]) == (None, 1.0, 1.0, row["dense_s"])
+        assert row["pairs"] >= 4 * 5  # of all that it was paired with
     for row in rows:
         assert set(row) >= CONTRACT
         assert 0 < row["q20_s"] <= row["median_s"] <= row["q80_s"]
-        assert row["limit"] == 64 / row["rank"]
+        assert row["limit"] == 64 / (row["rank"] or 64)
         assert row["error"] > 0
         assert row["pairs"] >= 5
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
@@ -123,12 +130,89 @@ def test_plan_decides_by_prediction_and_keeps_reasons() -> None:
         )
 
 
+def test_what_plan_lists_is_what_convert_decides() -> None:
+    """Layers recommended that convert refuses: the model itself, and those of a part that is causal."""
+    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2)
+    config = nn.STLConfig()
+    planned = planning.layers_of(model, config, rows=64)
+    done = convert(model, config)
+    assert {layer.name for layer in planned if layer.left is None} == set(done.converted)
+    assert {layer.name: layer.left for layer in planned if layer.left} == {
+        name: done.skipped[name] for name in done.skipped if name.endswith("out_proj")
+    }
+    (alone,) = planning.layers_of(torch.nn.Linear(8, 8), config, rows=64)
+    assert "STLLinear.from_linear" in alone.left
+    with pytest.raises(ConversionError, match=r"STLLinear\.from_linear"):
+        convert(torch.nn.Linear(8, 8), config)
+
+
+def test_what_example_inputs_show_is_planned_with() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+    (record, *_) = planning.plan(model, nn.STLConfig(), FLAT, rows=64, example_inputs=torch.randn(16, 8))
+    assert (record["n"], record["decision"]) == (16, "leave")
+    assert "2-D input" in record["reason"]
+    (record, *_) = planning.plan(model, nn.STLConfig(), FLAT, rows=64, example_inputs=torch.randn(2, 16, 8))
+    assert (record["n"], record["reason"].startswith("predicted")) == (32, True)
+
+
+def test_a_causal_model_is_not_planned_to_see_the_future(tmp_path, capsys) -> None:
+    model = torch.nn.TransformerDecoder(torch.nn.TransformerDecoderLayer(64, 4, 128, batch_first=True), 2)
+    with pytest.raises(ConfigError, match="--mixing none or --mixing causal"):
+        planning.layers_of(model, nn.STLConfig(), rows=64)
+    with pytest.raises(ConversionError):
+        convert(model, nn.STLConfig())
+    for mixing in ("none", "causal"):
+        assert planning.layers_of(model, nn.STLConfig(mixing=mixing), rows=64)
+    assert planning.layers_of(model, nn.STLConfig(tile=(1, 4, 4)), rows=64)
+    assert main(["plan", "torch.nn:Transformer", "--out", str(tmp_path / "out")]) == 1
+    assert "a token would see later ones" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_equal_layers_share_a_line(tmp_path) -> None:
+    layer = torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    records = planning.plan(torch.nn.TransformerEncoder(layer, 6), nn.STLConfig(), FLAT, rows=64)
+    assert len(records) == 18
+    lines = plan_report.grouped(records)
+    assert [(line["layer"], line["count"]) for line in lines] == [
+        ("layers.*.self_attn.out_proj", 6), ("layers.*.linear1", 6), ("layers.*.linear2", 6)
+    ]  # fmt: skip
+    odd = [{**records[1], "reason": "another"}, *records[2:]]
+    named = [(line["layer"], line["count"]) for line in plan_report.grouped(odd)]
+    assert named[0] == ("layers.0.linear1", 1)
+    assert ("layers.*.linear1", 5) in named
+    dense, _ = plan_report.totals(records)
+    assert dense == pytest.approx(sum(record["predicted_dense_s"] for record in records))
+    page = plan_report.write_report(tmp_path, records, "Plan", []).read_text()
+    assert page.count("<td>layers.*.linear1</td>") + page.count(">layers.*.linear1<") >= 1
+    assert "layers.3.linear1" not in page
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 18
+
+
+def test_two_of_four_has_no_step() -> None:
+    """A step that differentiates x alone, beside a dense one that differentiates W too, flatters 2:4 by a third."""
+    assert candidates.left_out(("forward", "step"), ("stl", "2:4"))
+    assert not candidates.left_out(("forward",), ("2:4",)) + candidates.left_out(("step",), ("stl",))
+    x, weight = torch.randn(32, 32), torch.randn(32, 32)
+    assert [c.method for c in candidates.candidates(x, weight, [8], ("stl", "2:4"), 4, "step")] == ["stl"]
+    with pytest.raises(ConfigError, match="no gradient of the sparse weight"):
+        speed.bench([(64, 64, 64)], [8], methods=("2:4",), passes=("step",))
+    assert [candidates.row_count(name, ("stl", "2:4"), [8, 9]) for name in ("forward", "step")] == [4, 3]
+
+
+def test_bad_arguments_are_said_before_the_first_row() -> None:
+    for wrong in ({"ranks": [8, 10**9]}, {"tile": 10**6}, {"shapes": [(10**8, 10**8, 64)]}, {"passes": ()}):
+        with pytest.raises(ConfigError):
+            speed.bench(**{"shapes": [(64, 64, 64)], "ranks": [8], **wrong})
+
+
 def test_plan_command(tmp_path, capsys) -> None:
-    assert main(["plan", "torch.nn:Transformer", "--rows", "256", "--out", str(tmp_path)]) == 0
+    assert main(["plan", "torch.nn:Transformer", "--rows", "256", "--mixing", "none", "--out", str(tmp_path)]) == 0
     records = json.loads((tmp_path / "rows.json").read_text())
     assert {"layer", "shape", "decision", "reason", "predicted_speedup"} <= set(records[0])
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert records[0]["layer"] in (tmp_path / "report.html").read_text()
+    assert "encoder.layers.*.linear1" in (tmp_path / "report.html").read_text()
+    assert {record["rank"] for record in records} == {6}  # of a tile of one row
     assert main(["plan", "--shapes", "1024x1024x1024", "--out", str(tmp_path)]) == 0
     assert main(["plan", "no_such_module:thing", "--out", str(tmp_path)]) == 1
     assert main(["plan", "--out", str(tmp_path)]) == 1

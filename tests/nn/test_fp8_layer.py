@@ -18,7 +18,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("mixing", ["sequence", "none"])
 @pytest.mark.parametrize("norm", [None, nn.LayerNorm(72)], ids=["plain", "normed"])
 def test_close_to_the_layer(mixing: str, norm: nn.Module | None) -> None:
-    layer = stl.STLLinear(72, 40, config=stl.STLConfig(mixing=mixing, rank=24), norm=norm)
+    layer = stl.STLLinear(72, 40, config=stl.STLConfig(mixing=mixing), norm=norm)
     quantized, x = stl.STLLinearFP8(layer), torch.randn(2, 9, 72)
     with torch.no_grad():
         y = quantized(x)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from hypothesis import strategies as some
 from strassen_tile import STLConfig, STLLinear, bases
 from strassen_tile.errors import BasisError, ConfigError
 
-SIDE = some.integers(1, 16)
+SIDE = some.integers(4, 16)
 CONFIGS = some.builds(
     STLConfig,
     tile=SIDE | some.tuples(SIDE, SIDE, SIDE) | some.lists(SIDE, min_size=3, max_size=3),
-    rank=some.integers(1, 512),
-    basis=some.sampled_from(["random", "approximate", "naive", "strassen"]) | some.text(),
+    rank=some.integers(1, 3),
+    basis=some.sampled_from(["random", "approximate", "naive", "strassen"]) | some.text(min_size=1),
     mixing=some.sampled_from(["sequence", "none", "causal"]),
     encoder_scope=some.sampled_from(["layer", "tile"]),
     init=some.sampled_from(["auto", "random", "fit"]),
@@ -50,10 +51,126 @@ def test_config_from_a_file_takes_defaults_for_what_is_missing(tmp_path):
     assert STLConfig.load(tmp_path / "config.json") == STLConfig(tile=(4, 2, 8), rank=7)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "4", "null", '"rank"', "{", '{"rank": 1'])
-def test_text_that_is_no_json_object_is_refused(text):
+TEXTS = ["", "[]", "4", "null", '"rank"', "{", '{"rank": 1', "NaN", "[" * 100_000, '{"tile": ' * 100_000]
+TEXTS += ['{"rank": 1, "rank": 2}', '{"rank": ' + "9" * 5000 + "}", '{"rank": NaN}', "\ufeff{}"]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:20])
+def test_text_that_is_no_config_is_refused(text, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError):
         STLConfig.from_json(text)
+    with pytest.raises(ConfigError, match=r"cannot read a configuration from .*config\.json"):
+        STLConfig.load(path)
+
+
+@pytest.mark.parametrize("record", [None, [("rank", 3)], "rank", 3])
+def test_what_is_no_record_is_refused(record):
+    with pytest.raises(ConfigError, match="an object is wanted"):
+        STLConfig.from_dict(record)
+
+
+def test_files_that_cannot_be_read_are_our_errors(tmp_path):
+    (tmp_path / "latin").write_bytes(b"\xff\xfe")
+    for name in ("", "none", "latin", "x" * 300, "nul\0"):
+        with pytest.raises(ConfigError, match="cannot read a configuration"):
+            STLConfig.load(tmp_path / name)
+
+
+EXPECTED = {  # tile, basis, mixing → rank
+    (4, "random", "sequence"): 24,
+    (4, "random", "none"): 6,
+    (4, "random", "causal"): 24,
+    ((1, 4, 4), "random", "sequence"): 6,
+    ((2, 3, 5), "random", "sequence"): 11,
+    ((1, 1, 2), "random", "sequence"): 1,
+    (8, "random", "sequence"): 192,
+    (4, "approximate", "sequence"): 24,
+    (2, "approximate", "sequence"): 3,
+    ((8, 2, 4), "approximate", "sequence"): 24,
+    ((2, 3, 5), "naive", "sequence"): 30,
+    (4, "naive", "none"): 16,
+    (2, "strassen", "sequence"): 7,
+    (4, "strassen", "sequence"): 49,
+}
+
+
+@pytest.mark.parametrize(("tile", "basis", "mixing"), EXPECTED)
+def test_the_rank_follows_the_tile_where_none_is_given(tile, basis, mixing):
+    """mixing="none" kept the 24 of a 4×4×4 tile on 1×4×4, half as many products again as the dense layer."""
+    config = STLConfig(tile=tile, basis=basis, mixing=mixing)
+    assert config.rank == EXPECTED[tile, basis, mixing]
+    assert type(config.rank) is int
+    assert config == STLConfig(tile=tile, basis=basis, mixing=mixing, rank=None)
+    assert config == STLConfig.from_json(config.to_json()) == dataclasses.replace(config)
+    config.load_basis()
+    record = {**config.to_dict(), "rank": None}
+    assert STLConfig.from_dict(record) == config
+
+
+def test_a_file_brings_its_rank(tmp_path):
+    bases.random((2, 3, 2), 5).save(tmp_path / "b.json")
+    assert STLConfig(tile=(2, 3, 2), basis=str(tmp_path / "b.json")).rank == 5
+    with pytest.raises(BasisError, match=r"none\.json"):
+        STLConfig(tile=2, basis=str(tmp_path / "none.json"))
+    with pytest.raises(ConfigError, match="cubic tile"):
+        STLConfig(tile=(2, 3, 2), basis="strassen")
+
+
+def test_an_approximate_basis_that_does_not_ship_is_said(tmp_path):
+    config = STLConfig(tile=5, basis="approximate")
+    with pytest.raises(BasisError, match="Shipped"):
+        config.load_basis()
+
+
+def test_a_rank_that_was_written_down_stays():
+    with pytest.warns(UserWarning, match=r"rank 24 on a tile of 1×4×4 takes 1\.50 times"):
+        old = STLConfig.from_json('{"tile": [1, 4, 4], "rank": 24, "mixing": "none"}')
+    assert old.rank == 24
+    assert dataclasses.replace(STLConfig(), mixing="causal").rank == 24
+
+
+@pytest.mark.parametrize(("tile", "rank"), [((1, 4, 4), 16), ((1, 4, 4), 64), (2, 8), (2, 32), (4, 64)])
+def test_a_rank_that_saves_nothing_is_said(tile, rank):
+    with pytest.warns(
+        UserWarning, match=rf"rank {rank} on a tile .* it saves nothing; leave rank out for \d+, or take a larger"
+    ):
+        STLConfig(tile=tile, rank=rank)
+    STLConfig(tile=tile, rank=rank, basis="naive")  # warnings are errors here
+
+
+def test_copies_made_by_the_library_do_not_warn_again():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        config = STLConfig(tile=2, rank=8)
+        STLLinear.from_linear(torch.nn.Linear(8, 8), config)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("basis", ["naive", "strassen"])
+def test_a_basis_of_the_wrong_rank_is_never_made(basis):
+    """Strassen's for tiles of 2^20 has 7^20 terms."""
+    with pytest.raises(ConfigError, match=f"basis '{basis}' has rank"):
+        STLConfig(tile=2**10, rank=7, basis=basis).load_basis()
+    with pytest.raises(ConfigError, match="encoders of"):
+        STLConfig(tile=2**20, basis=basis)
+
+
+def test_only_a_file_that_is_not_exact_is_warned_of(tmp_path):
+    for name, basis in (("exact", bases.naive(2, 2, 2)), ("drawn", bases.random(2, 8))):
+        basis.save(tmp_path / name)
+    STLConfig(tile=2, basis=str(tmp_path / "exact")).load_basis()
+    with pytest.warns(UserWarning, match="rank 8 on a tile of 2×2×2 takes 1.00 times"):
+        STLConfig(tile=2, basis=str(tmp_path / "drawn")).load_basis()
+
+
+def test_integers_of_numpy_are_integers():
+    np = pytest.importorskip("numpy")
+    config = STLConfig(tile=[np.int64(2), np.int32(3), 4], rank=np.int64(5))
+    assert config == STLConfig(tile=(2, 3, 4), rank=5)
+    assert STLConfig(tile=np.int64(4)) == STLConfig()
+    assert STLConfig.from_json(config.to_json()) == config
 
 
 @pytest.mark.parametrize("record", [{"ranks": 3}, {"rank": 3, "Tile": 4}, {3: 4, "x": 1}])
@@ -63,8 +180,27 @@ def test_unknown_keys_are_refused_and_named(record):
 
 
 BAD = [
-    *({"tile": tile} for tile in (0, -1, True, 4.0, "444", None, (), (4, 4), (4, 4, 4, 4), (4, 0, 4), (4, 4, 4.0), {})),
-    *({"rank": rank} for rank in (0, -3, 2.0, True, None, "24")),
+    *(
+        {"tile": tile}
+        for tile in (
+            0,
+            -1,
+            True,
+            4.0,
+            "444",
+            None,
+            (),
+            (4, 4),
+            (4, 4, 4, 4),
+            (4, 0, 4),
+            (4, 4, 4.0),
+            {},
+            (4, 4, True),
+            [10**9] * 3,
+            ["4"] * 3,
+        )
+    ),
+    *({"rank": rank} for rank in (0, -3, 2.0, True, "24", 24.0, float("nan"), 10**30, torch.tensor(24), [24])),
     *({"mixing": mixing} for mixing in ("rows", "", None, True, ["none"])),
     *({"encoder_scope": scope} for scope in ("column", None)),
     *({"init": init} for init in ("zeros", None)),
@@ -72,6 +208,12 @@ BAD = [
     *({"basis": basis} for basis in (None, 3, bases.strassen())),
     {"train_encoder": "no"},
     {"train_decoder": None},
+    {"train_encoder": 1},
+    {"recompute": 0},
+    {"basis": ""},
+    {"tile": 2, "rank": 999},
+    {"tile": 4, "rank": 257},
+    {"mixing": {}},
 ]
 
 

@@ -6,48 +6,61 @@ NPZ needs numpy and is never unpickled.
 
 from __future__ import annotations
 
+import io
 import math
+import shutil
+import zipfile
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from strassen_tile.basis import Basis, read_json
-from strassen_tile.errors import BasisError, ShapeError
+from strassen_tile import files
+from strassen_tile.basis import MAX_BYTES, Basis, check_size, read_json
+from strassen_tile.errors import BasisError, ConfigError, ShapeError, shape_text
 from strassen_tile.tiling import Tile, as_tile
 
 _CATALOGUE = {"n", "m", "u", "v", "w"}
+_HEADER = 1 << 14  # bytes: more than numpy reads of one
+_PIECE = 1 << 20
 
 
-def load(path: str | Path) -> Basis:
+def load(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Basis:
     """Read a basis from `path`: JSON of `Basis.save`, JSON of the catalogue, or NPZ.
 
     The catalogue's JSON has `n` (three sizes), `m` (rank) and `u`, `v`, `w`, each a list of m flat rows of numbers or
     strings such as "1/2". An NPZ has one key such as "4,4,4" whose array is the three factors, each (size, rank). In
     both the third factor may be stored transposed (s×p); whichever way multiplies exactly is taken.
 
+    Args:
+        path: the file.
+        max_bytes: the most that the file, what is packed in it, or its factors in float64 may take.
+
     Raises:
-        BasisError: unreadable, malformed, complex, pickled, or claiming to be exact and not being so (with its error).
+        BasisError: unreadable, larger than `max_bytes`, malformed, complex, pickled, or claiming to be exact and not
+            being so (with its error).
     """
     source = Path(path)
     if source.suffix.lower() == ".npz":
-        return _load_npz(source)
-    record = read_json(source)
+        return _load_npz(source, max_bytes)
+    record = read_json(source, max_bytes)
     if isinstance(record, dict) and set(record) >= _CATALOGUE:
-        return _load_catalogue(record, source)
-    return Basis.from_record(record, source=str(source))
+        return _load_catalogue(record, source, max_bytes)
+    return Basis.from_record(record, source=str(source), max_bytes=max_bytes)
 
 
-def _load_catalogue(record: dict[str, object], source: Path) -> Basis:
+def _load_catalogue(record: dict[str, object], source: Path, max_bytes: int) -> Basis:
     sizes, rank = record["n"], record["m"]
-    if not isinstance(sizes, list) or not isinstance(rank, int):
+    if not isinstance(sizes, list) or not isinstance(rank, int) or isinstance(rank, bool):
         raise BasisError(f"{source}: n must be a list of three sizes and m the rank; got n={sizes!r}, m={rank!r}")
     try:
         p, q, s = as_tile(sizes)
     except ShapeError as error:
         raise BasisError(f"{source}: n must be a list of three sizes; got n={sizes!r}") from error
+    check_size(rank * (p * q + q * s + p * s), source, max_bytes)
     factors = []
     for key, size in (("u", p * q), ("v", q * s), ("w", p * s)):
         rows = record[key]
@@ -71,41 +84,72 @@ def _number(coefficient: object, key: str, source: Path) -> float:
     raise BasisError(f"{source}: {key} holds {str(coefficient)[:40]!r}, which is not a real number or a fraction")
 
 
-def _load_npz(source: Path) -> Basis:
+def _load_npz(source: Path, max_bytes: int) -> Basis:
+    key, stacked = _only_array(source, max_bytes)
+    try:
+        tile = as_tile([int(side) for side in key.split(",")])
+    except ValueError as error:
+        raise BasisError(f"{source}: the entry must be named like '4,4,4'; got {key!r}") from error
+    p, q, s = tile
+    if stacked.ndim != 3 or stacked.shape[:2] != (3, p * q) or len({p * q, q * s, p * s}) > 1:
+        raise BasisError(
+            f"{source}: {key!r} must hold three factors (size, rank) of {p * q}, {q * s}, {p * s} rows; "
+            f"got shape {shape_text(stacked.shape)}"
+        )
+    return _exact([part.T for part in torch.from_numpy(stacked)], tile, source)
+
+
+def _only_array(source: Path, max_bytes: int) -> tuple[str, Any]:
+    """The name of the one array in an NPZ, and its numbers in float64.
+
+    The archive says how large an entry is, and the entry how large its array; either may lie. Both are compared with
+    `max_bytes` before anything is unpacked, and with what is there before the array is made.
+    """
     try:
         import numpy as np
     except ImportError as error:
         raise BasisError('reading an NPZ needs numpy: pip install "strassen-tile[files]"') from error
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
-        with np.load(source, allow_pickle=False) as archive:
-            keys = list(archive.files)
-            if len(keys) != 1:
-                raise BasisError(
-                    f"{source} holds {len(keys)} entries ({', '.join(keys[:8])} …); one algorithm is wanted"
-                )
-            stacked = archive[keys[0]]
-            if stacked.dtype.kind not in "iuf":
-                raise BasisError(f"{source}: {keys[0]!r} holds {stacked.dtype}; real numbers are wanted")
-            parts = [torch.from_numpy(np.asarray(part, dtype=np.float64)) for part in stacked]
-    except BasisError:
+        with files.opened(source, max_bytes) as file, zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if len(entries) != 1:
+                names = ", ".join(entry.filename for entry in entries[:8])
+                raise BasisError(f"{source} holds {len(entries)} entries ({names[:200]} …); one algorithm is wanted")
+            (entry,) = entries
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # all that numpy writes
+                raise ValueError("an entry is compressed in another way than numpy does")
+            if entry.file_size > max_bytes + _HEADER:
+                raise ValueError(f"unpacked it {files.too_large(entry.file_size, max_bytes)}")
+            data = io.BytesIO()
+            with archive.open(
+                entry
+            ) as packed:  # in pieces: asked for all at once, it unpacks more than file_size first
+                shutil.copyfileobj(packed, data, _PIECE)
+        data.seek(0)
+        shape, fortran_order, dtype = readers[np.lib.format.read_magic(data)](data)
+        if dtype.hasobject:
+            raise ValueError(
+                "object arrays are pickles and are not read: save the three factors padded or as JSON instead"
+            )
+        if dtype.kind not in "iuf":
+            raise ValueError(f"it holds {dtype}; real numbers are wanted")
+        check_size(math.prod(shape), source, max_bytes)
+        if math.prod(shape) * dtype.itemsize != len(data.getbuffer()) - data.tell():
+            raise ValueError(
+                f"its header promises {dtype} of shape {shape_text(shape)}, and not that many bytes follow"
+            )
+        order: Any = "F" if fortran_order else "C"
+        array = np.ndarray(shape, dtype, data.getbuffer(), data.tell(), order=order)
+        return entry.filename.removesuffix(".npy"), np.array(array, dtype=np.float64, order="C")
+    except (BasisError, ConfigError):
         raise
-    except Exception as error:  # numpy raises many kinds for a damaged archive; a pickled one is a ValueError
+    # A damaged archive is an error of many kinds: BadZipFile, zlib's, NotImplementedError of an encrypted one, numpy's.
+    except Exception as error:
+        said = f"unknown version {error}" if isinstance(error, KeyError) else error
         raise BasisError(
-            f"cannot read {source}: {error}. It must hold one plain array of three factors, each (size, rank); "
-            "object arrays are pickles and are not read: save the three factors padded or as JSON instead"
+            f"cannot read {source}: {said}. It must hold one plain array of three factors, (3, size, rank)"
         ) from error
-    try:
-        tile = as_tile([int(side) for side in keys[0].split(",")])
-    except ValueError as error:
-        raise BasisError(f"{source}: the entry must be named like '4,4,4'; got {keys[0]!r}") from error
-    p, q, s = tile
-    if len(parts) != 3 or any(
-        part.ndim != 2 or len(part) != n for part, n in zip(parts, (p * q, q * s, p * s), strict=True)
-    ):
-        raise BasisError(
-            f"{source}: {keys[0]!r} must hold three factors (size, rank) of {p * q}, {q * s}, {p * s} rows"
-        )
-    return _exact([part.T for part in parts], tile, source)
 
 
 def _exact(flat: Sequence[Tensor], tile: Tile, source: Path) -> Basis:

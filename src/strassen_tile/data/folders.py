@@ -17,10 +17,14 @@ from torch.utils.data import Dataset
 
 from strassen_tile.data.idx import need
 from strassen_tile.data.images import Sample, byte_histogram, channel_statistics, normalise
-from strassen_tile.errors import DataError
+from strassen_tile.errors import ConfigError, DataError
+from strassen_tile.files import opened, too_large
 
+# Of what Pillow can read only what the names below promise: a file called .png may be PostScript, which it would run.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 _CROP_TRIES = 10
+MAX_BYTES = 256 << 20  # decoded, four bytes a pixel: 8192 × 8192
 # Statistics come from this many training images: enough for a mean to within 0.01, and seconds even at ImageNet's size.
 _STATISTICS_IMAGES = 256
 
@@ -37,46 +41,64 @@ class FolderImages(Dataset[Sample]):
         mean: per channel, of pixels scaled to 0..1, (3,).
         std: per channel, likewise (3,), positive.
         augment: random resized crop and horizontal flip, from torch's global RNG; otherwise the central crop.
+        max_bytes: the most that a file, or the image decoded, may take.
 
     Raises:
         DataError: on fetching an image that cannot be decoded, which it names.
     """
 
     def __init__(
-        self, paths: Sequence[str], labels: Tensor, *, image_size: int, mean: Tensor, std: Tensor, augment: bool
+        self,
+        paths: Sequence[str],
+        labels: Tensor,
+        *,
+        image_size: int,
+        mean: Tensor,
+        std: Tensor,
+        augment: bool,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         self.paths, self.labels, self.image_size = paths, labels, image_size
-        self.mean, self.std, self.augment = mean, std, augment
+        self.mean, self.std, self.augment, self.max_bytes = mean, std, augment, max_bytes
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
         """Sample `index`: "pixel_values" float32 (3, size, size), "labels" int64 ()."""
-        pixels = read_pixels(self.paths[index], self.image_size, augment=self.augment)
+        pixels = read_pixels(self.paths[index], self.image_size, augment=self.augment, max_bytes=self.max_bytes)
         return {"pixel_values": normalise(pixels, self.mean, self.std), "labels": self.labels[index]}
 
     def __repr__(self) -> str:
         return f"FolderImages({len(self)} files, image_size={self.image_size}, augment={self.augment})"
 
 
-def read_pixels(path: str, size: int, *, augment: bool) -> Tensor:
+def read_pixels(path: str, size: int, *, augment: bool, max_bytes: int = MAX_BYTES) -> Tensor:
     """Decode one image, cropped at random (and perhaps mirrored) or centrally: uint8 (3, size, size).
 
     Raises:
-        DataError: the file is missing, is not an image, is cut short, or is not 8 bits a channel.
+        DataError: the file is missing, is not an image, is cut short, is not 8 bits a channel, or takes more than
+            `max_bytes`, of which nothing is then decoded.
     """
     image_module = need("PIL.Image")
     # Drawn before decoding, and as many whatever the image is: one bad or odd file does not change the others' crops.
     draws = torch.rand(2 * _CROP_TRIES + 3).tolist() if augment else []
     try:
-        with image_module.open(path) as image:
+        with opened(path, max_bytes) as file, image_module.open(file, formats=_FORMATS) as image:
+            if (decoded := 4 * image.width * image.height) > max_bytes:
+                raise DataError(f"{path}: decoded, it {too_large(decoded, max_bytes)}")
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{path}: is of Pillow mode {image.mode}; expected 8 bits a channel")
             box = random_box(image.width, image.height, size, draws) if augment else central_box(*image.size)
             resized = image.convert("RGB").resize((size, size), image_module.Resampling.BICUBIC, box=box)
-    except DataError:
+    except (DataError, ConfigError):
         raise
+    except image_module.UnidentifiedImageError as error:
+        raise DataError(f"{path}: cannot be decoded: it is none of {', '.join(_FORMATS)}") from error
+    except image_module.DecompressionBombError as error:
+        raise DataError(
+            f"{path}: too large for Pillow ({error}); raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        ) from error
     # Pillow's decoders raise anything at malformed bytes: OSError, SyntaxError, ValueError, struct.error and others.
     except Exception as error:
         raise DataError(f"{path}: cannot be decoded ({error}); expected an image that Pillow reads") from error
@@ -112,12 +134,13 @@ def random_box(width: int, height: int, size: int, draws: Sequence[float]) -> Bo
     return left, top, min(left + box_width, width), min(top + box_height, height)
 
 
-def folder_statistics(paths: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
+def folder_statistics(paths: Sequence[str], size: int, *, max_bytes: int = MAX_BYTES) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (3,) of pixels scaled to 0..1, over up to 256 images spread over `paths`."""
     count = min(len(paths), _STATISTICS_IMAGES)
     histogram = torch.zeros(3, 256, dtype=torch.int64)
     for i in range(count):
-        histogram += byte_histogram(read_pixels(paths[i * len(paths) // count], size, augment=False)[None])
+        one = read_pixels(paths[i * len(paths) // count], size, augment=False, max_bytes=max_bytes)
+        histogram += byte_histogram(one[None])
     return channel_statistics(histogram)
 
 
@@ -147,7 +170,9 @@ def _list_images(folder: Path) -> list[str]:
         raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); expected images") from error
 
     files = []
-    for parent, _, names in os.walk(folder, onerror=fail):
+    for parent, inside, names in os.walk(folder, onerror=fail):
+        if odd := next((name for name in inside if name.lower().endswith(_SUFFIXES)), None):
+            raise DataError(f"{parent}{os.sep}{odd}: is a folder; expected an image")
         files += [
             os.path.join(parent, name)  # noqa: PTH118  a million Path objects are slow
             for name in names

@@ -2,7 +2,8 @@
 
 Layout (big-endian): 0x00 0x00, one byte for the type, one for the number of dimensions, a uint32 for each size, then
 the elements in row-major order and nothing after them. Files come from the network, so the header is never trusted:
-memory is taken as bytes arrive, not as promised. Needs numpy, for the byte order.
+more than `max_bytes` is refused before any of it is read, and memory is taken as bytes arrive, not as promised. Needs numpy,
+for the byte order.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor
 
 from strassen_tile.errors import DataError, shape_text
+from strassen_tile.files import opened, too_large
 
 _GZIP = b"\x1f\x8b"
 _CHUNK = 1 << 20
+MAX_BYTES = 768 << 20  # unpacked: EMNIST, the largest of the family, has 522 MiB of images
 _MAX_DIMS = 8
 # numpy's name for the element on disk; torch has every one of these in native order.
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -47,28 +50,30 @@ def need(module: str) -> Any:
         ) from error
 
 
-def read_idx(path: str | Path) -> Tensor:
+def read_idx(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Tensor:
     """Read one IDX file, plain or gzipped (told by its first bytes, not by its name).
 
     Args:
         path: the file.
+        max_bytes: the most that the file, or what is packed in it, may take.
 
     Returns:
         A tensor of the sizes in the header and of its type: uint8, int8, int16, int32, float32 or float64.
 
     Raises:
-        DataError: missing, unreadable, damaged gzip, not IDX, or fewer or more bytes than the header promises.
+        DataError: missing, unreadable, damaged gzip, not IDX, larger than `max_bytes`, or fewer or more bytes than the header
+            promises.
         ImportError: numpy is not installed.
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with opened(path, max_bytes) as file:
             start = file.read(len(_GZIP))
             file.seek(0)
             if start != _GZIP:
-                return _parse(file.read, path)
+                return _parse(file.read, path, max_bytes)
             with gzip.GzipFile(fileobj=file) as unzipped:
-                return _parse(unzipped.read, path)
+                return _parse(unzipped.read, path, max_bytes)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; expected an IDX file, plain or gzipped") from error
     except EOFError as error:
@@ -79,7 +84,7 @@ def read_idx(path: str | Path) -> Tensor:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); expected an IDX file") from error
 
 
-def _parse(read: Callable[[int], bytes], path: Path) -> Tensor:
+def _parse(read: Callable[[int], bytes], path: Path, max_bytes: int) -> Tensor:
     """The tensor in a stream of IDX bytes; `path` is only for the messages."""
     magic = _take(read, 4)
     if not magic:
@@ -99,6 +104,8 @@ def _parse(read: Callable[[int], bytes], path: Path) -> Tensor:
     dtype = np.dtype(_TYPES[magic[2]])
     promised = math.prod(shape) * dtype.itemsize
     promise = f"{path}: the header promises {promised} bytes of data, shape {shape_text(shape)}"
+    if promised > max_bytes:
+        raise DataError(f"{promise}, which {too_large(promised, max_bytes)}")
     data = _take(read, promised)
     if len(data) < promised:
         raise DataError(f"{promise}, but only {len(data)} follow")
@@ -147,18 +154,19 @@ def idx_paths(folder: Path, part: str) -> tuple[Path, Path]:
     return found[0], found[1]
 
 
-def read_idx_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
+def read_idx_part(folder: Path, part: str, *, max_bytes: int = MAX_BYTES) -> tuple[Tensor, Tensor]:
     """Images and labels of part "train" or "test", checked against each other.
 
     Returns:
         images uint8 (n, H, W), labels int64 (n,), with n, H, W ≥ 1.
 
     Raises:
-        DataError: a file is missing or malformed, of another type or number of dimensions, holds nothing, or the
-            two disagree on n.
+        DataError: a file is missing, malformed, larger than `max_bytes`, of another type or number of dimensions,
+            holds nothing, or the two disagree on n.
     """
     image_path, label_path = idx_paths(folder, part)
-    images, labels = read_idx(image_path), read_idx(label_path)
+    # A label is a byte in the file and eight here.
+    images, labels = read_idx(image_path, max_bytes=max_bytes), read_idx(label_path, max_bytes=max_bytes // 8 or 1)
     _check(images, image_path, ndim=3, what="images (n, height, width)")
     _check(labels, label_path, ndim=1, what="labels (n,)")
     if len(images) != len(labels):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from strassen_tile.data import folders, idx
 from strassen_tile.data.folders import FolderImages, folder_statistics, list_classes, subfolders
 from strassen_tile.data.idx import idx_paths, is_idx_folder, need, read_idx_part
 from strassen_tile.data.images import (
@@ -20,9 +22,11 @@ from strassen_tile.data.images import (
     stratified_split,
 )
 from strassen_tile.errors import ConfigError, DataError
+from strassen_tile.tiling import as_integer
 
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 _FOLDER_SIZE = 224
+_LARGEST_SIDE = 1 << 12
 _DIGITS_PARTS = 3
 _FOLDER_PARTS = 5
 _LAYOUTS = (
@@ -58,6 +62,7 @@ class _Options:
     limit: int | None
     seed: int
     augment: bool
+    max_bytes: int | None
 
     def kept(self, labels: Tensor) -> Tensor:
         """Indices of the training samples that `limit` leaves."""
@@ -71,6 +76,7 @@ def load_images(
     limit: int | None = None,
     seed: int = 0,
     augment: bool = True,
+    max_bytes: int | None = None,
 ) -> ImageSplits:
     """Images to train and test on.
 
@@ -90,26 +96,35 @@ def load_images(
         augment: augment the training set, from torch's global RNG. Digits and IDX: shifts by up to
             max(1, image_size // 8) pixels; folders: random resized crops. Horizontal flips for image folders and for
             IDX folders called *fashion*: digits do not survive them. The test set is never augmented.
+        max_bytes: the most that one file may take, unpacked and decoded, checked before it is. None: 768 MiB for an IDX
+            file, 256 MiB for an image.
 
     Returns:
         The splits. Pixels are normalised by the mean and standard deviation, in each channel, of the training samples
         that are kept, for image folders estimated on up to 256 of them.
 
     Raises:
-        DataError: the source is unknown, or a file is missing or malformed; the message names it.
-        ConfigError: `image_size` or `limit` is less than 1.
+        DataError: the source is unknown, or a file is missing, malformed or too large; the message names it.
+        ConfigError: `image_size`, `limit` or `seed` is no integer, or out of range.
         ImportError: scikit-learn, Pillow or numpy is needed and missing; the message names the extra.
     """
-    for name, value in (("image_size", image_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}={value!r}; expected None or at least 1")
-    options = _Options(image_size, limit, seed, augment)
+    for name, value, most in (("image_size", image_size, _LARGEST_SIDE), ("limit", limit, 2**63 - 1)):
+        if value is not None and not 1 <= (as_integer(value) or 0) <= most:
+            raise ConfigError(f"{name}={value!r}; expected None or a whole number, at least 1 and at most {most}")
+    if (integer := as_integer(seed)) is None or not 0 <= integer < 2**63:
+        raise ConfigError(f"seed={seed!r}; expected an integer from 0 to 2^63 - 1")
+    options = _Options(as_integer(image_size), as_integer(limit), integer, augment, max_bytes)
     if isinstance(source, str) and source == "digits":
         return _digits(options)
-    folder = Path(source).expanduser()
-    # An empty string is the current folder to Path, and a mistake to everybody else.
-    if not os.fspath(source) or not folder.is_dir():
-        given = "is not a folder" if folder.exists() else "does not exist"
+    try:
+        folder = Path(source).expanduser()
+        # An empty string is the current folder to Path, and a mistake to everybody else.
+        given = (
+            "" if os.fspath(source) and folder.is_dir() else "is not a folder" if folder.exists() else "does not exist"
+        )
+    except (OSError, RuntimeError) as error:  # a name too long, a home that nobody has
+        given = f"cannot be looked up ({getattr(error, 'strerror', None) or error})"
+    if given:
         raise DataError(
             f"source {os.fspath(source)!r} {given}; expected 'digits' or a path to a folder that {_LAYOUTS}"
         )
@@ -129,7 +144,8 @@ def _digits(options: _Options) -> ImageSplits:
 
 
 def _idx_folder(folder: Path, options: _Options) -> ImageSplits:
-    train, test = read_idx_part(folder, "train"), read_idx_part(folder, "test")
+    most = idx.MAX_BYTES if options.max_bytes is None else options.max_bytes
+    train, test = (read_idx_part(folder, part, max_bytes=most) for part in ("train", "test"))
     (train_path, _), (test_path, test_label_path) = idx_paths(folder, "train"), idx_paths(folder, "test")
     height, width = train[0].shape[1:]
     if test[0].shape[1:] != train[0].shape[1:]:
@@ -190,10 +206,12 @@ def _image_folder(folder: Path, options: _Options) -> ImageSplits:
     size = options.image_size or _FOLDER_SIZE
     kept = options.kept(train[1])
     paths = [train[0][i] for i in kept.tolist()]
-    mean, std = folder_statistics(paths, size)
+    most = folders.MAX_BYTES if options.max_bytes is None else options.max_bytes
+    mean, std = folder_statistics(paths, size, max_bytes=most)
+    made = partial(FolderImages, image_size=size, mean=mean, std=std, max_bytes=most)
     return ImageSplits(
-        train=FolderImages(paths, train[1][kept], image_size=size, mean=mean, std=std, augment=options.augment),
-        test=FolderImages(test[0], test[1], image_size=size, mean=mean, std=std, augment=False),
+        train=made(paths, train[1][kept], augment=options.augment),
+        test=made(test[0], test[1], augment=False),
         name=_name(folder),
         num_classes=len(names),
         class_names=names,

@@ -16,6 +16,8 @@ from strassen_tile.nn.init import start_factors
 from strassen_tile.ops import stl_linear
 from strassen_tile.rivals import mask_24
 
+WHY_NO_STEP = "PyTorch's 2:4 format is for inference, it has no gradient of the sparse weight to time"
+METHODS = ("stl", "low-rank", "2:4")
 # Root mean square rounding error of the storage, relative; results further from the reference than this allows fail.
 ROUNDING = {torch.float32: 2.6e-8, torch.bfloat16: 1.66e-3, torch.float16: 2.1e-4}
 
@@ -45,9 +47,20 @@ class Candidate:
     height: int = 1
 
 
+def dense_candidate(x: Tensor, weight: Tensor) -> Candidate:
+    """What all are timed against."""
+
+    def exact(rows: slice) -> Tensor:
+        return x[rows].double() @ weight.double().mT
+
+    allowed = 8 * ROUNDING[x.dtype] * (1 + x.shape[1] / 4) ** 0.5
+    return Candidate("dense", None, lambda: F.linear(x, weight), (x, weight), exact, 1.0, allowed)
+
+
 def candidates(
-    x: Tensor, weight: Tensor, ranks: Sequence[int], methods: Sequence[str], tile: int | Sequence[int]
+    x: Tensor, weight: Tensor, ranks: Sequence[int], methods: Sequence[str], tile: int | Sequence[int], name: str
 ) -> Iterator[Candidate]:
+    """All of `methods` that have the pass `name`, "forward" or "step": 2:4 has no step."""
     k, m = x.shape[1], weight.shape[0]
     u = ROUNDING[x.dtype]
     for rank in ranks:
@@ -80,17 +93,29 @@ def candidates(
                 return x[rows].double() @ a.double().mT @ b.double().mT
 
             yield Candidate("low-rank", rank, thin, (x, a, b), thin_exact, 1 / ratio, 8 * u * (1 + k / 4) ** 0.5)
-    if "2:4" in methods:
+    if "2:4" in methods and name == "forward":
         yield _sparse(x, weight, u)
 
 
+def row_count(name: str, methods: Sequence[str], ranks: Sequence[int]) -> int:
+    """How many rows a shape has for the pass `name`, dense included; 0 if there is nothing to compare it with."""
+    pairs = len(ranks) * sum(method in ("stl", "low-rank") for method in methods) + (
+        "2:4" in methods and name == "forward"
+    )
+    return pairs + 1 if pairs else 0
+
+
+def left_out(passes: Sequence[str], methods: Sequence[str]) -> list[str]:
+    """What was asked for and is not timed, and why."""
+    return [f"2:4 is not timed in a step: {WHY_NO_STEP}."] if "2:4" in methods and "step" in passes else []
+
+
 def _sparse(x: Tensor, weight: Tensor, u: float) -> Candidate:
-    if x.device.type != "cuda":
-        raise ConfigError(
-            "2:4 products need an NVIDIA GPU of the Ampere generation or later; leave them out with --methods"
-        )
     pruned = weight * mask_24(weight)
-    packed = torch.sparse.to_sparse_semi_structured(pruned)
+    try:
+        packed = torch.sparse.to_sparse_semi_structured(pruned)
+    except RuntimeError as error:  # its sides must be multiples that depend on the dtype
+        raise ConfigError(f"2:4 cannot hold a weight of {tuple(weight.shape)}: {error}") from error
 
     def exact(rows: slice) -> Tensor:
         return x[rows].double() @ pruned.double().mT

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
+import os
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from strassen_tile.cost import machine
 from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import planning, speed, vision
+from strassen_tile.experiments.candidates import left_out, row_count
 from strassen_tile.nn import STLConfig
 from strassen_tile.report import bench as bench_report
 from strassen_tile.report import plan as plan_report
@@ -29,7 +34,15 @@ _LARGE = ("t2t_vit_7", 100, 128, True)
 
 
 def recipe_of(options: argparse.Namespace) -> vision.Recipe:
-    """The options of `strassen-tile compare`, defaults filled in by the data."""
+    """The options of `strassen-tile compare`, defaults filled in by the data.
+
+    Raises:
+        ConfigError: an option that no recipe could have.
+    """
+    if not math.isfinite(options.lr) or not all(0 <= seed < 2**32 for seed in options.seeds):
+        raise ConfigError(
+            f"--lr must be a finite number and --seeds from 0 to 2^32 - 1; got {options.lr}, {options.seeds}"
+        )
     if options.data == "digits":
         model, epochs, batch_size, augment = _DIGITS
     elif (options.image_size or 0) > 32 or not any(Path(options.data).glob("*ubyte*")):
@@ -58,7 +71,7 @@ def recipe_of(options: argparse.Namespace) -> vision.Recipe:
 def run_compare(options: argparse.Namespace) -> int:
     """`strassen-tile compare`."""
     recipe = recipe_of(options)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     title = f"{recipe.model} on {recipe.data}, {recipe.epochs} epochs"
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
@@ -80,91 +93,108 @@ def run_compare(options: argparse.Namespace) -> int:
     summary = summarise(rows)
     console.print(rich_table(title, columns(), summary, table_caption(summary)))
     page = write_report(options.out, rows, f"Dense, 2:4 and Strassen-Tile: {title}", _notes(recipe))
-    console.print(f"{page}\n{options.out / 'plot.png'}\n{options.out / 'rows.json'}")
+    console.print(f"{page}\n{options.out / 'plot.png'}\n{options.out / 'rows.json'}", soft_wrap=True)
     return 0
 
 
 def run_bench(options: argparse.Namespace) -> int:
     """`strassen-tile bench`."""
-    console = Console()
+    console = Console(markup=False, emoji=False)
     shapes = speed.shapes_of(options.shapes)
     title = f"Speed on {options.device}, {options.threads or torch.get_num_threads()} threads"
     if options.threads is not None:
-        if options.threads < 1:
-            raise ConfigError(f"--threads must be positive; got {options.threads}")
+        cores = os.cpu_count() or 1
+        if not 1 <= options.threads <= cores:
+            raise ConfigError(
+                f"--threads must be positive and at most {cores}, as many as there are cores; got {options.threads}"
+            )
         torch.set_num_threads(options.threads)
+    runs = [
+        speed.bench(
+            shapes,
+            options.ranks,
+            device=options.device,
+            dtype=dtype,
+            passes=options.passes,
+            methods=options.methods,
+            tile=options.tile,
+            seconds=options.seconds,
+        )
+        for dtype in options.dtype
+    ]
+    _make_writable(options.out)
     rows: list[Row] = []
-    write_rows(options.out / "rows.json", rows)  # a folder that cannot be written is said before anything is timed
-    each = len(options.ranks) * sum(method in ("stl", "low-rank") for method in options.methods) + (
-        "2:4" in options.methods
-    )
+    each = sum(row_count(name, options.methods, options.ranks) for name in options.passes)
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )
-    task = bars.add_task("pairs", total=len(options.dtype) * len(shapes) * len(options.passes) * each)
+    task = bars.add_task("pairs", total=len(options.dtype) * len(shapes) * each)
     with Live(bars, console=console, refresh_per_second=2) as live:
-        for dtype in options.dtype:
-            for row in speed.bench(
-                shapes,
-                options.ranks,
-                device=options.device,
-                dtype=dtype,
-                passes=options.passes,
-                methods=options.methods,
-                tile=options.tile,
-                seconds=options.seconds,
-            ):
-                rows.append(row)
-                write_rows(options.out / "rows.json", rows)  # what was measured is kept if the next one fails
-                bars.advance(task)
-                live.update(Group(rich_table(title, bench_report.columns(), rows), bars))
+        for row in itertools.chain.from_iterable(runs):
+            rows.append(row)
+            write_rows(options.out / "rows.json", rows)  # what was measured is kept if the next one fails
+            bars.advance(task)
+            live.update(Group(rich_table(title, bench_report.columns(), rows), bars))
         live.update("")
     console.print(rich_table(title, bench_report.columns(), rows))
-    notes = []
+    notes = left_out(options.passes, options.methods)
     if (missed := bench_report.prediction_error(rows)) is not None:
         alike, of = bench_report.decisions(rows)
         notes.append(
             f"Median absolute error of the predicted times: {missed:.0%}. Whether STL pays was predicted as measured in "
             f"{alike} of {of} cases."
         )
-        console.print(notes[0])
+    for note in notes:
+        console.print(note)
     page = bench_report.write_report(options.out, rows, title, notes)
-    console.print(f"{page}\n{options.out / 'plot.png'}\n{options.out / 'rows.json'}")
+    console.print(f"{page}\n{options.out / 'plot.png'}\n{options.out / 'rows.json'}", soft_wrap=True)
     return 0
 
 
 def run_plan(options: argparse.Namespace) -> int:
     """`strassen-tile plan`."""
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not options.min_speedup >= 0 or options.rows < 1:
         raise ConfigError(
             f"--rows must be positive and --min-speedup a number; got {options.rows}, {options.min_speedup}"
         )
     if (options.model is None) == (options.shapes is None):
         raise ConfigError("say what to plan for: a model (package.module:callable, or a folder), or --shapes NxKxM,…")
-    with console.status("measuring this machine (about three seconds, once)"):
-        here = machine(options.device, speed.DTYPES[options.dtype], refresh=options.refresh)
     config = STLConfig(tile=options.tile, rank=options.rank, mixing=options.mixing)
     if options.shapes is not None:
-        shapes = speed.shapes_of(options.shapes)
-        rows = planning.plan_shapes(shapes, config, here, min_speedup=options.min_speedup, name=options.passes)
+        layers = planning.layers_of_shapes(speed.shapes_of(options.shapes))
+        notes = []
     else:
         model = planning.load_model(options.model, options.arguments)
-        rows = planning.plan(
-            model, config, here, rows=options.rows, min_speedup=options.min_speedup, name=options.passes
-        )
-    where = environment()
-    rows = [{**row, **where} for row in rows]
-    title = f"Rank {options.rank} on {here.device}, {here.dtype}, {options.passes}"
-    console.print(rich_table(title, plan_report.columns(), rows))
-    if not rows:
+        layers = planning.layers_of(model, config, rows=options.rows)
+        notes = planning.notes(model, config)
+    if not layers:
         raise ConfigError("the model has no linear layers to plan for")
+    _make_writable(options.out)
+    with console.status("measuring this machine (about three seconds, once)"):
+        here = machine(options.device, speed.DTYPES[options.dtype], refresh=options.refresh)
+    where = environment()
+    rows: list[Row] = [
+        {**row, **where}
+        for row in planning.decide(layers, config, here, min_speedup=options.min_speedup, name=options.passes)
+    ]
+    title = f"Rank {config.rank} on {here.device}, {here.dtype}, {options.passes}"
+    console.print(rich_table(title, plan_report.columns(), plan_report.grouped(rows)))
     dense, planned = plan_report.totals(rows)
-    note = f"Linear layers together: dense {seconds(dense)}, as planned {seconds(planned)} ({ratio(dense / planned)})."
-    console.print(note)
-    page = plan_report.write_report(options.out, rows, f"Which layers would pay: {title}", [note])
-    console.print(f"{page}\n{options.out / 'plot.png'}\n{options.out / 'rows.json'}")
+    notes.insert(
+        0, f"Linear layers together: dense {seconds(dense)}, as planned {seconds(planned)} ({ratio(dense / planned)})."
+    )
+    for note in notes:
+        console.print(note)
+    page = plan_report.write_report(options.out, rows, f"Which layers would pay: {title}", notes)
+    console.print(f"{page}\n{options.out / 'plot.png'}\n{options.out / 'rows.json'}", soft_wrap=True)
     return 0
+
+
+def _make_writable(folder: Path) -> None:
+    """The folder, made if missing; what keeps it from being written to is said before any work is done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def _notes(recipe: vision.Recipe) -> list[str]:

@@ -7,21 +7,25 @@ on the first, middle and last rows, and for a step all its gradients (beyond 409
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from strassen_tile.cost import machine
-from strassen_tile.errors import ConfigError, STLError
-from strassen_tile.experiments.candidates import Candidate, candidates
+from strassen_tile.errors import ConfigError
+from strassen_tile.experiments.candidates import METHODS, WHY_NO_STEP, Candidate, candidates, dense_candidate, row_count
+from strassen_tile.experiments.verification import VerificationError, verified
+from strassen_tile.files import amount
+from strassen_tile.nn import STLConfig
 from strassen_tile.ops.cpu import compiled
 from strassen_tile.report.rows import Row, environment
+
+__all__ = ["DTYPES", "NAMED", "VerificationError", "bench", "interleave", "shapes_of"]
 
 Shape = tuple[int, int, int]
 NAMED: dict[str, tuple[Shape, ...]] = {
@@ -32,12 +36,8 @@ NAMED: dict[str, tuple[Shape, ...]] = {
     "mlp": ((4096, 1024, 4096), (4096, 4096, 1024)),
 }
 SMALLEST = 16
-FULLY_VERIFIED = 4096**3  # N·K·M
+_COPIES = 3  # of the operands at the least: as drawn, in their dtype, and in float64 to compare with
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class VerificationError(STLError):
-    """An implementation disagrees with the float64 reference; it is not timed."""
 
 
 def shapes_of(text: str) -> list[Shape]:
@@ -66,7 +66,10 @@ def bench(
     tile: int | Sequence[int] = 4,
     seconds: float = 4.0,
 ) -> Iterator[Row]:
-    """A row for dense and one for each candidate, for every shape and pass.
+    """A row for each candidate and one for dense, for every shape and pass.
+
+    The dense row comes after the candidates': its times are those measured in their pairs. 2:4 has rows of the forward pass
+    alone: see `left_out`.
 
     Args:
         shapes: (N, K, M) each.
@@ -79,87 +82,81 @@ def bench(
         seconds: to spend on each pair, at least five pairs.
 
     Raises:
-        ConfigError: an unknown dtype or pass.
+        ConfigError: an argument that cannot be; before the first row is asked for.
         VerificationError: an implementation is wrong.
     """
-    if dtype not in DTYPES or any(name not in ("forward", "step") for name in passes):
+    if dtype not in DTYPES or not passes or any(name not in ("forward", "step") for name in passes):
         raise ConfigError(f"dtype is one of {', '.join(DTYPES)}, a pass forward or step; got {dtype!r}, {list(passes)}")
-    where = environment()
-    here = machine(device, DTYPES[dtype])
-    if unknown := set(methods) - {"stl", "low-rank", "2:4"}:
-        raise ConfigError(f"unknown methods {', '.join(sorted(unknown))}; there are stl, low-rank and 2:4")
+    if unknown := set(methods) - set(METHODS):
+        raise ConfigError(f"unknown methods {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
     if not ranks or min(ranks) < 1 or not seconds >= 0:
         raise ConfigError(f"ranks must be positive and seconds not negative; got {list(ranks)} and {seconds}")
+    if not any(row_count(name, methods, ranks) for name in passes):
+        raise ConfigError(f"nothing to time: methods {list(methods)}, passes {list(passes)}; {WHY_NO_STEP}")
+    for rank in ranks:
+        STLConfig(tile=tile, rank=rank)  # a rank that cannot be is said now, not after the ones before it
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for, but torch sees none")
+    if "2:4" in methods and device != "cuda":
+        raise ConfigError(
+            "2:4 products need an NVIDIA GPU of the Ampere generation or later; leave them out with --methods"
+        )
     if small := [shape for shape in shapes if min(shape) < SMALLEST]:
         raise ConfigError(
             f"{'x'.join(map(str, small[0]))} is too small: sums of few terms may cancel, and no bound on their error holds. "
             f"Every side must be at least {SMALLEST}"
         )
+    has = _memory(device)
+    for n, k, m in shapes:
+        if (needed := _COPIES * 4 * (n * k + k * m + n * m)) > has:
+            raise ConfigError(
+                f"{n}x{k}x{m} is too large: it takes {amount(needed)} of memory, and there is {amount(has)}"
+            )
+    return _rows(shapes, ranks, device, dtype, passes, methods, tile, seconds)
+
+
+def _memory(device: str) -> int:
+    """Bytes of memory that the device has; more than any shape takes where the system does not say."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
+
+
+def _rows(
+    shapes: Sequence[Shape],
+    ranks: Sequence[int],
+    device: str,
+    dtype: str,
+    passes: Sequence[str],
+    methods: Sequence[str],
+    tile: int | Sequence[int],
+    seconds: float,
+) -> Iterator[Row]:
+    where = environment()
+    here = machine(device, DTYPES[dtype])
     for shape in shapes:
         n, k, m = shape
         x = torch.randn(n, k, device=device).to(DTYPES[dtype])
         weight = (torch.randn(m, k, device=device) / k**0.5).to(DTYPES[dtype])
         grad = torch.randn(n, m, device=device).to(DTYPES[dtype])
         for name in passes:
-            dense = _timed(partial(F.linear, x, weight), (x, weight), grad, name)
-            for candidate in candidates(x, weight, ranks, methods, tile):
-                error = verify(candidate, n)
-                if name == "step":
-                    verify_gradients(candidate, n)
+            fixed: Row = {"device": device, "dtype": dtype, "n": n, "k": k, "m": m, "pass": name, **where}
+            fixed |= {
+                "compiled": compiled(),
+                "tile": str(tile),
+            }  # without the compiled kernels a time means something else
+            dense = dense_candidate(x, weight)
+            run_dense = _timed(dense.forward, dense.leaves, grad, name)
+            alone: list[float] = []
+            for candidate in candidates(x, weight, ranks, methods, tile, name):
+                error = verified(candidate, n, name)
                 run = _timed(candidate.forward, candidate.leaves, grad, name)
-                pairs = interleave(dense, run, seconds, device)
+                pairs = interleave(run_dense, run, seconds, device)
+                alone += [first for first, _ in pairs]
                 predicted = here.linear(n, k, m, tile, candidate.rank, name) if candidate.method == "stl" else None
-                fixed: Row = {"device": device, "dtype": dtype, "n": n, "k": k, "m": m, "pass": name, **where}
-                fixed["compiled"] = compiled()  # without the compiled kernels a time means something else
-                yield _row(pairs, candidate, error, predicted, {**fixed, "tile": str(tile)})
-
-
-def verify(candidate: Candidate, n: int) -> float:
-    """Relative error against the float64 reference, on the first, a middle and the last rows; what is wrong raises."""
-    step = candidate.height
-    height = max(step, 64 // step * step)
-    with torch.no_grad():
-        y = candidate.forward()
-        errors = []
-        for start in {0, max(0, n - height) // 2 // step * step, max(0, n - height) // step * step}:
-            rows = slice(start, n if start + height + step > n else start + height)
-            expected = candidate.exact(rows)
-            errors.append(float((y[rows].double() - expected).norm() / expected.norm()))
-    error = max(errors)
-    if not error < candidate.allowed:
-        raise VerificationError(
-            f"{candidate.method} r={candidate.rank} differs from the float64 reference by {error:.3g}, more than "
-            f"{candidate.allowed:.3g}: it is not timed"
-        )
-    return error
-
-
-def verify_gradients(candidate: Candidate, n: int) -> None:
-    """Gradients in every leaf, against those of the definition in float64; what is wrong raises.
-
-    Of all rows, or beyond 4096³, where the reference would take minutes, of a random weighting of the first and the last.
-    """
-    for leaf in candidate.leaves:
-        leaf.requires_grad_(True)
-    y = candidate.forward()
-    weights = torch.randn_like(y)
-    height = max(candidate.height, 64 // candidate.height * candidate.height)
-    last = max(0, n - height) // candidate.height * candidate.height
-    if n * y.shape[1] * candidate.leaves[0].shape[1] <= FULLY_VERIFIED or last <= height:
-        parts = [slice(0, n)]
-    else:
-        parts = [slice(0, height), slice(last, n)]
-        weights[height:last] = 0
-    found = torch.autograd.grad(y, candidate.leaves, weights)
-    exact = torch.stack([(candidate.exact(rows) * weights[rows].double()).sum() for rows in parts])
-    expected = torch.autograd.grad(exact.sum(), candidate.leaves)
-    for index, (got, wanted) in enumerate(zip(found, expected, strict=True)):
-        error = float((got.double() - wanted.double()).norm() / wanted.double().norm())
-        if not error < 8 * candidate.allowed:
-            raise VerificationError(
-                f"{candidate.method} r={candidate.rank}: gradient {index} differs from the float64 reference by {error:.3g}: "
-                "it is not timed"
-            )
+                yield _row(pairs, candidate, error, predicted, fixed)
+            if alone:
+                yield _row([(once, once) for once in alone], dense, verified(dense, n, name), None, fixed)
 
 
 def interleave(

@@ -72,8 +72,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, dim) -> (B, N, dim)."""
-        y: Tensor = self.fc2(self.act(self.fc1(x)))
-        return y
+        return self.fc2(self.act(self.fc1(x)))  # type: ignore[no-any-return]
 
 
 class DropPath(nn.Module):

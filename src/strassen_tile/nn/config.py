@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from strassen_tile import bases
+from strassen_tile import bases, files
 from strassen_tile.basis import Basis
-from strassen_tile.errors import ConfigError, ShapeError
-from strassen_tile.tiling import Tile, as_tile
+from strassen_tile.errors import ConfigError, ShapeError, STLError
+from strassen_tile.tiling import Tile, as_integer, as_tile
 
 Mixing = Literal["sequence", "none", "causal"]
 Scope = Literal["layer", "tile"]
@@ -22,10 +23,13 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "encoder_scope": get_args(Scope),
     "init": get_args(Init),
     "backend": get_args(Backend),
-    "recompute": (True, False),
-    "train_encoder": (True, False),
-    "train_decoder": (True, False),
 }
+_SWITCHES = ("train_encoder", "train_decoder", "recompute")
+_EXACT = ("naive", "strassen")
+_BY_TILE: Any = None  # so that the attribute, which is a number once there is a config, is typed as one
+MAX_BYTES = 1 << 20  # of a file
+_MOST_NUMBERS = 1 << 26  # in an encoder or decoder: half a GiB in float64
+_MOST_OF_DENSE = 4
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,10 @@ class STLConfig:
 
     Attributes:
         tile: (p, q, s), or one side for a cube. Held as a triple.
-        rank: r, products a tile.
+        rank: r, products a tile. None: that of the basis; where that has none of its own ("random", "approximate"), ⅜ of
+            the pqs products of a dense tile: 24 of 4×4×4, 6 of 1×4×4. From pqs on nothing is saved, and a UserWarning
+            says so unless the basis is exact; above 4pqs nothing is gained by training either, and it is refused. (With
+            r = pqs a layer can be dense; up to p²qs, more terms are more freedom: a control, never a saving.)
         basis: where E and D start: "random", "approximate" (shipped factors), "naive", "strassen", or the path of a
             file that `bases.load` reads. All but "random" must have this tile and rank.
         mixing: "sequence" lets the p rows of a tile see each other, both ways; "causal" only backwards; "none" not at
@@ -49,10 +56,11 @@ class STLConfig:
 
     Raises:
         ConfigError: a value outside its choices.
+        BasisError: no rank is given, and there is no such basis.
     """
 
     tile: int | Sequence[int] = 4
-    rank: int = 24
+    rank: int = _BY_TILE
     basis: str = "random"
     mixing: Mixing = "sequence"
     encoder_scope: Scope = "layer"
@@ -67,14 +75,21 @@ class STLConfig:
             p, q, s = as_tile(self.tile)
         except (ShapeError, TypeError) as error:
             raise ConfigError(str(error)) from error
-        object.__setattr__(self, "tile", (1, q, s) if self.mixing == "none" else (p, q, s))
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ConfigError(f"rank must be a positive integer; got {self.rank!r}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}; got {getattr(self, name)!r}")
-        if not isinstance(self.basis, str):
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):  # 1 == True, but JSON would give another config back
+                raise ConfigError(f"{name} must be True or False; got {getattr(self, name)!r}")
+        if not isinstance(self.basis, str) or not self.basis:
             raise ConfigError(f"basis must be a name or the path of a file; got {self.basis!r}")
+        object.__setattr__(self, "tile", (1, q, s) if self.mixing == "none" else (p, q, s))
+        if (rank := self._default_rank() if self.rank is None else as_integer(self.rank)) is None or rank < 1:
+            raise ConfigError(f"rank must be a positive integer, or None; got {self.rank!r}")
+        object.__setattr__(self, "rank", rank)
+        self._check_rank()
+        if self.basis in ("random", "approximate"):
+            self._warn_if_nothing_is_saved()
 
     @property
     def pqs(self) -> Tile:
@@ -91,6 +106,50 @@ class STLConfig:
         """Whether Ŵ starts from the weight replaced."""
         return self.init == "fit" or (self.init == "auto" and self.basis != "random")
 
+    def _default_rank(self) -> int:
+        p, q, s = self.pqs
+        if self.basis in ("random", "approximate"):
+            return max(1, round(3 / 8 * p * q * s))
+        if self.basis == "naive":
+            return p * q * s
+        return 7 ** self._levels() if self.basis == "strassen" else bases.load(self.basis).rank
+
+    def _levels(self) -> int:
+        """How often Strassen's algorithm is applied to itself for this tile."""
+        p, q, s = self.pqs
+        levels = p.bit_length() - 1
+        if not p == q == s == 2**levels or levels < 1:
+            raise ConfigError(f"basis 'strassen' needs a cubic tile of side 2, 4, 8, …; got {self.tile}")
+        return levels
+
+    def _way_out(self) -> str:
+        p, q, s = self.pqs
+        usual = max(1, round(3 / 8 * p * q * s))
+        return ("" if usual >= self.rank else f"leave rank out for {usual}, or ") + "take a larger tile"
+
+    def _check_rank(self) -> None:
+        p, q, s = self.pqs
+        if (largest := self.rank * max(p * q, q * s, p * s)) > _MOST_NUMBERS:
+            raise ConfigError(
+                f"tile {self.tile} and rank {self.rank} are encoders of {largest} numbers; at most {_MOST_NUMBERS} are sensible"
+            )
+        if self.rank > _MOST_OF_DENSE * p * q * s and self.basis not in _EXACT:
+            raise ConfigError(
+                f"rank {self.rank} is {self.rank / (p * q * s):.3g} times the {p * q * s} products of a dense {p}×{q}×{s} "
+                f"tile; {self._way_out()}"
+            )
+
+    def _warn_if_nothing_is_saved(self) -> None:
+        p, q, s = self.pqs
+        if self.rank >= p * q * s:
+            # From this line, not the caller's: the copies that the library makes of a config say it no second time.
+            warnings.warn(
+                f"rank {self.rank} on a tile of {p}×{q}×{s} takes {self.rank / (p * q * s):.2f} times the products of a dense "
+                f"layer, and encodes and decodes besides: it saves nothing; {self._way_out()}",
+                UserWarning,
+                stacklevel=1,
+            )
+
     def load_basis(self) -> Basis | None:
         """The basis that E and D start from; None for "random", which is drawn layer by layer.
 
@@ -98,24 +157,23 @@ class STLConfig:
             ConfigError: the named basis is not for this tile and rank.
             BasisError: there is no such basis.
         """
-        p, q, s = self.pqs
         if self.basis == "random":
             return None
         if self.basis == "approximate":
             return bases.approximate(self.pqs, self.rank)
-        if self.basis == "naive":
-            basis = bases.naive(p, q, s)
-        elif self.basis == "strassen":
-            levels = p.bit_length() - 1
-            if not p == q == s == 2**levels or levels < 1:
-                raise ConfigError(f"basis 'strassen' needs a cubic tile of side 2, 4, 8, …; got {self.tile}")
-            basis = bases.strassen(levels)
-        else:
-            basis = bases.load(self.basis)
+        if self.basis in _EXACT:
+            if self.rank != (own := self._default_rank()):  # first: of a large tile it is much work to make
+                raise ConfigError(
+                    f"basis {self.basis!r} has rank {own} for tile {self.tile}; the config says {self.rank}"
+                )
+            return bases.naive(*self.pqs) if self.basis == "naive" else bases.strassen(self._levels())
+        basis = bases.load(self.basis)
         if basis.tile != self.pqs or basis.rank != self.rank:
             raise ConfigError(
                 f"basis {self.basis!r} has tile {basis.tile} and rank {basis.rank}; the config says {self.tile} and {self.rank}"
             )
+        if not basis.is_exact:
+            self._warn_if_nothing_is_saved()
         return basis
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,6 +183,8 @@ class STLConfig:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> STLConfig:
         """The config in `record`; missing keys take their defaults. Raises ConfigError for an unknown key."""
+        if not isinstance(record, Mapping):
+            raise ConfigError(f"an object is wanted; got {type(record).__name__}")
         known = [field.name for field in fields(cls)]
         if unknown := sorted(map(str, set(record) - set(known))):
             raise ConfigError(f"unknown keys {', '.join(unknown)}; STLConfig has {', '.join(known)}")
@@ -138,14 +198,22 @@ class STLConfig:
     def from_json(cls, text: str) -> STLConfig:
         """The config that `to_json` wrote. Raises ConfigError for anything else."""
         try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
+            record: Any = files.parse_json(text)
+        except ValueError as error:
             raise ConfigError(f"not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ConfigError(f"an object is wanted; got {type(record).__name__}")
         return cls.from_dict(record)
 
     @classmethod
-    def load(cls, path: str | Path) -> STLConfig:
-        """The config in a JSON file."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+    def load(cls, path: str | Path, *, max_bytes: int = MAX_BYTES) -> STLConfig:
+        """The config in a JSON file of at most `max_bytes`.
+
+        Raises:
+            ConfigError: the file cannot be read, or does not hold a config.
+            BasisError: it gives no rank, and there is no such basis.
+        """
+        try:
+            record: Any = files.read_json(path, max_bytes)
+            return cls.from_dict(record)
+        except (OSError, ValueError) as error:
+            kind = type(error) if isinstance(error, STLError) else ConfigError
+            raise kind(f"cannot read a configuration from {path}: {error}") from error

@@ -38,6 +38,6 @@ class DenseWeight(Tensor):
 
 def dense_weight(rows: int, columns: int, like: Tensor) -> Tensor:
     """A `DenseWeight`; while a model is traced, which knows no such tensors, an empty one (rows, 0)."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return like.new_empty((rows, 0))
     return DenseWeight(rows, columns, like)

@@ -1,4 +1,4 @@
-"""The report of `strassen-tile plan`: a table of layers, and each one's predicted speed-up as a bar."""
+"""The report of `strassen-tile plan`: a table of layers, like ones in one line, and each line's predicted speed-up as a bar."""
 
 from __future__ import annotations
 
@@ -8,25 +8,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from strassen_tile.report.page import Section, figure_svg, html_table, write_page
-from strassen_tile.report.rows import Value, environment_of, write_bytes, write_rows
+from strassen_tile.report.rows import Row, Value, environment_of, write_bytes, write_rows
 from strassen_tile.report.table import Column, field, number, ratio, report_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = {"convert": "#0072B2", "leave": "#b0b7bf"}
-_SHOWN = 60  # bars; a model's layers repeat
+_SHOWN = 60  # bars
 
 
 def columns() -> tuple[Column, ...]:
     """Of the table."""
     return (
         Column("Layer", "layer", "left"),
+        Column("Layers", "count"),
         Column("N×K×M", "shape", "left"),
         Column("Decision", "decision", "left"),
         Column("Predicted", field("predicted_speedup", ratio)),
         Column("Reason", "reason", "left"),
     )
+
+
+def grouped(rows: Sequence[Mapping[str, Value]]) -> list[Row]:
+    """One row for all layers that are alike but for the numbers in their names, "*" in their place; how many is `count`."""
+    groups: dict[tuple[Value, ...], list[Mapping[str, Value]]] = {}
+    for row in rows:
+        alike = ".".join("*" if part.isdigit() else part for part in str(row["layer"]).split("."))
+        groups.setdefault((alike, row["shape"], row["decision"], row["reason"]), []).append(row)
+    return [
+        {**members[0], "layer": str(alike) if len(members) > 1 else members[0]["layer"], "count": len(members)}
+        for (alike, *_), members in groups.items()
+    ]
 
 
 def totals(rows: Sequence[Mapping[str, Value]]) -> tuple[float, float]:
@@ -37,10 +50,11 @@ def totals(rows: Sequence[Mapping[str, Value]]) -> tuple[float, float]:
 
 
 def figure(rows: Sequence[Mapping[str, Value]]) -> Figure:
-    """Predicted speed-up of each layer; grey where it is left as it is."""
+    """Predicted speed-up of each kind of layer; grey where it is left as it is."""
     with report_extra():
         from matplotlib.figure import Figure
-    shown = rows[:_SHOWN]
+    lines = grouped(rows)
+    shown = lines[:_SHOWN]
     made = Figure(figsize=(7, 1.2 + 0.26 * len(shown)), layout="constrained")
     axes = made.subplots()
     places = range(len(shown))
@@ -49,10 +63,14 @@ def figure(rows: Sequence[Mapping[str, Value]]) -> Figure:
         [number(row, "predicted_speedup") or 0.0 for row in shown],
         color=[_COLOURS[str(row["decision"])] for row in shown],
     )
-    axes.set_yticks(list(places), [str(row["layer"]) for row in shown], fontsize="small")
+    axes.set_yticks(
+        list(places),
+        [f"{row['layer']} (×{row['count']})" if row["count"] != 1 else str(row["layer"]) for row in shown],
+        fontsize="small",
+    )
     axes.invert_yaxis()
     axes.axvline(1.0, color="0.3", linewidth=1)
-    left_out = f" (first {_SHOWN} of {len(rows)} layers)" if len(rows) > _SHOWN else ""
+    left_out = f" (first {_SHOWN} of {len(lines)} kinds of layers)" if len(lines) > _SHOWN else ""
     axes.set_xlabel(f"predicted times faster than dense{left_out}")
     axes.grid(alpha=0.25, axis="x")
     return made
@@ -67,6 +85,6 @@ def write_report(folder: Path, rows: Sequence[Mapping[str, Value]], title: str, 
     write_bytes(folder / "plot.png", buffer.getvalue())
     page = folder / "report.html"
     caption = "Blue: worth converting. Grey: left as it is, for the reason given."
-    sections = [Section("Layers", tuple(notes), html_table(columns(), rows), figure_svg(drawn), caption)]
+    sections = [Section("Layers", tuple(notes), html_table(columns(), grouped(rows)), figure_svg(drawn), caption)]
     write_page(page, title, sections, environment_of(rows))
     return page

@@ -1,0 +1,68 @@
+"""Files from outside: regular ones only, and never more of one than a limit. Every reader takes the limit as `max_bytes`."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from strassen_tile.errors import ConfigError
+
+_UNITS = ((30, "GiB"), (20, "MiB"), (10, "KiB"))
+
+
+@contextmanager
+def opened(path: str | Path, max_bytes: int) -> Iterator[BinaryIO]:
+    """The file at `path`, to be read.
+
+    Raises:
+        ConfigError: `max_bytes` is no positive integer.
+        OSError: missing, unreadable, larger than `max_bytes`, or a folder, pipe, socket or device, which are never waited for.
+    """
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
+        raise ConfigError(f"max_bytes must be a positive integer; got {max_bytes!r}")
+
+    def opener(name: str, flags: int) -> int:
+        mode = Path(name).stat().st_mode  # first, because to open a device or a pipe does something already
+        if not stat.S_ISREG(mode):
+            raise OSError("it is a folder" if stat.S_ISDIR(mode) else "it is a pipe, a socket or a device, not a file")
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # should it have become a pipe in between
+
+    with open(path, "rb", opener=opener) as file:
+        if (size := os.fstat(file.fileno()).st_size) > max_bytes:
+            raise OSError(f"it {too_large(size, max_bytes)}")
+        yield file
+
+
+def read_json(path: str | Path, max_bytes: int) -> object:
+    """What a JSON file in UTF-8 holds. Raises OSError as `opened`, and ValueError for anything but JSON."""
+    with opened(path, max_bytes) as file:
+        return parse_json(file.read().decode("utf-8"))
+
+
+def parse_json(text: str) -> object:
+    """What JSON text holds. Raises ValueError: malformed, nested too deep, or with a key given twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError(f"nested too deep: {error}") from error
+
+
+def too_large(size: int, max_bytes: int) -> str:
+    """What is wrong with `size` bytes, and what to do about it."""
+    return f"takes {amount(size)}, more than the limit of {amount(max_bytes)}; raise max_bytes if you trust it"
+
+
+def amount(size: int) -> str:
+    """A number of bytes in the unit that suits it."""
+    return next((f"{size / (1 << power):.3g} {unit}" for power, unit in _UNITS if size >= 1 << power), f"{size} bytes")
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(record := dict(pairs)) < len(pairs):
+        raise ValueError("a key appears twice")
+    return record
