@@ -4,7 +4,8 @@ from strassen_tile import bases, cost, models, reference
 from strassen_tile._version import __version__
 from strassen_tile.basis import Basis
 from strassen_tile.convert import Conversion, MixingReport, check_mixing, convert, quantize_fp8
-from strassen_tile.nn import STLMLP, STLConfig, STLLinear, STLLinearFP8, param_groups
+from strassen_tile.nn import STLMLP, PaddingMask, STLConfig, STLLinear, STLLinearFP8, param_groups
+from strassen_tile.nn.base import padding
 from strassen_tile.ops import register_backend, stl_linear, stl_matmul
 
 # The fast path and its oracle do not know each other; they meet here.
@@ -15,6 +16,7 @@ __all__ = [
     "Basis",
     "Conversion",
     "MixingReport",
+    "PaddingMask",
     "STLConfig",
     "STLLinear",
     "STLLinearFP8",
@@ -24,6 +26,7 @@ __all__ = [
     "convert",
     "cost",
     "models",
+    "padding",
     "param_groups",
     "quantize_fp8",
     "stl_linear",

@@ -353,7 +353,7 @@ def test_a_converted_block_computes_what_it_did(make) -> None:
     assert network.block.state_dict().keys() == {
         key.replace("weight", name)
         for key in block.state_dict()
-        for name in (["encoder", "encoded_weight", "decoder"] if "weight" in key else [key])
+        for name in (["encoder", "encoded_weight", "decoder", "meaning"] if "weight" in key else [key])
     }
     for training in (False, True):
         block.train(training)

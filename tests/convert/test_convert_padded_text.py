@@ -1,8 +1,10 @@
 """If these fail, what a sentence gives depends on how far its batch was padded, or on what it is batched with."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
-from tiny_models import APART, IDS, MASK, SEQUENCE, VOCABULARY, Tokens, bert, distilbert, t5
+from tiny_models import APART, CAUSAL, IDS, MASK, SEQUENCE, VOCABULARY, Tokens, bert, distilbert, llama, t5
 from torch import nn
 
 from strassen_tile import convert
@@ -176,3 +178,87 @@ def test_encoder_of_an_encoder_decoder_model_follows_its_own_mask(monkeypatch):
         assert torch.equal(written[i, : alone.shape[1]], alone[0])
     monkeypatch.setattr(PaddingMask, "zero", lambda self, x: x)
     assert spread(logits) > 1e-6
+
+
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "LlamaModel"])
+def test_documents_packed_into_one_row_are_refused(kind):
+    model = llama(kind)
+    convert(model, CAUSAL, example_inputs={"input_ids": IDS})
+    alone = model(IDS[:1]).last_hidden_state if kind == "LlamaModel" else model(IDS[:1]).logits
+    anew = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    with pytest.raises(ShapeError, match="packed into one row"):
+        model(IDS[:1], position_ids=anew)
+    with pytest.raises(ShapeError, match="packed into one row"):
+        model(IDS[:1], attention_mask=torch.ones(1, 7, dtype=torch.long), position_ids=anew)
+    plain = model(IDS[:1], position_ids=torch.arange(7)[None])
+    assert torch.equal(plain.last_hidden_state if kind == "LlamaModel" else plain.logits, alone)
+    apart = llama(kind)
+    convert(apart, APART)
+    apart(IDS[:1], position_ids=anew)
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_contrastive_training_under_checkpointing(reentrant):
+    """Two calls of other padding before one backward pass."""
+
+    def gradients(checkpointed):
+        torch.manual_seed(0)
+        model = bert("BertModel", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        convert(model, SEQUENCE, example_inputs=EXAMPLES)
+        model.train()
+        model.enable_input_require_grads()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        masks = (None, MASK, torch.ones_like(MASK).tril(1))
+        first, second, third = (model(IDS, attention_mask=mask).last_hidden_state[:, 0] for mask in masks)
+        (first * second * third).sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, found = gradients(False), gradients(True)
+    assert expected.keys() == found.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_threads_with_masks_of_their_own():
+    model, _ = converted()
+    masks = [MASK, torch.ones_like(MASK), MASK.flip(0), None]
+
+    def call(number):
+        with torch.no_grad():
+            return model(IDS, attention_mask=masks[number % 4]).logits
+
+    alone = [call(number) for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for number, logits in enumerate(pool.map(call, range(100))):
+            assert torch.equal(logits, alone[number % 4])
+
+
+def test_saved_with_safetensors_a_model_keeps_what_its_numbers_mean(tmp_path):
+    model, _ = converted()
+    model.save_pretrained(tmp_path)
+    state = pytest.importorskip("safetensors.torch").load_file(tmp_path / "model.safetensors")
+    assert state.keys() == model.state_dict().keys()
+    again, _ = converted()
+    again.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(again(**EXAMPLES).logits, model(**EXAMPLES).logits)
+    other, _ = converted(config=CAUSAL)
+    with pytest.raises(RuntimeError, match=r"mixing='sequence'.*mixing='causal'"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_bert_follows_its_mask_and_refuses_padding_on_the_left():
+    torch._dynamo.reset()
+    model, done = converted()
+    compiled = torch.compile(model, backend="aot_eager")
+    for mask in (MASK, MASK.flip(0), None):
+        expected = model(IDS, attention_mask=mask).logits
+        torch.testing.assert_close(compiled(IDS, attention_mask=mask).logits, expected)
+    with pytest.raises((ShapeError, RuntimeError), match="pad on the right"):
+        compiled(IDS.flip(1), attention_mask=MASK.flip(1))
+    with done.padding(MASK):
+        torch.testing.assert_close(compiled(IDS).logits, model(IDS).logits)

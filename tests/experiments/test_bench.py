@@ -133,9 +133,9 @@ def test_plan_decides_by_prediction_and_keeps_reasons() -> None:
 def test_what_plan_lists_is_what_convert_decides() -> None:
     """Layers recommended that convert refuses: the model itself, and those of a part that is causal."""
     model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2)
-    config = nn.STLConfig()
+    config, x = nn.STLConfig(), torch.randn(2, 9, 64)
     planned = planning.layers_of(model, config, rows=64)
-    done = convert(model, config)
+    done = convert(model, config, example_inputs=x)
     assert {layer.name for layer in planned if layer.left is None} == set(done.converted)
     assert {layer.name: layer.left for layer in planned if layer.left} == {
         name: done.skipped[name] for name in done.skipped if name.endswith("out_proj")
@@ -152,6 +152,10 @@ def test_what_example_inputs_show_is_planned_with() -> None:
     assert (record["n"], record["decision"]) == (16, "leave")
     assert "2-D input" in record["reason"]
     (record, *_) = planning.plan(model, nn.STLConfig(), FLAT, rows=64, example_inputs=torch.randn(2, 16, 8))
+    assert record["n"] == 32
+    assert "mixing its rows would" in record["reason"]  # row by row, nothing shows that they may meet
+    config = nn.STLConfig(mixing="none")
+    (record, *_) = planning.plan(model, config, FLAT, rows=64, example_inputs=torch.randn(2, 16, 8))
     assert (record["n"], record["reason"].startswith("predicted")) == (32, True)
 
 

@@ -1,7 +1,9 @@
 """If these fail, what a sequence gives depends on how far its batch was padded. Broken on purpose, it is seen to."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -162,15 +164,103 @@ def test_checkpointed_layers_see_the_mask_again(reentrant):
                 model(X, attention_mask=MASK[:1].expand(3, -1))  # a look in between, which no backward pass follows
             model(x, attention_mask=mask)[mask == 1].square().sum().backward()
             found += [x.grad, *(p.grad.clone() for p in model.parameters())]
-        return model, found
+        return found
 
-    model, found = gradients(Checkpointed)
-    for a, b in zip(found, gradients(Masked)[1], strict=True):
+    for a, b in zip(gradients(Checkpointed), gradients(Masked), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    # Two calls before one backward pass: it cannot be told which mask belongs to which layer.
-    both = [model(X.clone().requires_grad_(), attention_mask=mask).sum() for mask in (MASK, torch.ones(3, 7))]
-    with pytest.raises(ShapeError, match="checkpointed"):
-        (both[0] + both[1]).backward()
+    # Calls with other padding, or none, before one backward pass, in any order of it: each is run again with its own.
+    for masks in ((None, MASK), (MASK, torch.ones(3, 7), MASK.flip(0)), (MASK, MASK.clone(), None)):
+
+        def together(kind, masks=masks):
+            torch.manual_seed(0)
+            model = kind()
+            model.padding.attach(model)
+            xs = [X.clone().requires_grad_() for _ in masks]
+            losses = [model(x, attention_mask=mask).square().sum() for x, mask in zip(xs, masks, strict=True)]
+            model(X.clone().requires_grad_(), attention_mask=MASK)  # evaluated with gradients on, never followed up
+            (losses[1] + sum(losses) - losses[1]).backward()
+            return [t.grad for t in (*xs, *model.parameters())]
+
+        for a, b in zip(together(Checkpointed), together(Masked), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_plain_step_and_then_a_checkpointed_one_with_an_equal_mask():
+    model = attached()
+    for fn in (model.first, lambda x: checkpoint(model.first, x, use_reentrant=False)):
+        model.forward = lambda x, attention_mask=None, fn=fn: model.second(fn(x).relu())
+        model.zero_grad()
+        model(X, attention_mask=MASK.clone()).square().sum().backward()
+        if fn is model.first:
+            expected = [p.grad.clone() for p in model.parameters()]
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_with_inside_a_checkpoint_and_an_inner_call_of_another_padding(reentrant):
+    """The mask of the call around a checkpoint is for what lies directly in it, not for what says its own."""
+
+    class Outer(Plain):
+        checkpointed = False
+
+        def __init__(self):
+            super().__init__()
+            self.inner = Masked()
+            self.inner.first.padding = self.inner.second.padding = self.padding
+
+        def body(self, x):
+            with self.padding(torch.ones(3, 7)):
+                x = self.second(x)
+            return self.first(self.inner(x, attention_mask=MASK.flip(0)))
+
+        def forward(self, x, attention_mask=None):
+            return checkpoint(self.body, x, use_reentrant=reentrant) if self.checkpointed else self.body(x)
+
+    model = Outer()
+    model.padding.attach(model)
+    found = []
+    for model.checkpointed in (False, True):
+        model.zero_grad()
+        x = X.clone().requires_grad_()
+        model(x, attention_mask=MASK).square().sum().backward()
+        found.append([x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) == 17 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_masks_kept_for_a_backward_pass_go_with_its_graph(reentrant):
+    model, kept = attached(), []
+
+    def forward(x, attention_mask=None):
+        kept.append(weakref.ref(model.padding.mask))
+        return checkpoint(model.first, x, use_reentrant=reentrant)
+
+    model.forward = forward
+    y = model(X.clone().requires_grad_(), attention_mask=MASK)
+    gc.collect()
+    assert kept[0]() is not None
+    y.sum().backward()
+    del y
+    gc.collect()
+    assert kept[0]() is None
+
+
+def test_a_backward_pass_that_runs_layers_by_itself_is_refused():
+    model = attached()
+    model(X, attention_mask=MASK)
+
+    class Again(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return model.first(grad)
+
+    loss = Again.apply(X.clone().requires_grad_()).sum()
+    with pytest.raises(ShapeError, match="backward pass"):
+        loss.backward()
 
 
 class Cache:
@@ -207,3 +297,59 @@ def test_compiles_with_the_mask():
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(X, attention_mask=MASK), model(X, attention_mask=MASK))
     torch.testing.assert_close(compiled(X), model(X))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_model_refuses_padding_on_the_left_and_follows_a_with(backend):
+    torch._dynamo.reset()
+    model = attached()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    expected = model(X, attention_mask=MASK)
+    torch.testing.assert_close(compiled(X, attention_mask=MASK), expected)
+    with pytest.raises((ShapeError, RuntimeError), match="pad on the right"):
+        compiled(X, attention_mask=MASK.flip(1))
+    unmasked = compiled(X)
+    torch.testing.assert_close(unmasked, model(X))
+    for mask in (MASK, MASK.flip(0)):
+        with model.padding(mask):
+            torch.testing.assert_close(compiled(X), model(X, attention_mask=mask))
+    torch.testing.assert_close(compiled(X), unmasked)
+
+
+def test_a_graph_that_holds_the_hooks_looks_at_the_values_itself():
+    torch._dynamo.reset()
+    model = attached()
+    step = torch.compile(lambda x, mask: model(x, attention_mask=mask) * 2, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(step(X, MASK), model(X, attention_mask=MASK) * 2)
+    with pytest.raises(RuntimeError, match="pad on the right"):
+        step(X, MASK.flip(1))
+    bare = torch.compile(lambda x: model(x) * 2, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(bare(X), model(X) * 2)
+    for mask in (MASK, MASK.flip(0)):
+        with model.padding(mask):
+            torch.testing.assert_close(bare(X), model(X, attention_mask=mask) * 2)
+    torch.testing.assert_close(bare(X), model(X) * 2)
+
+
+def test_a_compiled_layer_of_an_uncompiled_model():
+    torch._dynamo.reset()
+    model = attached()
+    expected = [model(X, attention_mask=mask) for mask in (MASK, None, MASK.flip(0))]
+    model.first.compile(backend="aot_eager", fullgraph=True)
+    for mask, y in zip((MASK, None, MASK.flip(0)), expected, strict=True):
+        torch.testing.assert_close(model(X, attention_mask=mask), y)
+    model.forward = lambda x, attention_mask=None: checkpoint(model.first, x, use_reentrant=False)
+    y = model(X, attention_mask=MASK)
+    with pytest.raises(ShapeError, match="compiled code runs again"):
+        y.sum().backward()
+    with model.padding(MASK):  # what the message asks for
+        model(X, attention_mask=MASK).sum().backward()
+
+
+def test_exported_model_takes_masks_and_refuses_padding_on_the_left():
+    model = attached()
+    program = torch.export.export(model, (X, MASK)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(X, MASK.flip(0)), model(X, MASK.flip(0)))
+        with pytest.raises(RuntimeError, match="pad on the right"):
+            program(X, MASK.flip(1))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, get_args
+
+import torch
 from torch import Tensor, nn
 
 from strassen_tile import cost
 from strassen_tile.errors import ShapeError, shape_text
-from strassen_tile.nn.config import STLConfig
+from strassen_tile.nn.config import Mixing, Scope, STLConfig
 from strassen_tile.nn.padding import PaddingMask
 
 
@@ -17,16 +22,55 @@ class TileLayer(nn.Module):
         in_features, out_features: K and M.
         config: what kind of operator.
         padding: set by `convert`: which rows of a batch are padding.
+        meaning: a buffer without numbers whose shape says what those of the others mean.
     """
 
     bias: Tensor | None
+    meaning: Tensor
 
-    def __init__(self, in_features: int, out_features: int, config: STLConfig) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, config: STLConfig, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
         if min(in_features, out_features) < 0:
             raise ShapeError(f"features must be >= 0; got in_features={in_features}, out_features={out_features}")
         self.in_features, self.out_features, self.config = in_features, out_features, config
         self.padding: PaddingMask | None = None
+        self.register_buffer("meaning", torch.empty(self._meaning(), dtype=torch.bool, device=device))
+
+    def _meaning(self) -> tuple[int, ...]:
+        """What the numbers of the layer mean, as the shape of a tensor without any.
+
+        Kept in that form it stands in every format of state dicts, and no averaging, cast or move changes it.
+        """
+        mixing = get_args(Mixing).index(self.config.mixing if self.config.mixes_rows else "none")
+        scope = get_args(Scope).index(self.config.encoder_scope)
+        return 0, mixing, scope, *self.config.pqs, self.in_features, self.out_features
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As other modules do, unless the numbers mean something else here: that is an error. Older files do not say."""
+        here, like = self._meaning(), state_dict.get(f"{prefix}encoder")
+        device = like.device if isinstance(like, Tensor) else None
+        given = state_dict.setdefault(f"{prefix}meaning", torch.empty(here, dtype=torch.bool, device=device))
+        if tuple(given.shape) == here:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        else:
+            name = prefix.rstrip(".") or "the layer"
+            error_msgs.append(
+                f"{name}: the numbers are those of another layer, {_explained(given.shape)}; this one is {_explained(here)}. "
+                "Build it with the config that the file was saved under"
+            )
 
     @property
     def itemsize(self) -> int:
@@ -41,13 +85,13 @@ class TileLayer(nn.Module):
             rows, *features, tile, self.config.rank, batch=batch, itemsize=self.itemsize, encoder_scope=scope
         )
 
-    def padding_now(self) -> Tensor | None:
-        """The mask (B, N) by which padding rows must be zeroed now; causal rows see nothing behind them, padding included."""
-        return self.padding.current() if self.padding is not None and self.config.mixing == "sequence" else None
+    def has_padding(self, x: Tensor) -> bool:
+        """Whether rows of `x` may have to be zeroed now."""
+        return self.padding is not None and self.config.mixing == "sequence" and self.padding.current(x) is not None
 
     def without_padding(self, x: Tensor) -> Tensor:
-        """`x` with its padding rows zeroed, where that is called for."""
-        return x if self.padding is None or self.padding_now() is None else self.padding.zero(x)
+        """`x` with its padding rows zeroed; causal rows see nothing behind them, padding included."""
+        return x if self.padding is None or self.config.mixing != "sequence" else self.padding.zero(x)
 
     def check_input(self, x: Tensor) -> None:
         """Raise ShapeError if `x` has other features, is 2-D though the rows of a tile depend on each other, or continues a
@@ -68,3 +112,36 @@ class TileLayer(nn.Module):
         """The constructor's arguments."""
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, config={self.config!r}"
+
+
+@contextmanager
+def padding(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Hold `mask` (B, N), True or 1 for real rows, for what this thread or task calls of `model`, or of a copy of one, inside.
+
+    For models that take no mask, or none that says which rows are padding. What a call says itself goes before it.
+
+    Raises:
+        ShapeError: another shape, padding on the left, or row-mixing layers that no `PaddingMask` was made for.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, TileLayer) and layer.config.mixes_rows]
+    if any(layer.padding is None for layer in layers):
+        raise ShapeError(
+            f"{type(model).__name__} has row-mixing layers that follow no mask; give them one: `layer.padding = mask = "
+            "PaddingMask()` for each, then `mask.attach(model)`. `convert` does that itself"
+        )
+    with ExitStack() as stack:
+        for handle in {id(layer.padding): layer.padding for layer in layers}.values():
+            if handle is not None:
+                stack.enter_context(handle(mask))
+        yield
+
+
+def _explained(meaning: Sequence[int]) -> str:
+    try:
+        _, mixing, scope, p, q, s, features, outputs = meaning
+        return (
+            f"{features}→{outputs} with mixing={get_args(Mixing)[mixing]!r}, tile=({p}, {q}, {s}), "
+            f"encoder_scope={get_args(Scope)[scope]!r}"
+        )
+    except (ValueError, IndexError):
+        return f"of a kind unknown here {shape_text(meaning)}"

@@ -32,8 +32,8 @@ class STLLinearFP8(TileLayer):
     """
 
     def __init__(self, layer: STLLinear) -> None:
-        super().__init__(layer.in_features, layer.out_features, layer.config)
         config, device = layer.config, layer.encoded_weight.device
+        super().__init__(layer.in_features, layer.out_features, config, device)
         if (
             config.encoder_scope != "layer"
             or device.type == "meta"
@@ -66,13 +66,14 @@ class STLLinearFP8(TileLayer):
         """Bytes a number of the encoded operands."""
         return self.values.element_size()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(…, N, K) → (…, N, M), of the dtype of x.
 
         Raises:
             ShapeError: other features, or a 2-D input if rows mix.
             BackendError: a gradient would be asked for, or the GPU has no fp8.
         """
+        x = input  # the keyword that callers of nn.Linear use
         self.check_input(x)
         if autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))

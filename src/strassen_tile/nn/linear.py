@@ -54,7 +54,7 @@ class STLLinear(TileLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         config = config or STLConfig()
-        super().__init__(in_features, out_features, config)
+        super().__init__(in_features, out_features, config, device)
         (p, q, s), r = config.pqs, config.rank
         columns, outputs = tile_count(in_features, q), tile_count(out_features, s)
         per_tile = config.encoder_scope == "tile"
@@ -186,7 +186,7 @@ class STLLinear(TileLayer):
         """Whether its step on x may be part of a longer one: no backend is asked for, no padding rows are to be zeroed first,
         and there is one dtype, or autocast.
         """
-        if self.config.backend != "auto" or self.padding_now() is not None:
+        if self.config.backend != "auto" or self.has_padding(x):
             return False
         return all(p.dtype == x.dtype or (autocasts(x) and autocasts(p)) for p in self.parameters(recurse=False))
 
@@ -203,8 +203,9 @@ class STLLinear(TileLayer):
         read, written = init.causal_masks(self.config.pqs[0], self.config.rank, self.encoder.device)
         return self.encoder * read, self.decoder * written
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(…, N, K) → (…, N, M). Raises ShapeError for other features, and for a 2-D input if rows mix."""
+        x = input  # the keyword that callers of nn.Linear use
         self.check_input(x)
         if self.norm is not None:
             if self.can_join(x) and undisturbed(x, [self], self.norm):

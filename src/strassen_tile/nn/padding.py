@@ -6,142 +6,233 @@ the operator itself pads a ragged sequence with, and the output of a real row no
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
+import sys
+import uuid
+from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from strassen_tile.errors import ShapeError, shape_text
+from strassen_tile.nn import calls
+from strassen_tile.nn.calls import Call
+from strassen_tile.nn.masks import OTHERS, PATTERNS, ROWS, Takes, check_one_sequence, check_pattern, real_rows, takes_of
+
+_library = torch.library.Library("strassen_tile", "FRAGMENT")
+_library.define(
+    "real_rows(Tensor x, str key) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+)
 
 
 class PaddingMask:
-    """The mask (B, N), True for real rows, shared by the layers of one model while it runs.
+    """Which rows are real, for the layers of one model: asked by each in each call.
 
-    Attached to a model it follows the argument `attention_mask` of its calls; a model without one is called inside
-    `with padding(mask): …`. Checkpointed layers, which run again during the backward pass, get the mask of the call that
-    the pass belongs to.
+    Attached to a model it follows the masks that its calls are given: `attention_mask`, 1 for real rows, or
+    `src_key_padding_mask`, True for padding, each (B, N). A model without one is called inside `with padding(mask): …`.
+    What a call says is for that call: other threads and tasks do not see it, and a checkpointed layer that runs again in the
+    backward pass sees the mask of the call it belongs to. A copy of the model has a `PaddingMask` of its own.
     """
 
     def __init__(self) -> None:
-        self.mask: Tensor | None = None
-        self.past = 0  # rows of the sequence that a cache holds already
-        self._held = False  # by a `with`
-        self._outer: list[tuple[nn.Module, Tensor | None, int]] = []  # what each call in progress goes back to
-        self._finished: list[Tensor | None] = []  # masks of calls that a backward pass may still come to
-        self._replayed = False
+        self._key = uuid.uuid4().hex
+        self._seen = False  # any mask, in a call that was run as it stands
+        self._traced = False  # any mask, in a call that was compiled
+        self._holds = False  # there has been a `with`
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_key"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        vars(self).update(state)
 
     def attach(self, model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-        """Follow the calls of `model`, and of transformers' models inside it, which may be called past it.
+        """Follow the calls of `model` and of the modules inside it that take a mask, which may be called past it.
 
         The handles detach again.
         """
         handles = []
-        for module in model.modules():
-            if module is not model and not hasattr(module, "get_input_embeddings"):
-                continue
-            names = list(inspect.signature(module.forward).parameters)
-            if module is model or "attention_mask" in names:
-                position = names.index("attention_mask") if "attention_mask" in names else None
-                handles.append(module.register_forward_pre_hook(partial(self._enter, position), with_kwargs=True))
-                handles.append(module.register_forward_hook(self._leave, always_call=True))
+        whole: list[str] = []  # transformers' models hand a mask down in forms of their own
+        for name, module in model.named_modules():
+            takes = takes_of(module, module is model)
+            has_embeddings = hasattr(module, "get_input_embeddings")
+            inside = any(f"{name}.".startswith(f"{outer}.".lstrip(".")) for outer in whole)
+            if has_embeddings:
+                whole.append(name)
+            if module is not model:
+                layers = any(getattr(layer, "padding", None) is self for layer in module.modules())
+                if not takes.positions.keys() & {*ROWS, *OTHERS} or (inside and not has_embeddings) or not layers:
+                    continue
+            handles.append(module.register_forward_pre_hook(partial(self._enter, takes), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave, always_call=True))
         return handles
 
     @contextmanager
     def __call__(self, mask: Tensor) -> Iterator[None]:
-        """Hold `mask` (B, N), True or 1 for real rows, for the calls made inside."""
-        before = self.mask, self._held
-        self.mask, self._held = self._checked(mask), True
+        """Hold `mask` (B, N), True or 1 for real rows, for the calls made inside by this thread or task."""
+        real, frame = real_rows(mask), None
+        self._seen = self._holds = True
+        if not torch.compiler.is_dynamo_compiling():
+            frame = calls.anchor(self._key)
+            if frame is None:
+                before = calls.held(self._key)
+                calls.hold(self._key, real)
+                try:
+                    yield
+                finally:
+                    calls.hold(self._key, before)
+                return
+        outer = calls.top(self._key)
+        past = 0 if outer is None else outer.past
+        call = Call(self._key, None, real, real, past, "", torch.compiler.is_dynamo_compiling(), frame)
+        calls.push(call)
         try:
             yield
         finally:
-            self.mask, self._held = before
+            calls.remove(call)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask (B, N) of what runs now, True for real rows."""
+        return self.current()
+
+    @property
+    def past(self) -> int:
+        """Rows of the sequence that a cache holds already."""
+        call = calls.top(self._key)
+        if call is None or not call.past:
+            return 0
+        if not torch.compiler.is_dynamo_compiling():
+            call = calls.live(self._key)
+        return 0 if call is None else call.past
 
     def zero(self, x: Tensor) -> Tensor:
         """`x` (B, N, K) with its padding rows set to zero."""
-        mask = self.current()
+        mask = self.current(x)
         if mask is None:
             return x
-        if x.shape[:-1] != mask.shape:
-            raise ShapeError(
-                f"the padding mask is {shape_text(mask.shape)}, but a row-mixing layer got {shape_text(x.shape)}: it "
-                "cannot be told which rows are padding. Keep that layer dense (filter_fn) or use mixing='none'"
-            )
+        _check_describes(mask, x)
         return x.masked_fill(~mask.unsqueeze(-1), 0)
 
-    def current(self) -> Tensor | None:
-        """The mask of the call in progress, or of the one that a checkpointed layer runs again for."""
-        return self.mask if self._outer or self._held else self._replay()
+    def current(self, x: Tensor | None = None) -> Tensor | None:
+        """The mask (B, N) of the call in progress, or of the one that a checkpointed layer runs again for.
+
+        Args:
+            x: (B, N, K) what the layer got. A compiled graph that does not know the mask asks for it each time it runs.
+
+        Raises:
+            ShapeError: it cannot be told.
+        """
+        if not torch.compiler.is_dynamo_compiling():
+            return calls.resolve(self._key, self._traced) if self._seen else None
+        call = calls.top(self._key)
+        if call is not None:
+            real = calls.rows(call)
+            if real is not None or not call.traced or not self._holds:
+                return real
+        elif not self._seen:
+            return None
+        if x is None:
+            raise ShapeError("a compiled graph cannot be asked for its padding mask outside a layer")
+        asked: Tensor = torch.ops.strassen_tile.real_rows(x.detach(), self._key)
+        return asked
 
     def check_start(self, tile_rows: int) -> None:
         """Raise ShapeError if the rows of this call, which continue a cached sequence, start in the middle of a tile."""
-        if self.past % tile_rows:
+        past = self.past
+        if past % tile_rows:
             raise ShapeError(
-                f"a cache holds {self.past} rows, so this call starts in the middle of a tile of {tile_rows} rows, whose "
+                f"a cache holds {past} rows, so this call starts in the middle of a tile of {tile_rows} rows, whose "
                 "first ones are gone. Run the whole sequence (use_cache=False), or use mixing='none'"
             )
 
-    def _enter(self, position: int | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._outer.append((module, self.mask, self.past))
-        mask = kwargs.get("attention_mask")
-        if position is not None and position < len(args):
-            mask = args[position]
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            self.mask = self._checked(mask)
-        elif isinstance(mask, Tensor) and self.mask is None:
+    def _enter(self, takes: Takes, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        compiling = torch.compiler.is_dynamo_compiling()
+        outer = calls.top(self._key) if compiling else calls.live(self._key)
+        given = {name: args[at] for name, at in takes.positions.items() if at < len(args)} | kwargs
+        held = outer.held if outer is not None else None if compiling else calls.held(self._key)
+        real, unclear = self._read(type(module).__name__, takes, given, outer, held)
+        inherits = outer is not None and not takes.own_rows
+        past = outer.past if outer is not None and inherits else 0
+        cache = given.get("past_key_values")
+        if cache is not None:
+            past = int(cache.get_seq_length())
+        if real is not None or unclear:
+            if compiling:
+                self._traced = True
+            else:
+                self._seen = True
+        check_one_sequence(given, held if real is None else real)
+        frame: FrameType | None = None if compiling else sys._getframe(1)
+        calls.push(Call(self._key, module, real, held, past, unclear, compiling, frame))
+
+    def _read(
+        self, module_name: str, takes: Takes, given: dict[str, Any], outer: Call | None, held: Tensor | None
+    ) -> tuple[Tensor | None, str]:
+        """The real rows as the arguments of a call say them, and why that is not clear."""
+        first = [name for name in ROWS if given.get(name) is not None]
+        second = [name for name in OTHERS if given.get(name) is not None]
+        takes_first = any(name in takes.positions for name in ROWS)
+        if any(name in takes.positions for name in OTHERS):
+            if takes_first:
+                return None, "it has masks for two sequences" if first or second else ""
+            first = second
+        if not first:
+            told = outer is not None and (outer.real is not None or bool(outer.unclear))
+            hidden = any(given.get(name) is not None for name in PATTERNS if name in takes.positions)
+            if not told or (takes.own_rows and not hidden):
+                return None, ""
+            return None, f"{module_name} takes a mask and was given none, inside a call with one"
+        name, mask = first[0], given[first[0]]
+        if isinstance(mask, Tensor) and (mask.ndim == 2 or name != "attention_mask"):
+            return real_rows(mask, name), ""
+        real = outer.real if outer is not None and outer.real is not None else held
+        if real is None and (outer is None or not outer.unclear):
+            shape = shape_text(mask.shape) if isinstance(mask, Tensor) else f"of type {type(mask).__name__}"
             raise ShapeError(
-                f"attention_mask {shape_text(mask.shape)} does not say which rows are padding: pass one of shape (B, N), or "
-                "call the model inside `with conversion.padding(mask)`"
+                f"attention_mask {shape} does not say which rows are padding: pass one of shape (B, N), or "
+                "call the model inside `with strassen_tile.padding(model, mask)`"
             )
-        elif mask is None and len(self._outer) > 1 and not self._held:
-            self.mask = None  # a model inside, run without a mask: the outer one is of other rows
-        cache = kwargs.get("past_key_values")
-        self.past = 0 if cache is None else int(cache.get_seq_length())
+        if isinstance(mask, Tensor):
+            check_pattern(mask, real)
+        return (None, outer.unclear) if outer is not None and outer.unclear else (None if real is held else real, "")
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not any(entry[0] is module for entry in self._outer):
-            return  # another hook failed before this call was entered
-        if len(self._outer) == 1 and not torch.compiler.is_compiling():
-            self._finish(self.mask)
-        left = None
-        while left is not module:
-            left, self.mask, self.past = self._outer.pop()
-
-    def _finish(self, mask: Tensor | None) -> None:
-        if not torch.is_grad_enabled() or _in_backward():
-            return
-        if self._replayed:
-            self._finished, self._replayed = [], False
-        if not any(mask is other for other in self._finished):
-            self._finished = [*self._finished[-1:], mask]
-
-    def _replay(self) -> Tensor | None:
-        if torch.compiler.is_compiling() or not _in_backward():
-            return None
-        self._replayed = True
-        if len(self._finished) > 1:
+        call = calls.pop(self._key, module)
+        if call is not None and call.real is not None and isinstance(output, Generator | Coroutine | AsyncGenerator):
             raise ShapeError(
-                "a checkpointed layer runs again, and it cannot be told which of several calls, with different padding, it "
-                "belongs to: call backward() after each, and run what needs no gradient under torch.no_grad()"
+                f"{type(module).__name__}.forward runs after its call has ended (it is a generator or a coroutine), when its "
+                "padding mask is gone: run it inside `with strassen_tile.padding(model, mask)`"
             )
-        return self._finished[0] if self._finished else None
-
-    @staticmethod
-    def _checked(mask: Tensor) -> Tensor:
-        if mask.ndim != 2:
-            raise ShapeError(f"a padding mask is (B, N); got {shape_text(mask.shape)}")
-        real = mask != 0
-        # Padding on the left shifts where tiles begin, so outputs would depend on how much there is. Looking at the
-        # values costs a synchronisation, and a traced graph has none to look at.
-        if not torch.compiler.is_compiling() and bool((real[:, 1:] & ~real[:, :-1]).any()):
-            raise ShapeError(
-                "the mask has padding before real rows; pad on the right (tokenizer.padding_side = 'right')"
-            )
-        return real
 
 
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+def _check_describes(mask: Tensor, x: Tensor) -> None:
+    if x.shape[:-1] != mask.shape:
+        raise ShapeError(
+            f"the padding mask is {shape_text(mask.shape)}, but a row-mixing layer got {shape_text(x.shape)}: it "
+            "cannot be told which rows are padding. Keep that layer dense (filter_fn) or use mixing='none'"
+        )
+
+
+def _ask(x: Tensor, key: str) -> Tensor:
+    real = calls.resolve(key, traced=True)
+    if real is None:
+        return x.new_ones(x.shape[:-1], dtype=torch.bool)
+    _check_describes(real, x)
+    return real.clone()
+
+
+_library.impl("real_rows", _ask, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("strassen_tile::real_rows")  # type: ignore[untyped-decorator]
+def _ask_shape(x: Tensor, key: str) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.bool)
+
+
+for _hook in (PaddingMask._enter, PaddingMask._leave):
+    calls.run_as_it_stands(_hook)

@@ -1,0 +1,119 @@
+"""What the arguments of a model say of its rows: which are real, and that they are one sequence each.
+
+Rows mix within a tile, and tiles begin at row 0. So padding has to stand on the right, and what is packed into one row of the
+batch (documents end to end) would leak from one into the next. While tracing there are no values to look at: then the compiled
+graph looks itself, and fails.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from strassen_tile.errors import ShapeError, shape_text
+
+ROWS = ("src_key_padding_mask", "attention_mask")
+OTHERS = ("tgt_key_padding_mask", "decoder_attention_mask")  # of a second sequence
+PATTERNS = ("mask", "src_mask")  # of torch's encoders: who sees whom
+PACKED = (
+    "several documents are packed into one row of the batch ({how}): the tiles of a row-mixing layer would let one leak into "
+    "the next. Give each a row of its own, padded, or use mixing='none'"
+)
+_LEFT = "the mask has padding before real rows; pad on the right (tokenizer.padding_side = 'right')"
+_SCORES = "attention_mask has negative values: it is 1 for real rows and 0 for padding, not something to add to scores"
+_BOUNDARIES = ("cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")
+
+
+class Takes(NamedTuple):
+    """What a module is told of its rows.
+
+    Attributes:
+        positions: name → position of the arguments of its forward.
+        own_rows: whether its rows are its own, so that without a mask of its own nothing is padding.
+    """
+
+    positions: dict[str, int]
+    own_rows: bool
+
+
+def takes_of(module: nn.Module, root: bool) -> Takes:
+    """What `module` takes, read from the signature of its forward; the rows of a whole model (`root`) are its own."""
+    try:
+        names = list(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):  # written in C++, or compiled to TorchScript
+        names = []
+    told = [*ROWS, *OTHERS, "past_key_values", "position_ids", "seq_idx"]
+    own_rows = root or hasattr(module, "get_input_embeddings")
+    if (
+        "src_key_padding_mask" in names or "tgt_key_padding_mask" in names
+    ):  # torch's: attention sees all that is not masked
+        told, own_rows = [*told, *PATTERNS], True
+    return Takes({name: names.index(name) for name in told if name in names}, own_rows)
+
+
+def real_rows(mask: Tensor, name: str = "attention_mask") -> Tensor:
+    """`mask` (B, N) as True for real rows; the masks of `nn.TransformerEncoder` mark padding instead, by True or −inf.
+
+    Raises:
+        ShapeError: another number of dimensions, padding on the left.
+    """
+    if mask.ndim != 2:
+        raise ShapeError(f"a padding mask is (B, N); got {name} {shape_text(mask.shape)}")
+    if name.endswith("key_padding_mask"):
+        real = mask >= 0 if mask.is_floating_point() else mask == 0
+    else:
+        real = mask != 0
+        if mask.is_floating_point():
+            _require((mask >= 0).all(), _SCORES)
+    _require((real[:, :-1] | ~real[:, 1:]).all(), _LEFT)
+    return real
+
+
+def check_one_sequence(arguments: Mapping[str, Any], real: Tensor | None) -> None:
+    """Raise ShapeError if the arguments of a model say that a row of its batch holds several documents.
+
+    They say so by `position_ids` that start anew, by boundaries of more than one, or by `seq_idx` that changes.
+    """
+    for name in _BOUNDARIES:
+        ends = arguments.get(name)
+        if isinstance(ends, Tensor) and ends.numel() > 2:
+            raise ShapeError(PACKED.format(how=f"{name} has {ends.numel() - 1} of them"))
+    for name, values in (("position_ids", arguments.get("position_ids")), ("seq_idx", arguments.get("seq_idx"))):
+        if not isinstance(values, Tensor) or not 2 <= values.ndim <= 3 or values.shape[-1] < 2:
+            continue
+        plane = values if values.ndim == 2 else values[0]  # (3, B, N): of time, height and width; time never goes back
+        before, after = plane[:, :-1], plane[:, 1:]
+        if name == "seq_idx":
+            fine = before == after
+        else:  # a document of one row repeats its position; an image shares one, and so do rows that all stand at one
+            fine = before < after
+            fine = fine | (before == after) if values.ndim == 3 else fine | (plane == plane[:, :1]).all(1, keepdim=True)
+        if real is not None and real.shape[1] == plane.shape[1]:
+            fine = fine | ~real[:, 1:]
+        _require(fine.all(), PACKED.format(how=f"{name} starts anew" if name == "position_ids" else f"{name} changes"))
+
+
+def check_pattern(mask: Tensor, real: Tensor | None) -> None:
+    """Raise ShapeError if a mask (…, N, N) of who sees whom keeps a real row from the one before it: documents side by side."""
+    if mask.ndim < 3 or mask.shape[-2] < 2 or mask.shape[-1] < mask.shape[-2]:
+        return
+    seen = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
+    if mask.is_floating_point():
+        seen = torch.where((mask < 0).any(), seen, mask != 0)  # added to scores, or 1 and 0
+    previous = seen.diagonal(mask.shape[-1] - mask.shape[-2] - 1, -2, -1)[..., -(mask.shape[-2] - 1) :]
+    if real is not None:
+        ends = real[:, -previous.shape[-1] :].reshape(-1, *[1] * (previous.ndim - 2), previous.shape[-1])
+        previous = previous | ~ends
+    _require(previous.all(), PACKED.format(how=f"attention_mask {shape_text(mask.shape)} keeps neighbours apart"))
+
+
+def _require(holds: Tensor, message: str) -> None:
+    # `is_compiling()` is also true while another thread compiles; exporting runs this with tensors of its own kind.
+    if torch.compiler.is_dynamo_compiling() or type(holds) is not Tensor:
+        torch._assert_async(holds, message)
+    elif not bool(holds):  # a synchronisation
+        raise ShapeError(message)
