@@ -243,7 +243,7 @@ def test_layers_that_follow_no_mask_say_so():
     by_hand = nn.Sequential(STLLinear(K, K, config=CONFIG))
     with pytest.raises(ShapeError, match="follow no mask"), strassen_tile.padding(by_hand, MASKS[1]):
         pass
-    apart = nn.Sequential(STLLinear(K, K, config=STLConfig(tile=(1, 2, 3), rank=7)))
+    apart = nn.Sequential(STLLinear(K, K, config=STLConfig(tile=(1, 2, 3))))
     with strassen_tile.padding(apart, MASKS[1]):  # nothing mixes, so nothing has to be held
         apart(X.float())
 

@@ -37,7 +37,8 @@ def convert(
     Blocks that are an MLP of replaced layers, two or a gated three, keep their class and names but become `STLMLP`s too:
     in inference on a GPU they run in one step. They are recognised by reading their source.
 
-    A model called with `attention_mask` (B, N) has its padding rows zeroed before they can reach real rows.
+    A model called with `attention_mask` or `src_key_padding_mask` (B, N) has its padding rows zeroed before they can reach real
+    ones; `strassen_tile.padding(model, mask)` says which they are where neither is an argument.
 
     Args:
         model: any module that is not itself a linear layer.
