@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from strassen_tile.convert.evidence import Evidence
 from strassen_tile.convert.influence import SHAKES, Mixing, Watch, differences, finite, shake
-from strassen_tile.convert.interference import Trial, hazards, passing, settings, widened
+from strassen_tile.convert.interference import Rule, hazards
 from strassen_tile.convert.places import change
 from strassen_tile.convert.running import evaluating, guinea_pig
 from strassen_tile.convert.select import place_of
+from strassen_tile.convert.settings import passing, settings, widened
 from strassen_tile.convert.survey import mixing_of, survey
 from strassen_tile.errors import ConversionError
 from strassen_tile.nn import STLConfig
@@ -111,7 +113,7 @@ def _surprise(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs:
         with evaluating(apart), evaluating(mixed):
             linears = {name: m for name, m in apart.named_modules() if isinstance(m, nn.Linear)}
             for given, only_samples in settings(Watch(apart, {**passing(apart), **linears}), inputs):
-                trial = Trial(
+                evidence = Evidence(
                     Watch(apart, {**passing(apart), **linears}),
                     originals,
                     given,
@@ -126,9 +128,9 @@ def _surprise(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs:
                     if finite(base):
                         break
                 noise = real.record(given)
-                for place in list(trial.seen):
+                for place in list(evidence.seen):
                     now = differences(base, real.record(change(given, place, 0)), noise)
                     for at, changed in enumerate(now.outputs):
-                        if not trial.depends(place, at, changed):
-                            return trial.described(at, changed, place).reason
+                        if not evidence.depends(place, at, changed):
+                            return Rule(evidence).described(at, changed, place).reason
     return None

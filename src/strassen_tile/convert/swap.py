@@ -33,7 +33,8 @@ class Conversion:
         calls: name → input shapes seen on the example inputs; empty without them.
         mlps: names of the blocks that are an MLP of converted layers, and run in one step where `STLMLP` would.
         padding: the mask that row-mixing layers share; `with conversion.padding(mask): model(…)` for models that do
-            not take `attention_mask` (`strassen_tile.padding(model, mask)` does the same, on copies too). None when rows do not mix.
+            not take `attention_mask`; `strassen_tile.padding(model, mask)` does the same, on copies too. None when rows do
+            not mix.
     """
 
     converted: dict[str, nn.Module]

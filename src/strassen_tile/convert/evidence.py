@@ -1,0 +1,136 @@
+"""The evidence that runs of a model on one set of inputs give: what depends on which place, and what a row reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from strassen_tile.convert.influence import SHAKES, Changes, Record, Row, Watch, differences, finite, shake
+from strassen_tile.convert.places import Place, change, places, real_rows
+
+# Draws of parameters and perturbations, at most and without anything new, before an element that never changed with a place is
+# held not to depend on it.
+_DRAWS, _IN_VAIN = 40, 8
+
+
+class Evidence:
+    """What was seen on one set of inputs. More is looked for as it is asked.
+
+    Attributes:
+        watch: what runs the model.
+        inputs: on which it was run.
+        base, noise: two runs on them.
+        seen: place → what depends on it, over all draws of parameters.
+        samples: the places that stand for samples.
+        several: the calls where a leading index has several rows; what is pooled, or a batch of rows, is no place to meet.
+        uneven: the names of modules whose calls are not alike in all runs.
+
+    Args:
+        originals: the parameters before they were shaken.
+        effort: how many times as many places as usual are tried.
+        only_samples: whether only samples are changed, not positions.
+        padded: whether places that the inputs' mask calls padding are changed too.
+    """
+
+    def __init__(
+        self,
+        watch: Watch,
+        originals: Mapping[str, Tensor],
+        inputs: object,
+        *,
+        effort: int,
+        only_samples: bool,
+        padded: bool = False,
+    ) -> None:
+        self.watch, self.inputs, self.originals = watch, inputs, originals
+        self._padding = [~real for real in real_rows(watch.model, inputs)]
+        chosen = places(watch.model, inputs, effort=effort, padded=padded)
+        chosen = [place for place in chosen if place.dim == 0] if only_samples else chosen
+        self.seen: dict[Place, Changes] = {}
+        self._reached: dict[Row, Changes] = {}
+        self._settled: set[Place] = set()
+        for seed in reversed(range(1 if only_samples else 2)):  # what is asked later is asked of the first shake
+            self.base, self.noise = self._start(seed)
+            for place in chosen:
+                self._look(place, seed)
+        self.uneven = {name for changes in self.seen.values() for name in changes.uneven}
+        self.samples = _sample_places(self.seen)
+        self.several = {call for call, x in self.base.inputs.items() if x.shape[1] > 1 and call not in self.base.flat}
+
+    def depends(self, place: Place, at: int, elements: Tensor) -> bool:
+        """Whether all these elements (a bool tensor) of output number `at` depend on the place. A unit that is off, or a
+        maximum, may hide that they do: where it seems that they do not, other parameters and perturbations are tried.
+        """
+        if place not in self._settled and self._missing(place, at, elements):
+            base, noise, in_vain = self.base, self.noise, 0
+            for seed in range(2, _DRAWS):
+                before = self._missing(place, at, elements)
+                self.base, self.noise = self._start(seed)
+                self._look(place, seed)
+                left = self._missing(place, at, elements)
+                in_vain = in_vain + 1 if left == before else 0
+                if not left:
+                    break
+                if in_vain == _IN_VAIN:
+                    self._settled.add(place)
+                    break
+            self._start(0)
+            self.base, self.noise = base, noise
+        return not self._missing(place, at, elements)
+
+    def reach(self, row: Row) -> Changes:
+        """What changes when the layer's output is disturbed at that row."""
+        if row not in self._reached:
+            self._reached[row] = differences(self.base, self.watch.record(self.inputs, disturbed=row), self.noise)
+        return self._reached[row]
+
+    def leads_on(self, row: Row) -> bool:
+        """Whether a row reaches rows of a later layer, or elements of an output, where there still are several."""
+        reached = self.reach(row)
+        return any(call in self.several and bool(r.any()) for call, r in reached.rows.items()) or any(
+            bool(o.any()) for o in reached.outputs if o.ndim >= 3 and o.shape[-2] > 1
+        )
+
+    def without_padding(self, rows: Tensor) -> Tensor:
+        """Of these rows (lead, N), those that the inputs' mask does not call padding: the others are zeroed (`PaddingMask`)."""
+        for padding in self._padding:
+            if padding.shape == rows.shape:
+                rows = rows & ~padding.to(rows.device)
+        return rows
+
+    def _look(self, place: Place, seed: int) -> None:
+        """Add what changes with the place, under the parameters of now, to what is known of it."""
+        now = differences(self.base, self.watch.record(change(self.inputs, place, seed)), self.noise)
+        self.seen[place] = self.seen[place].joined(now) if place in self.seen else now
+
+    def _missing(self, place: Place, at: int, elements: Tensor) -> int:
+        return int((elements & ~self.seen[place].outputs[at]).sum())
+
+    def _start(self, seed: int) -> tuple[Record, Record]:
+        for strength in SHAKES if seed < 2 else (2.0, *SHAKES):
+            shake(self.watch.model, self.originals, strength, seed)
+            base = self.watch.record(self.inputs)
+            if finite(base):
+                break
+        return base, self.watch.record(self.inputs)
+
+
+def _sample_places(seen: Mapping[Place, Changes]) -> set[Place]:
+    """The places that stand for samples: of each input, those along the first dimension whose places never meet in a row."""
+    found: set[Place] = set()
+    for leaf in {place.leaf for place in seen}:
+        for dim in sorted({place.dim for place in seen if place.leaf == leaf}):
+            along = [place for place in seen if (place.leaf, place.dim) == (leaf, dim)]
+            apart = {place.index[dim]: seen[place] for place in reversed(along)}
+            if len(apart) < 2 or not _meet(list(apart.values())):
+                found.update(along if len(apart) > 1 else ())
+                break
+    return found
+
+
+def _meet(changes: Sequence[Changes]) -> bool:
+    """Whether some row depends on two of the places."""
+    shared = set.intersection(*(set(c.rows) for c in changes))
+    return any(bool((torch.stack([c.rows[call] for c in changes]).sum(dim=0) > 1).any()) for call in shared)
