@@ -172,6 +172,7 @@ def _add_compare(commands: _Commands) -> None:
         default=None,
         help="shift and flip images (default: by data)",
     )
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU with it")
     add("--limit", type=_integer, default=None, help="train on that many images only")
     add("--out", type=_folder, default=Path("out/compare"), help="folder for rows.json, report.html and plot.png")
     command.set_defaults(run="run_compare", extra="vision")

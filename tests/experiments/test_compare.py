@@ -107,7 +107,17 @@ def test_flops_per_image_are_those_the_counter_sees() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"methods": ("denes",)}, {"ranks": ()}, {"init": "als"}, {"epochs": 0}, {"lr": 0.0}, {"seeds": ()}]
+    "change",
+    [
+        {"methods": ("denes",)},
+        {"ranks": ()},
+        {"init": "als"},
+        {"epochs": 0},
+        {"lr": 0.0},
+        {"seeds": ()},
+        {"seeds": (0, 2**31)},
+        {"seeds": (-1,)},
+    ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused(change) -> None:
     with pytest.raises(ConfigError):

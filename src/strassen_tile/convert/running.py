@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, without gradients, and calling its layers rather than PyTorch's fused or compiled ones.
+    """The model in eval mode, without gradients, and calling its layers rather than PyTorch's fused ones.
 
     Every submodule's mode is put back.
     """
@@ -24,7 +24,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     model.eval()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

@@ -7,7 +7,6 @@ import itertools
 import math
 import os
 import tempfile
-import warnings
 from pathlib import Path
 
 import torch
@@ -19,6 +18,8 @@ from strassen_tile.cost import machine
 from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import planning, speed, vision
 from strassen_tile.experiments.candidates import left_out, row_count
+from strassen_tile.experiments.recipe import Recipe, fastest_precision
+from strassen_tile.integrations.ranks import RankError, ranks
 from strassen_tile.nn import STLConfig
 from strassen_tile.report import bench as bench_report
 from strassen_tile.report import plan as plan_report
@@ -33,23 +34,21 @@ _SMALL = ("t2t_vit_micro", 3, 128, False)
 _LARGE = ("t2t_vit_7", 100, 128, True)
 
 
-def recipe_of(options: argparse.Namespace) -> vision.Recipe:
+def recipe_of(options: argparse.Namespace) -> Recipe:
     """The options of `strassen-tile compare`, defaults filled in by the data.
 
     Raises:
         ConfigError: an option that no recipe could have.
     """
-    if not math.isfinite(options.lr) or not all(0 <= seed < 2**32 for seed in options.seeds):
-        raise ConfigError(
-            f"--lr must be a finite number and --seeds from 0 to 2^32 - 1; got {options.lr}, {options.seeds}"
-        )
+    if not math.isfinite(options.lr):
+        raise ConfigError(f"--lr must be a finite number; got {options.lr}")
     if options.data == "digits":
         model, epochs, batch_size, augment = _DIGITS
     elif (options.image_size or 0) > 32 or not any(Path(options.data).glob("*ubyte*")):
         model, epochs, batch_size, augment = _LARGE
     else:
         model, epochs, batch_size, augment = _SMALL
-    return vision.Recipe(
+    return Recipe(
         data=options.data,
         model=options.model or model,
         image_size=options.image_size,
@@ -65,21 +64,30 @@ def recipe_of(options: argparse.Namespace) -> vision.Recipe:
         lr=options.lr,
         augment=options.augment if options.augment is not None else augment,
         limit=options.limit,
+        precision=fastest_precision() if options.precision == "auto" else options.precision,
     )
 
 
 def run_compare(options: argparse.Namespace) -> int:
-    """`strassen-tile compare`."""
+    """`strassen-tile compare`. Of several processes the first shows what there is to see."""
     recipe = recipe_of(options)
-    console = Console(markup=False, emoji=False)
+    world = ranks()
+    try:
+        _compare(recipe, options.out, Console(markup=False, emoji=False, quiet=not world.is_main_process))
+    except RankError:
+        return 1  # the first process has said why
+    world.destroy_process_group()  # not after an error: others may be waiting in the group
+    return 0
+
+
+def _compare(recipe: Recipe, out: Path, console: Console) -> None:
     title = f"{recipe.model} on {recipe.data}, {recipe.epochs} epochs"
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
         console=console,
     )  # fmt: skip
     runs, steps = bars.add_task("runs", total=None), bars.add_task("steps", total=None)
-    with warnings.catch_warnings(), Live(bars, console=console, refresh_per_second=4) as live:
-        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+    with Live(bars, console=console, refresh_per_second=4) as live:
 
         def on_progress(at: vision.Progress) -> None:
             bars.update(runs, completed=at.run - 1, total=at.runs)
@@ -88,13 +96,14 @@ def run_compare(options: argparse.Namespace) -> int:
         def on_rows(rows: list[Row]) -> None:
             live.update(Group(rich_table(title, columns(state=True), summarise(rows)), bars))
 
-        rows = vision.compare(recipe, options.out, on_rows=on_rows, on_progress=on_progress)
-        live.update("")
+        def on_end(rows: list[Row]) -> None:
+            live.update("")
+            write_report(out, rows, f"Dense, 2:4 and Strassen-Tile: {title}", _notes(recipe))
+
+        rows = vision.compare(recipe, out, on_rows=on_rows, on_progress=on_progress, on_end=on_end)
     summary = summarise(rows)
     console.print(rich_table(title, columns(), summary, table_caption(summary)))
-    page = write_report(options.out, rows, f"Dense, 2:4 and Strassen-Tile: {title}", _notes(recipe))
-    console.print(f"{page}\n{options.out / 'plot.png'}\n{options.out / 'rows.json'}", soft_wrap=True)
-    return 0
+    console.print(f"{out / 'report.html'}\n{out / 'plot.png'}\n{out / 'rows.json'}", soft_wrap=True)
 
 
 def run_bench(options: argparse.Namespace) -> int:
@@ -197,12 +206,13 @@ def _make_writable(folder: Path) -> None:
     tempfile.TemporaryFile(dir=folder).close()
 
 
-def _notes(recipe: vision.Recipe) -> list[str]:
+def _notes(recipe: Recipe) -> list[str]:
     schedule = (
         f"Every method trains the same {recipe.model} from the same start with the same recipe: AdamW at {recipe.lr:g}, "
         f"weight decay {recipe.weight_decay:g} (none on encoders, decoders, biases and norms), {recipe.warmup:.0%} "
-        f"warm-up, cosine decay, label smoothing {recipe.label_smoothing:g}, batches of {recipe.batch_size}, "
-        f"{recipe.epochs} epochs, {'' if recipe.augment else 'no '}augmentation, seeds {', '.join(map(str, recipe.seeds))}."
+        f"warm-up, cosine decay, label smoothing {recipe.label_smoothing:g}, batches of {recipe.batch_size} on all "
+        f"devices together, {recipe.precision}, {recipe.epochs} epochs, {'' if recipe.augment else 'no '}augmentation, "
+        f"seeds {', '.join(map(str, recipe.seeds))}."
     )
     converted = (
         "The linear layers of the transformer blocks are converted; the token module and the head are not. STL: tile "

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+import socket
+import warnings
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
-from strassen_tile.errors import ConfigError
+from strassen_tile.errors import ConfigError, DataError
 from strassen_tile.report.rows import Row, read_rows, write_rows, write_text
+from strassen_tile.report.runs import group_rows
 from strassen_tile.report.table import number
 
 
 class RunLog:
-    """The rows of a comparison, on disk as soon as they exist."""
+    """The rows of a comparison, on disk as soon as they exist.
+
+    Raises:
+        DataError: the file is there and is not rows of a comparison.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[Row] = read_rows(path) if path.exists() else []
+        try:
+            group_rows(self.rows)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
 
     def of(self, run: Row) -> list[Row]:
         """The rows of one method, rank and seed."""
         return [row for row in self.rows if run.items() <= row.items()]
+
+    def recorded(self, run: Row) -> int:
+        """How many epochs of the run, from the first on without a gap, have their row."""
+        epochs = {row["epoch"] for row in self.of(run)}
+        return next(epoch for epoch in range(len(epochs) + 1) if epoch + 1 not in epochs)
 
     def add(self, run: Row, fixed: Row, record: Row) -> list[Row]:
         """Add an epoch's record and return all rows.
@@ -35,33 +53,82 @@ class RunLog:
         spent = _real(earlier[-1], "train_seconds") if earlier else 0.0
         del record["seconds"]
         others = [row for row in self.rows if not run.items() <= row.items()]
-        self.rows = [*others, *earlier, {**fixed, **record, "train_seconds": round(spent + seconds, 3)}]
-        write_rows(self.path, self.rows)
-        return self.rows
+        rows = [*others, *earlier, {**fixed, **record, "train_seconds": round(spent + seconds, 3)}]
+        write_rows(self.path, rows)
+        self.rows = rows
+        return rows
 
 
 def _real(row: Row, key: str) -> float:
     return number(row, key) or 0.0
 
 
-def claim(folder: Path, settings: Mapping[str, object], additive: AbstractSet[str]) -> None:
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder`, made if missing, against other processes; the system lets go of it when this process ends.
+
+    Where folders cannot be locked (Windows, some network file systems) it warns and goes on.
+
+    Raises:
+        ConfigError: another process holds it; the message says which.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    # Not emptied on opening, nor removed in the end: it may be another's, who holds it or waits for it.
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8", errors="replace") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # the second is what NFS says
+            holder = file.read(200).strip() or "another process"
+            raise ConfigError(
+                f"{folder} is in use by {holder}; wait until that has ended, or give another --out"
+            ) from error
+        except (ImportError, OSError) as error:
+            warnings.warn(
+                f"{folder} cannot be locked ({error}); run one comparison at a time in it, or rows are lost",
+                stacklevel=3,
+            )
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        yield
+
+
+def claim(
+    folder: Path, settings: Mapping[str, object], additive: AbstractSet[str], unsaid: Mapping[str, object]
+) -> None:
     """Make the folder this comparison's, or refuse to mix two in one.
 
     Args:
         folder: made if missing.
         settings: what decides the results; kept in `recipe.json`.
         additive: settings that only say which runs there are: they may change.
+        unsaid: what a setting was where an older `recipe.json` does not know it.
 
     Raises:
         ConfigError: the folder holds a comparison with other settings; the message names them.
+        DataError: its `recipe.json` is not one.
     """
     plain = json.loads(json.dumps(settings))
     path = folder / "recipe.json"
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = {**json.loads(json.dumps(unsaid)), **_read_recipe(path)}
         changed = sorted(key for key in plain if key not in additive and before.get(key) != plain[key])
         if changed:
             raise ConfigError(
                 f"{folder} holds a comparison with other {', '.join(changed)}; give another --out, or delete it to start over"
             )
     write_text(path, json.dumps(plain, indent=1) + "\n")
+
+
+def _read_recipe(path: Path) -> dict[str, object]:
+    try:
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        recipe = error
+    if not isinstance(recipe, dict):
+        raise DataError(f"{path} is not the recipe of a comparison; give another --out, or delete it to start over")
+    return recipe

@@ -136,6 +136,14 @@ def padding(model: nn.Module, mask: Tensor) -> Iterator[None]:
         yield
 
 
+def only(x: Tensor | None, input: Tensor | None) -> Tensor:
+    """The one of the two that was given: callers of `nn.Linear` may call it `input`."""
+    given = input if x is None else x
+    if given is None or (x is not None and input is not None):
+        raise TypeError("forward() takes one tensor, as its first argument or as input=")
+    return given
+
+
 def _explained(meaning: Sequence[int]) -> str:
     try:
         _, mixing, scope, p, q, s, features, outputs = meaning

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from strassen_tile.errors import ConfigError
-from strassen_tile.nn.base import TileLayer
+from strassen_tile.nn.base import TileLayer, only
 from strassen_tile.nn.linear import STLLinear
 from strassen_tile.ops.fp8 import Rounded, fp8_linear, rounded
 from strassen_tile.ops.functional import autocasts
@@ -66,14 +66,14 @@ class STLLinearFP8(TileLayer):
         """Bytes a number of the encoded operands."""
         return self.values.element_size()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(…, N, K) → (…, N, M), of the dtype of x.
+    def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
+        """(…, N, K) → (…, N, M), of the dtype of x; `input` is the keyword of nn.Linear.
 
         Raises:
             ShapeError: other features, or a 2-D input if rows mix.
             BackendError: a gradient would be asked for, or the GPU has no fp8.
         """
-        x = input  # the keyword that callers of nn.Linear use
+        x = only(x, input)
         self.check_input(x)
         if autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from strassen_tile.errors import ShapeError, shape_text
 from strassen_tile.nn import fit, init
-from strassen_tile.nn.base import TileLayer
+from strassen_tile.nn.base import TileLayer, only
 from strassen_tile.nn.config import STLConfig
 from strassen_tile.nn.stand_in import dense_weight
 from strassen_tile.nn.steps import check_norm, norm_of, undisturbed
@@ -203,9 +203,13 @@ class STLLinear(TileLayer):
         read, written = init.causal_masks(self.config.pqs[0], self.config.rank, self.encoder.device)
         return self.encoder * read, self.decoder * written
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(…, N, K) → (…, N, M). Raises ShapeError for other features, and for a 2-D input if rows mix."""
-        x = input  # the keyword that callers of nn.Linear use
+    def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
+        """(…, N, K) → (…, N, M); `input` is the keyword of nn.Linear.
+
+        Raises:
+            ShapeError: other features, or a 2-D input if rows mix.
+        """
+        x = only(x, input)
         self.check_input(x)
         if self.norm is not None:
             if self.can_join(x) and undisturbed(x, [self], self.norm):

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import shlex
 import subprocess
@@ -38,6 +39,8 @@ ENVIRONMENT_FIELDS = (
     "commit",
     "date",
     "machine",
+    "device",
+    "world_size",
     "cores",
     "threads",
     "python",
@@ -46,16 +49,23 @@ ENVIRONMENT_FIELDS = (
     "transformers",
 )
 
+_UNFINISHED = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")  # as `write_bytes` names them
 
-def environment(command: str | None = None) -> dict[str, str | int]:
+
+def environment(
+    command: str | None = None, *, device: str | None = None, world_size: int | None = None
+) -> dict[str, str | int]:
     """Where, when and by what a row is made, as the flat fields `ENVIRONMENT_FIELDS`.
 
     Args:
         command: what to record as the command. Default: this process's arguments behind the name `strassen-tile`,
             because the path of an interpreter or script says nothing to the next machine.
+        device: the type of device that did the work, "cpu" or "cuda".
+        world_size: how many processes did it together.
 
     Returns:
-        The fields; `commit` is "" outside a checkout, and `transformers` is absent where it is not installed.
+        The fields; `commit` is "" outside a checkout, `transformers` is absent where it is not installed, and `device`
+        and `world_size` where they are not given.
     """
     fields: dict[str, str | int] = {
         "command": shlex.join(["strassen-tile", *sys.argv[1:]]) if command is None else command,
@@ -69,6 +79,10 @@ def environment(command: str | None = None) -> dict[str, str | int]:
         "torch": str(torch.__version__),
         "strassen_tile": __version__,
     }
+    if device is not None:
+        fields["device"] = device
+    if world_size is not None:
+        fields["world_size"] = world_size
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         # The metadata, not the module: importing transformers takes seconds.
         fields["transformers"] = importlib.metadata.version("transformers")
@@ -125,6 +139,8 @@ def read_rows(path: str | Path) -> list[Row]:
         records = json.loads(text, parse_constant=lambda _: None)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not JSON: {error.msg} in line {error.lineno}") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: lists in lists without end, expected a list of flat records") from error
     if not isinstance(records, list):
         raise DataError(f"{path}: rows are a JSON list of flat records, this is one {type(records).__name__}")
     return [_flat(record, f"{path}: row {index}") for index, record in enumerate(records)]
@@ -145,11 +161,12 @@ def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
+def write_bytes(path: str | Path, data: bytes | memoryview) -> None:
     """Write `data` to `path` atomically: a temporary file beside it, synced, then renamed. Makes missing folders.
 
     Raises:
-        OSError: as the file system has it. `path` is then as it was, and no temporary file is left.
+        OSError: as the file system has it, with the name of the file. `path` is then as it was, and no temporary file
+            is left; a process that is killed leaves one, see `remove_unfinished`.
     """
     target = Path(path).resolve()  # Through a link: renaming onto the link itself would replace it.
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -161,9 +178,18 @@ def write_bytes(path: str | Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-    except BaseException:  # An interrupt as well must leave nothing behind.
+    except BaseException as error:  # An interrupt as well must leave nothing behind.
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename != str(target):
+            raise OSError(error.errno, error.strerror, str(target)) from error  # a full disk does not say which file
         raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left of files they were writing in `folder`. No other may be writing there now."""
+    for path in folder.glob(".*.tmp"):
+        if _UNFINISHED.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _flat(row: object, where: str) -> Row:
