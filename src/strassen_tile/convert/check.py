@@ -8,14 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from strassen_tile.convert.evidence import Evidence
-from strassen_tile.convert.influence import SHAKES, Mixing, Watch, differences, finite, shake
-from strassen_tile.convert.interference import Rule, hazards
-from strassen_tile.convert.places import change
-from strassen_tile.convert.running import evaluating, guinea_pig
+from strassen_tile.convert.influence import Mixing
+from strassen_tile.convert.interference import hazards
+from strassen_tile.convert.running import guinea_pig
 from strassen_tile.convert.select import place_of
-from strassen_tile.convert.settings import passing, settings, widened
 from strassen_tile.convert.survey import mixing_of, survey
+from strassen_tile.convert.verify import surprise
 from strassen_tile.errors import ConversionError
 from strassen_tile.nn import STLConfig
 from strassen_tile.nn.base import TileLayer
@@ -61,6 +59,8 @@ def check_mixing(
     Raises:
         ConversionError: there is nothing to check, or the model's outputs cannot be compared from run to run.
     """
+    if not isinstance(effort, int) or effort < 1:
+        raise ConversionError(f"effort is a whole number from 1; got {effort!r}")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, TileLayer) and m.config.mixes_rows}
     if not layers:
         return _ahead(model, example_inputs, config or STLConfig(), effort)
@@ -72,9 +72,12 @@ def check_mixing(
             name: danger.reason
             for name, danger in hazards(double, linears, mixing, example_inputs, effort=effort).items()
         }
-    surprise = _surprise(model, layers, example_inputs, effort)
-    if surprise is not None and not unsafe:
-        unsafe[""] = surprise
+    if not unsafe:
+        with guinea_pig(model) as apart, guinea_pig(model) as mixed:
+            _keep_apart(apart, layers)
+            danger = surprise(apart, mixed, example_inputs, effort=effort)
+        if danger is not None:
+            unsafe[""] = danger.reason
     return MixingReport([name for name in layers if name not in unsafe], unsafe)
 
 
@@ -100,37 +103,3 @@ def _keep_apart(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         if id(module) in made:
             parent, child = place_of(model, name)
             parent._modules[child] = made[id(module)]
-
-
-def _surprise(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: object, effort: int) -> str | None:
-    """An output of the model as it is that depends on a place on which, with rows apart, it does not; padding places too."""
-    with guinea_pig(model) as apart, guinea_pig(model) as mixed:
-        _keep_apart(apart, layers)
-        inputs = widened(apart, example_inputs)
-        widened(mixed, example_inputs)
-        originals = {name: p.detach().clone() for name, p in apart.named_parameters()}
-        starts = {name: p.detach().clone() for name, p in mixed.named_parameters()}
-        with evaluating(apart), evaluating(mixed):
-            linears = {name: m for name, m in apart.named_modules() if isinstance(m, nn.Linear)}
-            for given, only_samples in settings(Watch(apart, {**passing(apart), **linears}), inputs):
-                evidence = Evidence(
-                    Watch(apart, {**passing(apart), **linears}),
-                    originals,
-                    given,
-                    effort=effort,
-                    only_samples=only_samples,
-                    padded=True,
-                )
-                real = Watch(mixed, {})
-                for strength in SHAKES:
-                    shake(mixed, starts, strength, seed=0)
-                    base = real.record(given)
-                    if finite(base):
-                        break
-                noise = real.record(given)
-                for place in list(evidence.seen):
-                    now = differences(base, real.record(change(given, place, 0)), noise)
-                    for at, changed in enumerate(now.outputs):
-                        if not evidence.depends(place, at, changed):
-                            return Rule(evidence).described(at, changed, place).reason
-    return None

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from strassen_tile.convert.influence import SHAKES, Changes, Record, Row, Watch, differences, finite, shake
-from strassen_tile.convert.places import Place, change, places, real_rows
+from strassen_tile.convert.influence import SHAKES, Base, Changes, Row, Watch, shake
+from strassen_tile.convert.places import Place, change, in_padding, places, real_rows
+from strassen_tile.errors import ConversionError
 
 # Draws of parameters and perturbations, at most and without anything new, before an element that never changed with a place is
 # held not to depend on it.
 _DRAWS, _IN_VAIN = 40, 8
+_ATTEMPTS = 4  # at a value that the model takes
 
 
 class Evidence:
@@ -21,7 +23,7 @@ class Evidence:
     Attributes:
         watch: what runs the model.
         inputs: on which it was run.
-        base, noise: two runs on them.
+        base: a run on them.
         seen: place → what depends on it, over all draws of parameters.
         samples: the places that stand for samples.
         several: the calls where a leading index has several rows; what is pooled, or a batch of rows, is no place to meet.
@@ -31,43 +33,40 @@ class Evidence:
         originals: the parameters before they were shaken.
         effort: how many times as many places as usual are tried.
         only_samples: whether only samples are changed, not positions.
-        padded: whether places that the inputs' mask calls padding are changed too.
     """
 
     def __init__(
-        self,
-        watch: Watch,
-        originals: Mapping[str, Tensor],
-        inputs: object,
-        *,
-        effort: int,
-        only_samples: bool,
-        padded: bool = False,
+        self, watch: Watch, originals: Mapping[str, Tensor], inputs: object, *, effort: int, only_samples: bool
     ) -> None:
         self.watch, self.inputs, self.originals = watch, inputs, originals
         self._padding = [~real for real in real_rows(watch.model, inputs)]
-        chosen = places(watch.model, inputs, effort=effort, padded=padded)
-        chosen = [place for place in chosen if place.dim == 0] if only_samples else chosen
+        chosen = [p for p in places(watch.model, inputs, effort=effort) if p.dim == 0 or not only_samples]
+        self.padding_places = {place for place in chosen if in_padding(watch.model, inputs, place)}
         self.seen: dict[Place, Changes] = {}
         self._reached: dict[Row, Changes] = {}
         self._settled: set[Place] = set()
         for seed in reversed(range(1 if only_samples else 2)):  # what is asked later is asked of the first shake
-            self.base, self.noise = self._start(seed)
+            self.base = self._start(seed)
             for place in chosen:
                 self._look(place, seed)
         self.uneven = {name for changes in self.seen.values() for name in changes.uneven}
         self.samples = _sample_places(self.seen)
         self.several = {call for call, x in self.base.inputs.items() if x.shape[1] > 1 and call not in self.base.flat}
 
+    @property
+    def rows_seen(self) -> list[Place]:
+        """The places by which rows are judged: what the inputs' mask calls padding is zeroed before it reaches other rows."""
+        return [place for place in self.seen if place not in self.padding_places]
+
     def depends(self, place: Place, at: int, elements: Tensor) -> bool:
         """Whether all these elements (a bool tensor) of output number `at` depend on the place. A unit that is off, or a
         maximum, may hide that they do: where it seems that they do not, other parameters and perturbations are tried.
         """
         if place not in self._settled and self._missing(place, at, elements):
-            base, noise, in_vain = self.base, self.noise, 0
+            base, in_vain = self.base, 0
             for seed in range(2, _DRAWS):
                 before = self._missing(place, at, elements)
-                self.base, self.noise = self._start(seed)
+                self.base = self._start(seed)
                 self._look(place, seed)
                 left = self._missing(place, at, elements)
                 in_vain = in_vain + 1 if left == before else 0
@@ -77,13 +76,13 @@ class Evidence:
                     self._settled.add(place)
                     break
             self._start(0)
-            self.base, self.noise = base, noise
+            self.base = base
         return not self._missing(place, at, elements)
 
     def reach(self, row: Row) -> Changes:
         """What changes when the layer's output is disturbed at that row."""
         if row not in self._reached:
-            self._reached[row] = differences(self.base, self.watch.record(self.inputs, disturbed=row), self.noise)
+            self._reached[row] = self.watch.changes(self.inputs, self.base, disturbed=row)
         return self._reached[row]
 
     def leads_on(self, row: Row) -> bool:
@@ -101,32 +100,49 @@ class Evidence:
         return rows
 
     def _look(self, place: Place, seed: int) -> None:
-        """Add what changes with the place, under the parameters of now, to what is known of it."""
-        now = differences(self.base, self.watch.record(change(self.inputs, place, seed)), self.noise)
-        self.seen[place] = self.seen[place].joined(now) if place in self.seen else now
+        """Add what changes with the place, under the parameters of now, to what is known of it.
+
+        A value that the model does not take (an index out of range, a check of its own) shows nothing; others are tried.
+        """
+        for attempt in range(_ATTEMPTS):
+            try:
+                now = self.watch.changes(change(self.inputs, place, seed + attempt * _DRAWS), self.base)
+            except ConversionError:
+                raise
+            except Exception:  # whatever a model raises for values that it does not take
+                continue
+            self.seen[place] = self.seen[place].joined(now) if place in self.seen else now
+            return
 
     def _missing(self, place: Place, at: int, elements: Tensor) -> int:
         return int((elements & ~self.seen[place].outputs[at]).sum())
 
-    def _start(self, seed: int) -> tuple[Record, Record]:
+    def _start(self, seed: int) -> Base:
         for strength in SHAKES if seed < 2 else (2.0, *SHAKES):
             shake(self.watch.model, self.originals, strength, seed)
-            base = self.watch.record(self.inputs)
-            if finite(base):
+            base = self.watch.base(self.inputs)
+            if base.finite:
                 break
-        return base, self.watch.record(self.inputs)
+        return base
 
 
 def _sample_places(seen: Mapping[Place, Changes]) -> set[Place]:
-    """The places that stand for samples: of each input, those along the first dimension whose places never meet in a row."""
+    """The places that stand for samples: of each input, those along the first dimension whose places never meet in a row.
+
+    Where they meet along every one (a batch statistic in passing), those along the first: samples come first as a rule, and
+    what is taken for one is only guarded the more.
+    """
     found: set[Place] = set()
     for leaf in {place.leaf for place in seen}:
-        for dim in sorted({place.dim for place in seen if place.leaf == leaf}):
-            along = [place for place in seen if (place.leaf, place.dim) == (leaf, dim)]
+        mine = [place for place in seen if place.leaf == leaf and place.dim < len(place.index)]
+        for dim in sorted({place.dim for place in mine}):
+            along = [place for place in mine if place.dim == dim]
             apart = {place.index[dim]: seen[place] for place in reversed(along)}
             if len(apart) < 2 or not _meet(list(apart.values())):
                 found.update(along if len(apart) > 1 else ())
                 break
+        else:
+            found.update(place for place in mine if place.dim == 0)
     return found
 
 

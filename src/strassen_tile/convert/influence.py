@@ -8,7 +8,7 @@ at zero nor a dead unit hides a dependence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -57,28 +57,35 @@ class Mixing(NamedTuple):
 
 
 @dataclass
-class Record:
-    """One run.
+class Base:
+    """What runs are compared with.
 
     Attributes:
         inputs: every call's input as (lead, rows, features), in the order of the calls.
         flat: the calls whose input has two dimensions or fewer: their rows are a batch.
         outputs: the tensors that the model returned.
+        slack: how far two runs on the same input differ, by call, and by the number of an output.
     """
 
     inputs: dict[Call, Tensor] = field(default_factory=dict)
     flat: set[Call] = field(default_factory=set)
     outputs: list[Tensor] = field(default_factory=list)
+    slack: dict[Call | int, float] = field(default_factory=dict)
+
+    @property
+    def finite(self) -> bool:
+        """Whether nothing overflowed."""
+        return all(bool(t.isfinite().all()) for t in (*self.inputs.values(), *self.outputs))
 
 
 @dataclass
 class Changes:
-    """Where two runs differ.
+    """Where a run differs from the base.
 
     Attributes:
-        rows: call → bool (lead, rows); calls whose shape differs between the runs, or that only one has, are left out.
+        rows: call → bool (lead, rows); calls whose shape differs, or that only one has, are left out.
         outputs: a bool tensor for each output tensor.
-        uneven: the calls left out.
+        uneven: the names of those left out.
     """
 
     rows: dict[Call, Tensor]
@@ -98,7 +105,7 @@ class Changes:
 
 
 class Watch:
-    """Runs a model, recording what some of its modules are fed and what it returns.
+    """Runs a model and sees what some of its modules are fed and what it returns.
 
     Args:
         model: to run, in eval mode already.
@@ -107,42 +114,85 @@ class Watch:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         self.model, self.layers = model, layers
-        self.runs = 0
 
-    def record(
-        self, inputs: object, *, disturbed: Row | None = None, mixed: Mapping[str, Mixing] | None = None
-    ) -> Record:
-        """One run, with noise added to a layer's output at the row `disturbed`, or with rows of the layers `mixed` mixed."""
-        record, counts = Record(), dict.fromkeys(self.layers, 0)
-        self.runs += 1
+    def base(self, inputs: object, *, mixed: Mapping[str, Mixing] | None = None) -> Base:
+        """Two runs, the rows of the layers `mixed` mixed."""
+        base = Base()
+
+        def keep(call: Call, x: Tensor, flat: bool) -> None:
+            base.inputs[call] = x.clone()
+            if flat:
+                base.flat.add(call)
+
+        def again(call: Call, x: Tensor, flat: bool) -> None:
+            base.slack[call] = _distance(base.inputs.get(call), x)
+
+        base.outputs = [t.clone() for t in self._run(inputs, keep, mixed=mixed)]
+        for at, output in enumerate(self._run(inputs, again, mixed=mixed)):
+            base.slack[at] = _distance(base.outputs[at] if at < len(base.outputs) else None, output)
+        return base
+
+    def changes(
+        self, inputs: object, base: Base, *, disturbed: Row | None = None, mixed: Mapping[str, Mixing] | None = None
+    ) -> Changes:
+        """Where a run differs from the base, with noise added to a layer's output at the row `disturbed` if there is one.
+
+        Raises:
+            ConversionError: it returns tensors of other shapes.
+        """
+        rows: dict[Call, Tensor] = {}
+        seen: set[Call] = set()
+
+        def compare(call: Call, x: Tensor, flat: bool) -> None:
+            seen.add(call)
+            before = base.inputs.get(call)
+            if before is not None and before.shape == x.shape:
+                rows[call] = _differ(before, x, base.slack.get(call, 0.0)).any(dim=-1)
+
+        outputs = self._run(inputs, compare, disturbed=disturbed, base=base, mixed=mixed)
+        if [t.shape for t in base.outputs] != [t.shape for t in outputs]:
+            raise ConversionError(_UNEVEN_OUTPUTS)
+        uneven = {call.name for call in (*base.inputs, *seen) if call not in rows}
+        pairs = zip(base.outputs, outputs, strict=True)
+        return Changes(rows, [_differ(a, b, base.slack.get(at, 0.0)) for at, (a, b) in enumerate(pairs)], uneven)
+
+    def _run(
+        self,
+        inputs: object,
+        see: Callable[[Call, Tensor, bool], None],
+        *,
+        disturbed: Row | None = None,
+        base: Base | None = None,
+        mixed: Mapping[str, Mixing] | None = None,
+    ) -> list[Tensor]:
+        counts = dict.fromkeys(self.layers, 0)
 
         def before(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x = args[0] if args else next(iter(kwargs.values()), None)
-            if not isinstance(x, Tensor) or not x.is_floating_point():
+            if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
                 return None
             call = Call(name, counts[name])
             counts[name] += 1
-            record.inputs[call] = _rows(x).detach().clone()
-            if x.ndim < 3:
-                record.flat.add(call)
+            see(call, _rows(x).detach(), x.ndim < 3)
             if mixed is None or name not in mixed or x.ndim < 3:
                 return None
             y = mix_rows(x, mixed[name])
             return ((y, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): y})
 
         def after(name: str, output: Any) -> Any:
-            if disturbed is None or disturbed.call != (name, counts[name] - 1) or not isinstance(output, Tensor):
+            if disturbed is None or base is None or disturbed.call != (name, counts[name] - 1):
                 return None
-            if _rows(output).shape[:2] != record.inputs[disturbed.call].shape[:2]:
+            if not isinstance(output, Tensor) or _rows(output).shape[:2] != base.inputs[disturbed.call].shape[:2]:
                 return None
-            disturbed_output = output.clone(memory_format=torch.contiguous_format)
-            row = _rows(disturbed_output)[disturbed.lead, disturbed.row]
-            row += torch.randn(row.shape, generator=torch.Generator().manual_seed(1)).to(row) * (1 + output.abs().max())
-            return disturbed_output
+            other = output.clone(memory_format=torch.contiguous_format)
+            row = _rows(other)[disturbed.lead, disturbed.row]
+            generator = torch.Generator(device="cpu").manual_seed(1)
+            noise = torch.randn(row.shape, generator=generator, device="cpu").to(row)
+            row += noise * (1 + output.abs().max())
+            return other
 
         with self._hooks(before, after), _Smoothed():
-            record.outputs = [t.detach().clone() for t in tensors(run(self.model, inputs))]
-        return record
+            return [t.detach() for t in tensors(run(self.model, inputs)) if t.layout == torch.strided]
 
     @contextmanager
     def _hooks(self, before: Any, after: Any) -> Iterator[None]:
@@ -173,25 +223,11 @@ class _Smoothed(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def differences(before: Record, after: Record, noise: Record) -> Changes:
-    """Where two runs differ by more than `before` and its repetition `noise` do.
-
-    Raises:
-        ConversionError: they return tensors of other shapes.
-    """
-    if [t.shape for t in before.outputs] != [t.shape for t in after.outputs]:
-        raise ConversionError(_UNEVEN_OUTPUTS)
-    same = [call for call, x in before.inputs.items() if call in after.inputs and after.inputs[call].shape == x.shape]
-    uneven = {call.name for call in (*before.inputs, *after.inputs) if call not in same}
-    rows = {call: _differ(before.inputs[call], after.inputs[call], noise.inputs.get(call)).any(dim=-1) for call in same}
-    outputs = [_differ(a, b, c) for a, b, c in zip(before.outputs, after.outputs, noise.outputs, strict=True)]
-    return Changes(rows, outputs, uneven)
-
-
 def mix_rows(x: Tensor, mixing: Mixing) -> Tensor:
     """X (…, N, K) with the rows of each tile mixed by one fixed generic matrix: which rows meet is all that matters here."""
-    generator = torch.Generator().manual_seed(0)
-    matrix = torch.rand(mixing.rows, mixing.rows, generator=generator, dtype=torch.float64) + 0.5
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    sides = mixing.rows, mixing.rows
+    matrix = torch.rand(sides, generator=generator, dtype=torch.float64, device="cpu") + 0.5
     matrix = (matrix.tril() if mixing.causal else matrix).to(x)
     parts = [matrix[: tile.shape[-2], : tile.shape[-2]] @ tile for tile in x.split(mixing.rows, dim=-2)]
     return torch.cat(parts, dim=-2) if parts else x
@@ -200,20 +236,15 @@ def mix_rows(x: Tensor, mixing: Mixing) -> Tensor:
 @torch.no_grad()
 def shake(model: nn.Module, originals: Mapping[str, Tensor], strength: float, seed: int) -> None:
     """Set every parameter to its original plus noise of its own scale, or of a usual start's where that is larger."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     for name, parameter in model.named_parameters():
         before = originals[name]
         if not parameter.is_floating_point() or not parameter.numel():
             continue
         usual = before.shape[-1] ** -0.5 if before.ndim > 1 else 1.0
-        scale = strength * max(0.5 * float(before.double().square().mean().sqrt()), 0.3 * usual)
-        noise = torch.randn(before.shape, generator=generator, dtype=torch.float64) * scale
+        scale = strength * max(0.5 * float(before.square().mean().sqrt()), 0.3 * usual)
+        noise = torch.randn(before.shape, generator=generator, dtype=torch.float32, device="cpu") * scale
         parameter.copy_(before + noise.to(before))
-
-
-def finite(record: Record) -> bool:
-    """Whether nothing in a run overflowed."""
-    return all(bool(t.isfinite().all()) for t in (*record.inputs.values(), *record.outputs))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -222,12 +253,20 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-2:]) if x.numel() else x.reshape(0, *x.shape[-2:])
 
 
-def _differ(before: Tensor, after: Tensor, repeated: Tensor | None) -> Tensor:
-    if not (before.is_floating_point() or before.is_complex()):
+def _distance(before: Tensor | None, after: Tensor) -> float:
+    """How far two runs on the same input differ; infinitely where they are not alike in shape."""
+    if before is None or before.shape != after.shape:
+        return float("inf")
+    if torch.equal(before, after) or not after.numel():
+        return 0.0
+    return float((before.to(torch.complex128) - after.to(torch.complex128)).abs().nan_to_num(0.0).max())
+
+
+def _differ(before: Tensor, after: Tensor, slack: float) -> Tensor:
+    """Where they differ by more than rounding does and ten times more than two runs on the same input."""
+    if not (before.is_floating_point() or before.is_complex()) or not before.numel():
         return before != after
     wide = torch.complex128 if before.is_complex() else torch.float64
     a, b = before.to(wide), after.to(wide)
-    slack = _ROUNDING.get(before.dtype, 0.0) * a.abs().nan_to_num(0.0, 0.0, 0.0).amax() if a.numel() else 0.0
-    if repeated is not None and repeated.shape == before.shape:
-        slack = slack + 10 * (a - repeated.to(wide)).abs().nan_to_num(0.0).amax() if a.numel() else 0.0
-    return ~((a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= slack))
+    allowed = _ROUNDING.get(before.dtype, 0.0) * float(a.abs().nan_to_num(0.0, 0.0, 0.0).amax()) + 10 * slack
+    return ~((a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= allowed))

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from strassen_tile.convert.evidence import Evidence
-from strassen_tile.convert.influence import Call, Mixing, Row, Watch, differences
+from strassen_tile.convert.influence import Call, Changes, Mixing, Row, Watch
 from strassen_tile.convert.places import Place, change
 from strassen_tile.convert.running import evaluating
 from strassen_tile.convert.settings import passing, settings, widened
+from strassen_tile.errors import ConversionError
 from strassen_tile.tiling import tile_count
 
 _TILES = 3  # looked at closely, of those in which rows differ, for each of two leading indices
@@ -80,7 +81,13 @@ def hazards(
                 hazard = rule.of_layer(name, how, only_samples=only_samples or name in forced)
                 if hazard is not None:
                     found[name] = hazard
-            found.update(rule.surprises({n: how for n, how in left.items() if n not in found}, forced))
+            passed = {name: how for name, how in left.items() if name not in found}
+            found.update(
+                rule.surprises({n: how for n, how in passed.items() if n not in forced}, only_samples=only_samples)
+            )
+            passed = {name: how for name, how in passed.items() if name not in found}
+            if any(name in forced for name in passed):
+                found.update(rule.surprises(passed, only_samples=True))
     return found
 
 
@@ -94,7 +101,7 @@ class Rule:
         """Why the rows of the layer may not mix; None if they may."""
         calls = [call for call in self.evidence.base.inputs if call.name == name]
         several = [call for call in calls if call in self.evidence.several]
-        considered = [place for place in self.evidence.seen if place in self.evidence.samples or not only_samples]
+        considered = [p for p in self.evidence.rows_seen if p in self.evidence.samples or not only_samples]
         if name in self.evidence.uneven:
             return Hazard(
                 "the shape of its input, or whether it is called, depends on values: its rows have no owner", False
@@ -117,31 +124,36 @@ class Rule:
                 return hazard
         return None
 
-    def surprises(self, mixing: Mapping[str, Mixing], forced: Sequence[str]) -> dict[str, Hazard]:
+    def surprises(self, mixing: Mapping[str, Mixing], *, only_samples: bool) -> dict[str, Hazard]:
         """Layers, of those that passed, with which outputs do change with places that did not change them before."""
         found: dict[str, Hazard] = {}
         left = dict(mixing)
         while left:
-            seen = self._surprise(left, forced)
+            seen = self._surprise(left, only_samples)
             if seen is None:
                 break
-            alone = {name: why for name in left if (why := self._surprise({name: left[name]}, forced)) is not None}
+            alone = {
+                name: why for name in left if (why := self._surprise({name: left[name]}, only_samples)) is not None
+            }
             for name, hazard in (alone or {next(reversed(left)): seen}).items():
                 found[name] = hazard
                 del left[name]
         return found
 
-    def _surprise(self, mixing: Mapping[str, Mixing], forced: Sequence[str]) -> Hazard | None:
-        base = self.evidence.watch.record(self.evidence.inputs, mixed=mixing)
-        noise = self.evidence.watch.record(self.evidence.inputs, mixed=mixing)
-        for place in list(self.evidence.seen):
-            if place not in self.evidence.samples and any(name in forced for name in mixing):
+    def _surprise(self, mixing: Mapping[str, Mixing], only_samples: bool) -> Hazard | None:
+        evidence = self.evidence
+        base = evidence.watch.base(evidence.inputs, mixed=mixing)
+        for place in evidence.rows_seen:
+            if only_samples and place not in evidence.samples:
                 continue
-            now = differences(
-                base, self.evidence.watch.record(change(self.evidence.inputs, place, 0), mixed=mixing), noise
-            )
+            try:
+                now = evidence.watch.changes(change(evidence.inputs, place, 0), base, mixed=mixing)
+            except ConversionError:
+                raise
+            except Exception:  # a value that the model does not take
+                continue
             for at, changed in enumerate(now.outputs):
-                if not self.evidence.depends(place, at, changed):
+                if not evidence.depends(place, at, changed):
                     return self.described(at, changed, place)
         return None
 
@@ -198,18 +210,27 @@ class Rule:
         new = changed & ~self.evidence.seen[place].outputs[at]
         index = ", ".join(map(str, new.nonzero()[0].tolist()))
         output = f"output {at}" + (f"[{index}]" if index else "")
-        if place in self.evidence.samples:
+        if place in self.evidence.samples and not any(
+            bool((o.outputs[at] & new).any()) for o in self._same_sample(place)
+        ):
             return Hazard(f"dimension −2 of its input holds rows of several samples: {output} would see {place}", True)
         return Hazard(f"mixing its rows would make {output} depend on {place}, which it does not", False)
 
     def _unshown(self, place: Place, row: Row) -> Hazard:
-        if place in self.evidence.samples:
+        same = [other.rows[row.call] for other in self._same_sample(place) if row.call in other.rows]
+        if place in self.evidence.samples and not any(bool(rows[row.lead, row.row]) for rows in same):
             return Hazard(
                 f"dimension −2 of its input holds rows of several samples: row {row.row} would see {place}", True
             )
         return Hazard(
             f"mixing its rows would let row {row.row} see {place}; nothing in the model shows that it may", False
         )
+
+    def _same_sample(self, place: Place) -> list[Changes]:
+        """What depends on the same sample of another input: that sample's own, though it does not depend on this input."""
+        samples = self.evidence.samples
+        others = [p for p in samples if p.leaf != place.leaf and p.dim == place.dim and p.index[0] == place.index[0]]
+        return [self.evidence.seen[other] for other in others if other.dim == 0]
 
 
 def _fresh(changed: Tensor, how: Mixing) -> Tensor:

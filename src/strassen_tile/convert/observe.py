@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from strassen_tile.convert.running import evaluating, run, tensors
@@ -36,14 +37,17 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: o
 
     with evaluating(model), _watching(layers, record):
         output = run(model, example_inputs)
-    returned = {_memory(t) for t in tensors(output)}
+    returned = {_memory(t) for t in tensors(output) if t.layout == torch.strided}
     for name, outputs in produced.items():
         calls[name].is_output = any(_memory(t) in returned for t in outputs if t.numel())
     return calls
 
 
 def _memory(t: Tensor) -> tuple[int, int]:
-    return t.untyped_storage()._cdata, t.numel()
+    try:
+        return t.untyped_storage()._cdata, t.numel()
+    except NotImplementedError:  # of vmap, and other tensors without memory of their own
+        return id(t), t.numel()
 
 
 @contextmanager

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from strassen_tile.convert.running import mapped
+from strassen_tile.convert.running import leaves, mapped
 
-# Arguments that say how the others are to be read. They are left as the caller gives them.
-_READING = ("mask", "position", "cache")
-_ALONG_SEQUENCE, _ALONG_OTHERS = 8, 4  # places along the second dimension, and along later ones
+_SAMPLES, _ALONG_SEQUENCE, _ALONG_OTHERS, _CELLS = (
+    4,
+    16,
+    4,
+    4,
+)  # places along the first, second, later dimensions, and points
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Place:
     Attributes:
         leaf: which of the input tensors, counted as `leaves` does.
         name: of that input, for messages.
-        dim: the dimension it is one index of.
+        dim: the dimension it is one index of; that of a point is the number of dimensions.
         index: of the part; None stands for a whole dimension.
     """
 
@@ -42,18 +45,6 @@ class Place:
     def selection(self) -> tuple[int | slice, ...]:
         """The index as tensors take it."""
         return tuple(slice(None) if i is None else i for i in self.index)
-
-
-def leaves(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a nest in order, each with the name its message uses."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from leaves(item, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list | tuple):
-        for at, item in enumerate(value):
-            yield from leaves(item, f"{name}.{at}" if name else str(at))
 
 
 def named(model: nn.Module, example_inputs: object) -> dict[str, object]:
@@ -75,22 +66,37 @@ def with_leaves(example_inputs: object, tensors: list[Tensor]) -> object:
     return mapped(example_inputs, lambda _: next(left), lambda other: other)
 
 
-def places(model: nn.Module, example_inputs: object, *, effort: int = 1, padded: bool = False) -> list[Place]:
-    """Where to change the inputs: samples along the first dimension, places along every other one.
+def places(model: nn.Module, example_inputs: object, *, effort: int = 1) -> list[Place]:
+    """Where to change the inputs: samples along the first dimension, places along every other one, and single points.
 
     Args:
-        model: its arguments' names tell masks and positions, which are not changed.
+        model: its arguments' names tell masks, which are not changed.
         example_inputs: of the model.
-        effort: how many more places than usual.
-        padded: whether places that the inputs' own mask calls padding count too.
+        effort: how many times as many places as usual.
     """
     arguments = list(leaves(named(model, example_inputs)))
-    usable = [at for at, (name, t) in enumerate(arguments) if _can_change(t) and not _reads(name)]
-    chosen = [at for at in usable if arguments[at][1].dtype != torch.bool] or usable
-    found = [place for leaf in chosen for place in _places(leaf, *arguments[leaf], effort)]
-    masks = [] if padded else real_rows(model, example_inputs)
-    shapes = {leaf: arguments[leaf][1].shape[:2] for leaf in chosen}
-    return [place for place in found if _counts(place, [m for m in masks if m.shape == shapes[place.leaf]])]
+    usable = [at for at, (name, t) in enumerate(arguments) if _can_change(t) and not is_mask(name, t)]
+    return [place for leaf in usable for place in _places(leaf, *arguments[leaf], effort)]
+
+
+def is_mask(name: str, tensor: Tensor) -> bool:
+    """Whether an argument says how the others are to be read: called a mask, and of two values (or scores up to −∞)."""
+    if "mask" not in name.lower():
+        return False
+    if tensor.dtype == torch.bool:
+        return True
+    return bool(((tensor == 0) | (tensor == 1) | (tensor < -1e3)).all())
+
+
+def in_padding(model: nn.Module, example_inputs: object, place: Place) -> bool:
+    """Whether a mask among the inputs calls the place padding: then its rows are to be zeroed before they reach others."""
+    arguments = list(leaves(named(model, example_inputs)))
+    shape = arguments[place.leaf][1].shape[:2]
+    sample, position = (*place.index, None)[:2]
+    if sample is None or position is None:
+        return False
+    masks = [real for real in real_rows(model, example_inputs) if real.shape == shape]
+    return any(not bool(real[sample, position]) for real in masks)
 
 
 def change(example_inputs: object, place: Place, seed: int) -> object:
@@ -103,16 +109,16 @@ def change(example_inputs: object, place: Place, seed: int) -> object:
     return with_leaves(example_inputs, tensors)
 
 
-def repeated(example_inputs: object, samples: int) -> object | None:
-    """The inputs with their samples repeated to at least that many; None if they have no common first dimension."""
-    sized = [t for _, t in leaves(example_inputs) if t.ndim]
-    if not sized or not sized[0].shape[0]:
+def repeated(example_inputs: object, samples: int, dim: int = 0) -> object | None:
+    """The inputs with their samples, along `dim`, repeated to at least that many; None if they have no common size there."""
+    sized = [t for _, t in leaves(example_inputs) if t.ndim > dim]
+    if not sized or not sized[0].shape[dim]:
         return None
-    batch = sized[0].shape[0]
+    batch = sized[0].shape[dim]
     times = -(-samples // batch)
     return mapped(
         example_inputs,
-        lambda t: torch.cat([t] * times) if t.ndim and t.shape[0] == batch else t,
+        lambda t: torch.cat([t] * times, dim=dim) if t.ndim > dim and t.shape[dim] == batch else t,
         lambda other: other,
     )
 
@@ -121,23 +127,25 @@ def _can_change(tensor: Tensor) -> bool:
     return tensor.ndim > 0 and tensor.numel() > 0 and tensor.layout == torch.strided and not tensor.is_nested
 
 
-def _reads(name: str) -> bool:
-    return any(word in name.lower() for word in _READING)
-
-
 def _places(leaf: int, name: str, tensor: Tensor, effort: int) -> Iterator[Place]:
     everything: list[int | None] = [None] * tensor.ndim
-    batch = tensor.shape[0]
-    for sample in _spread(batch, 3 * effort):
-        yield Place(leaf, name, 0, (sample, *everything[1:]))
-    for dim in range(1, tensor.ndim):
-        size = tensor.shape[dim]
-        if size < 2:
-            continue
-        for at in _spread(size, (_ALONG_SEQUENCE if dim == 1 else _ALONG_OTHERS) * effort):
-            yield Place(leaf, name, dim, (0, *everything[1:dim], at, *everything[dim + 1 :]))
-        if batch > 1:
-            yield Place(leaf, name, dim, (batch - 1, *everything[1:dim], size // 2, *everything[dim + 1 :]))
+    batch, found = tensor.shape[0], dict[Place, None]()
+    samples = _spread(batch, _SAMPLES * effort)
+    for sample in samples:
+        found[Place(leaf, name, 0, (sample, *everything[1:]))] = None
+    wide = [dim for dim in range(1, tensor.ndim) if tensor.shape[dim] > 1]
+    for dim in wide:
+        most = (_ALONG_SEQUENCE if dim == 1 else _ALONG_OTHERS) * effort
+        for sample in samples:  # each by itself: what one sees, another may not
+            for at in _spread(tensor.shape[dim], most):
+                found[Place(leaf, name, dim, (sample, *everything[1:dim], at, *everything[dim + 1 :]))] = None
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    for count in range(_CELLS * effort if len(wide) > 1 else 0):  # where lines cross, not a whole line
+        point = [int(torch.randint(size, (), generator=generator, device="cpu")) for size in tensor.shape]
+        parts = wide if count % 3 == 0 else wide[:-1] if count % 3 == 1 else wide[1:]
+        index = [point[dim] if dim in parts else None for dim in range(tensor.ndim)]
+        found[Place(leaf, name, tensor.ndim, (samples[count % len(samples)], *index[1:]))] = None
+    yield from found
 
 
 def _spread(size: int, most: int) -> list[int]:
@@ -151,7 +159,7 @@ def _spread(size: int, most: int) -> list[int]:
 
 
 def _other(tensor: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     if tensor.dtype == torch.bool:
         return ~tensor
     if tensor.is_complex():
@@ -159,7 +167,7 @@ def _other(tensor: Tensor, seed: int) -> Tensor:
     if tensor.is_floating_point():
         finite = tensor[tensor.isfinite()].double()
         scale = float(finite.std()) if finite.numel() > 1 else 0.0
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
         strength = (scale or 1.0) * (1.0, 5.0, 0.3)[
             seed % 3
         ]  # what a maximum or a gate hides from one it shows to another
@@ -183,11 +191,3 @@ def _as_real(name: str, mask: Tensor) -> Tensor | None:
     if name.endswith("key_padding_mask"):  # PyTorch's: True, or −∞, for padding
         return ~mask if mask.dtype == torch.bool else mask == 0
     return mask != 0
-
-
-def _counts(place: Place, masks: list[Tensor]) -> bool:
-    """Whether no mask of its input's shape calls the place padding."""
-    sample, position = (*place.index, None)[:2]
-    if place.dim != 1 or sample is None or position is None:
-        return True
-    return all(bool(real[sample, position]) for real in masks)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,16 +17,18 @@ from torch import Tensor, nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, without gradients, and calling its layers rather than PyTorch's fused ones.
+    """The model in eval mode, without gradients, and calling its layers rather than PyTorch's fused or compiled ones.
 
     Every submodule's mode is put back.
     """
     modes = {module: module.training for module in model.modules()}
     fused = torch.backends.mha.get_fastpath_enabled()
     model.eval()
+    # A model that is compiled has loaded dynamo; to load it for others would take seconds.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad():
+        with torch.no_grad(), eager:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -63,12 +67,19 @@ def run(model: nn.Module, example_inputs: object) -> object:
 
 
 def copied(value: object) -> object:
-    """A copy of the inputs of a model: tensors cloned, nests rebuilt, anything else (a cache) copied deeply."""
-    return mapped(value, lambda t: t.detach().clone(), copy.deepcopy)
+    """A copy of the inputs of a model: tensors cloned, nests rebuilt, anything else (a cache) copied deeply if it can be."""
+
+    def other(item: Any) -> object:
+        try:
+            return copy.deepcopy(item)
+        except Exception:  # locks, generators, tensors with a history: objects refuse in many ways
+            return item
+
+    return mapped(value, lambda t: t.detach().clone(), other)
 
 
 def mapped(value: object, on_tensor: Callable[[Tensor], Tensor], on_other: Callable[[Any], object]) -> object:
-    """The same nest of mappings, lists and tuples with its leaves put through `on_tensor` or `on_other`."""
+    """The same nest of mappings, lists, tuples and dataclasses with its leaves put through `on_tensor` or `on_other`."""
     if isinstance(value, Tensor):
         return on_tensor(value)
     if isinstance(value, Mapping):
@@ -76,21 +87,33 @@ def mapped(value: object, on_tensor: Callable[[Tensor], Tensor], on_other: Calla
     if isinstance(value, list | tuple):
         items: Any = [mapped(item, on_tensor, on_other) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        twin = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(twin, field.name, mapped(getattr(value, field.name), on_tensor, on_other))
+        return twin
     return on_other(value)
 
 
-def tensors(value: object) -> Iterator[Tensor]:
-    """Every tensor in a nest of tuples, lists, mappings and dataclasses (a model's output, or its inputs)."""
+def leaves(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of such a nest in order, each with the name its message uses."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors(item)
+        yield name, value
+        return
+    parts: Iterable[tuple[object, object]] = ()
+    if isinstance(value, Mapping):
+        parts = value.items()
     elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors(item)
-    elif hasattr(value, "__dataclass_fields__"):
-        yield from tensors(vars(value))
+        parts = enumerate(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    for key, item in parts:
+        yield from leaves(item, f"{name}.{key}" if name else str(key))
+
+
+def tensors(value: object) -> Iterator[Tensor]:
+    """Every tensor in such a nest (a model's output, or its inputs)."""
+    return (tensor for _, tensor in leaves(value))
 
 
 @contextmanager
@@ -100,7 +123,7 @@ def guinea_pig(model: nn.Module) -> Iterator[nn.Module]:
         double = copy.deepcopy(model)
     except Exception:  # weights made from others, process groups, locks …: classes refuse copies in many ways
         double = None
-    if double is not None:
+    if double is not None and not _shared(model, double):
         yield double
         return
     state = [(t, t.data, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
@@ -121,3 +144,9 @@ def guinea_pig(model: nn.Module) -> Iterator[nn.Module]:
         for tensor, data, values in state:
             data.copy_(values)
             tensor.data = data  # it may have been given another dtype
+
+
+def _shared(model: nn.Module, double: nn.Module) -> bool:
+    """Whether a copy holds parts of the model itself: classes may return themselves as their copies."""
+    mine = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    return any(id(part) in mine for part in (*double.modules(), *double.parameters(), *double.buffers()))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from strassen_tile.convert.observe import Calls
+from strassen_tile.errors import ConversionError
 from strassen_tile.nn.base import TileLayer
 
 Filter = Callable[[nn.Module, str], bool]
@@ -49,9 +50,20 @@ def candidates(model: nn.Module) -> list[Candidate]:
 
 
 def place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The parent of the module of that name, and what it calls it."""
-    parent, _, child = name.rpartition(".")
-    return model.get_submodule(parent), child
+    """The parent of the module of that name, and what it calls it. (Names of children may hold dots.)"""
+    for prefix, parent in model.named_modules(remove_duplicate=False):
+        for child in parent._modules:
+            if (f"{prefix}.{child}" if prefix else child) == name:
+                return parent, child
+    raise ConversionError(f"{type(model).__name__} has no module {name!r}")
+
+
+def at(model: nn.Module, name: str) -> nn.Module:
+    """The module of that name."""
+    parent, child = place_of(model, name)
+    module = parent._modules[child]
+    assert module is not None
+    return module
 
 
 def reasons(

@@ -6,10 +6,12 @@ import torch
 from torch import nn
 
 from strassen_tile.convert.influence import Watch
-from strassen_tile.convert.places import leaves, repeated
-from strassen_tile.convert.running import evaluating, mapped, run
+from strassen_tile.convert.places import repeated
+from strassen_tile.convert.running import evaluating, leaves, mapped, run
 
-_SAMPLES = 24  # of the enlarged batch: a multiple of any small group
+_SAMPLES, _MOST_NUMBERS = 24, 2**18  # of the enlarged batch: a multiple of any small group, or of most if that is large
+
+_LARGE = 20_000_000  # parameters
 
 
 def passing(model: nn.Module) -> dict[str, nn.Module]:
@@ -17,26 +19,35 @@ def passing(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if not module._modules and all(p.ndim < 2 for p in module._parameters.values() if p is not None) and name
+        if not isinstance(module, torch.jit.ScriptModule)
+        and not module._modules
+        and all(p.ndim < 2 for p in module._parameters.values() if p is not None)
+        and name
     }
 
 
 def settings(watch: Watch, example_inputs: object) -> list[tuple[object, bool]]:
     """The inputs to try, and whether only samples matter: as given (one sample twice), and many samples."""
     sized = [t for _, t in leaves(example_inputs) if t.ndim]
-    found: list[tuple[object, bool]] = []
-    doubled = None
+    given = example_inputs
     if sized and all(t.shape[0] == 1 for t in sized if t.ndim >= min(2, max(u.ndim for u in sized))):
         doubled = _runs(watch, repeated(example_inputs, 2))
-    many = _runs(watch, repeated(example_inputs, _SAMPLES))
-    found.append((example_inputs if doubled is None else doubled, False))
-    return found if many is None else [*found, (many, True)]
+        given = example_inputs if doubled is None else doubled
+    found = [(given, False)]
+    numbers = sum(t.numel() / max(1, t.shape[0]) for t in sized)
+    for many in (
+        repeated(example_inputs, _SAMPLES if numbers * _SAMPLES <= _MOST_NUMBERS else _SAMPLES // 2),
+        repeated(example_inputs, 2, dim=1) if any(t.ndim > 2 and t.shape[1] == 1 for t in sized) else None,
+    ):
+        if _runs(watch, many) is not None:
+            found.append((many, True))
+    return found
 
 
 def _runs(watch: Watch, inputs: object) -> object | None:
     try:
         if inputs is not None:
-            watch.record(inputs)
+            run(watch.model, inputs)
     except Exception:  # a model may refuse other batch sizes in any way; then there are no such batches
         return None
     return inputs
@@ -49,13 +60,14 @@ def widened(model: nn.Module, example_inputs: object) -> object:
     def cast(dtype: torch.dtype) -> object:
         return mapped(example_inputs, lambda t: t.to(dtype) if t.is_floating_point() else t, lambda other: other)
 
-    for dtype in (torch.float64, torch.float32):
+    large = sum(p.numel() for p in model.parameters()) > _LARGE  # where float64 would take minutes
+    for dtype in (torch.float32,) if large else (torch.float64, torch.float32):
         model.to(dtype)
         wide = cast(dtype)
         try:
             with evaluating(model):
                 run(model, wide)
-        except (RuntimeError, TypeError, ValueError):  # the model asks for its own dtype somewhere
+        except Exception:  # the model asks for its own dtype somewhere, or takes no such inputs: then it says so below
             continue
         return wide
     for tensor, data in as_given:

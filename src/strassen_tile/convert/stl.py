@@ -58,7 +58,8 @@ def convert(
         ConversionError: nothing was converted, rows would mix and there are no example_inputs to show where they may,
             force_mixing matches nothing, or min_speedup was given without example_inputs. The model is then as it was.
     """
-    config = config or STLConfig()
+    config = STLConfig() if config is None else config
+    _check_types(model, config, filter_fn)
     config.load_basis()  # a basis that does not exist is said before anything is touched
     if min_speedup is not None and example_inputs is None:
         raise ConversionError(
@@ -83,6 +84,7 @@ def convert(
         mixing=mixing_of(config),
         force_mixing=force_mixing,
         pays=pays,
+        attach=None if padding is None else padding.attach,
     )
     conversion.padding = padding
     mlps = adopt_mlps(model, conversion.converted.values())
@@ -91,6 +93,15 @@ def convert(
     if padding is not None:
         conversion._undo.extend(handle.remove for handle in padding.attach(model))
     return conversion
+
+
+def _check_types(model: object, config: object, filter_fn: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"model must be a torch.nn.Module; got a {type(model).__name__}")
+    if not isinstance(config, STLConfig):
+        raise ConversionError(f"config must be an STLConfig; got {config!r}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise ConversionError(f"filter_fn must be a function of (module, name); got {filter_fn!r}")
 
 
 def _pays(

@@ -13,7 +13,7 @@ from strassen_tile.convert.influence import Mixing
 from strassen_tile.convert.interference import hazards
 from strassen_tile.convert.observe import Calls, observe
 from strassen_tile.convert.running import evaluating, guinea_pig, run, tensors
-from strassen_tile.convert.select import Candidate, Filter, candidates, others, reasons
+from strassen_tile.convert.select import Candidate, Filter, at, candidates, others, reasons
 from strassen_tile.errors import ConversionError
 from strassen_tile.nn import STLConfig
 
@@ -60,6 +60,7 @@ def survey(
     if any("" in candidate.names for candidate in found):
         raise ConversionError("the model is itself a linear layer; use STLLinear.from_linear on it")
     names = [candidate.name for candidate in found]
+    force_mixing = (force_mixing,) if isinstance(force_mixing, str) else force_mixing
     forced = [name for pattern in force_mixing for name in fnmatch.filter(names, pattern)]
     for pattern in force_mixing:
         if not fnmatch.filter(names, pattern):
@@ -67,7 +68,7 @@ def survey(
     calls: Mapping[str, Calls] | None = None
     if example_inputs is not None:
         with guinea_pig(model) as double:
-            calls = observe(double, {name: double.get_submodule(name) for name in names}, example_inputs)
+            calls = observe(double, {name: at(double, name) for name in names}, example_inputs)
     skipped = reasons(model, found, filter_fn=filter_fn, calls=calls, mixes_rows=mixing is not None)
     skipped.update(others(model))
     chosen = [candidate for candidate in found if candidate.name not in skipped]
@@ -85,7 +86,7 @@ def survey(
                 "architecture with numbers, or use mixing='none'"
             )
         with guinea_pig(model) as double:
-            layers = {name: double.get_submodule(name) for name in names}
+            layers = {name: at(double, name) for name in names}
             found_out = hazards(double, layers, mixed, example_inputs, forced=forced, effort=effort)
         dangers = {name: danger.reason for name, danger in found_out.items()}
         skipped.update(dangers)

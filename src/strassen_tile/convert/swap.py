@@ -11,7 +11,7 @@ from torch import nn
 from strassen_tile.convert.influence import Mixing
 from strassen_tile.convert.select import Candidate, Filter, place_of
 from strassen_tile.convert.survey import Pays, survey
-from strassen_tile.convert.trial import failures
+from strassen_tile.convert.trial import Attach, failures
 from strassen_tile.errors import ConversionError
 from strassen_tile.nn import PaddingMask, STLLinear, STLLinearFP8
 
@@ -69,6 +69,7 @@ def swap(
     mixing: Mixing | None = None,
     force_mixing: Sequence[str] = (),
     pays: Pays | None = None,
+    attach: Attach | None = None,
 ) -> Conversion:
     """Replace the layers that `replace` has a replacement for, all or none; the engine of `convert` and of its rivals."""
     plan = survey(
@@ -83,7 +84,7 @@ def swap(
         else:
             replacements[candidate] = replacement
     if example_inputs is not None:
-        for candidate, reason in failures(model, replacements, example_inputs).items():
+        for candidate, reason in failures(model, replacements, example_inputs, attach).items():
             skipped[candidate.name] = reason
             del replacements[candidate]
     if not replacements:
