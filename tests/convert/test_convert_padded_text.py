@@ -8,7 +8,7 @@ from tiny_models import APART, CAUSAL, IDS, MASK, SEQUENCE, VOCABULARY, Tokens, 
 from torch import nn
 
 from strassen_tile import convert
-from strassen_tile.errors import ShapeError
+from strassen_tile.errors import ConversionError, ShapeError
 from strassen_tile.nn import PaddingMask
 
 hf = pytest.importorskip("transformers")
@@ -262,3 +262,27 @@ def test_compiled_bert_follows_its_mask_and_refuses_padding_on_the_left():
         compiled(IDS.flip(1), attention_mask=MASK.flip(1))
     with done.padding(MASK):
         torch.testing.assert_close(compiled(IDS).logits, model(IDS).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [True, False])
+def test_padding_of_a_source_does_not_reach_the_decoder(padded):
+    """Cross-attention in the decoder is fed the encoder's rows, and no mask of its own call says which are padding."""
+    model = t5()
+    mask = MASK if padded else torch.ones_like(MASK)
+    examples = {"input_ids": IDS, "attention_mask": mask, "decoder_input_ids": IDS[:, :5]}
+    done = convert(model, SEQUENCE, example_inputs=examples)
+    read = [name for name in done.converted if "EncDecAttention" in name]
+    assert bool(read) is not padded
+    if padded:
+        junk = torch.where(MASK == 1, IDS, (IDS + 17) % VOCABULARY)
+        assert torch.equal(model(**examples).logits, model(**{**examples, "input_ids": junk}).logits)
+        assert "no mask of the call tells it" in done.skipped["decoder.block.0.layer.1.EncDecAttention.k"]
+
+
+def test_a_mask_that_the_layers_refuse_is_found_before_anything_is_replaced():
+    model = bert()
+    before = dict(model.named_modules())
+    with pytest.raises(ConversionError, match="pad on the right"):
+        convert(model, SEQUENCE, example_inputs={"input_ids": IDS, "attention_mask": MASK.flip(1)})
+    assert dict(model.named_modules()) == before

@@ -99,6 +99,23 @@ APART = {
 }  # fmt: skip
 
 
+LONG = torch.randn(2, 40, D, generator=torch.Generator().manual_seed(4))
+UNREAD = (torch.arange(40) != 13).expand(2, 40, 40)
+APART |= {
+    "points of a field": (zoo.Field, (X[:, 0], X[..., :1])),
+    "points of a field, on or off": (zoo.Field, (X[:, 0], X[..., :1] > 0)),
+    "lengths, the first one full": (
+        lambda: zoo.Masked(lambda lengths, n: (torch.arange(n) < lengths[:, None])[:, None]), (X, torch.tensor([12, 9])),
+    ),
+    "a prefix read both ways, all of it in the first sample": (
+        lambda: zoo.Masked(lambda prefix, n: torch.ones(n, n).tril().bool() | (torch.arange(n) < prefix[:, None])[:, None]),
+        (torch.cat([X, X[:, :4]], dim=1), torch.tensor([16, 4])),
+    ),
+    "a row that nobody reads": (lambda: zoo.Masked(lambda pattern, n: pattern[:, :n, :n]), (LONG, UNREAD)),
+    "lines and columns": (zoo.Crossing, torch.randn(2, 8, 8, D)),
+}  # fmt: skip
+
+
 def arguments(examples):
     return examples if isinstance(examples, tuple) else (examples,)
 
@@ -186,6 +203,18 @@ def test_nobody_can_ask_for_samples_to_meet(name):
     done = convert(model, SEQUENCE, example_inputs=examples, filter_fn=lambda module, name: True, force_mixing=["*"])
     assert "rows of several samples" in done.skipped["layer"]
     assert gained(dense, model, examples) == []
+
+
+def test_to_force_one_layer_excuses_no_other():
+    model = zoo.Heads()
+    done = convert(model, SEQUENCE, example_inputs=X, filter_fn=lambda module, name: True, force_mixing=["both.*"])
+    assert set(done.converted) == within("both")
+    done.undo()
+    done = convert(model, SEQUENCE, example_inputs=X, filter_fn=lambda module, name: True, force_mixing=["*"])
+    assert set(done.converted) == within("both") | within(
+        "causal"
+    )  # a statistic of the batch does not hide what a sample is
+    assert "turned" in done.skipped
 
 
 @pytest.mark.parametrize("name", ["GPT", "GPT, loss", "GPT behind an MLP", "recurrent", "scan", "retention"])
@@ -306,3 +335,63 @@ def test_a_model_whose_output_changes_in_shape_cannot_be_checked():
 
     with pytest.raises(ConversionError, match="shapes of the model's outputs depend on the values"):
         convert(Selects(), SEQUENCE, example_inputs=X)
+
+
+def test_values_that_the_model_does_not_take_show_nothing_and_stop_nothing():
+    class Strict(zoo.Windows):
+        """Takes numbers between 0 and 1, and one kind of token."""
+
+        def forward(self, x, kinds):
+            if x.min() < 0 or x.max() > 1:
+                raise ValueError("pixels are between 0 and 1")
+            return super().forward(x + torch.zeros(1, D, dtype=x.dtype)[kinds])
+
+    done = convert(Strict(6), SEQUENCE, example_inputs=(X.sigmoid(), torch.zeros(2, 12, dtype=torch.long)))
+    assert set(done.converted) <= within("block")
+
+
+class Frozen(zoo.Block):
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_a_model_whose_parts_return_themselves_as_copies_is_put_back_too():
+    model = nn.Sequential(zoo.Block(), Frozen())
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    assert check_mixing(model, X)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, kept[name]), name
+
+
+def test_names_of_children_may_hold_dots():
+    class Dotted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add_module("block", zoo.Block())
+            self._modules["la.yer"] = nn.Linear(D, D)
+
+        def forward(self, x):
+            return zoo.bend(self._modules["la.yer"](self.block(x)))
+
+    assert set(convert(Dotted(), SEQUENCE, example_inputs=X).converted) == within("block") | {"la.yer"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"config": "none"}, "config must be an STLConfig"),
+        ({"model": torch.nn.functional.relu}, "model must be a torch.nn.Module"),
+        ({"filter_fn": "block"}, "filter_fn must be a function"),
+        ({"force_mixing": "blok.*"}, r"force_mixing: 'blok\.\*' matches no linear layer"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_said(arguments, says):
+    with pytest.raises(ConversionError, match=says):
+        convert(**{"model": zoo.Windows(6), "config": SEQUENCE, "example_inputs": X, **arguments})
+
+
+def test_effort_is_a_number_of_times():
+    for effort in (0, -1, 1.5):
+        with pytest.raises(ConversionError, match="effort is a whole number"):
+            check_mixing(zoo.Windows(6), X, effort=effort)

@@ -336,3 +336,51 @@ class Writer(nn.Module):
     def forward(self, source, target):
         memory = self.reader(self.embed(source))
         return bend(self.after(self.cross(self.writer(self.embed(target)), memory)))
+
+
+class Field(nn.Module):
+    """Points that a code and their positions say all of; they do not meet."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, code, positions):
+        return bend(self.b(bend(self.a(positions.to(code.dtype).expand(-1, -1, D) + code[:, None]))))
+
+
+class Masked(nn.Module):
+    """Attention under a pattern (B, N, N) that `pattern` makes of a second input; rows that nobody reads are their own."""
+
+    def __init__(self, pattern):
+        super().__init__()
+        self.block, self.pattern = Attention(), pattern
+
+    def forward(self, x, second):
+        n = x.shape[1]
+        allowed = self.pattern(second, n) | torch.eye(n, dtype=torch.bool)
+        q, k, v = self.block.qkv(x).chunk(3, -1)
+        return x + self.block.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=allowed))
+
+
+class Crossing(nn.Module):
+    """(B, H, W, D): a cell sees its line and its column."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(D, D)
+
+    def forward(self, x):
+        return bend(self.layer(bend(x + x.mean(1, keepdim=True) + x.mean(2, keepdim=True))))
+
+
+class Heads(nn.Module):
+    """A causal block, a block both ways, and a statistic over all samples beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.causal, self.both, self.turned, self.aside = Block(causal=True), Block(), nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x):
+        turned = bend(self.turned(x.transpose(0, 1))).transpose(0, 1)
+        return self.causal(x), self.both(x), turned, self.aside(x.mean(dim=(0, 1))[None, None])

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from strassen_tile.convert.running import leaves, mapped
 
-_SAMPLES, _ALONG_SEQUENCE, _ALONG_OTHERS, _CELLS = (
-    4,
-    16,
-    4,
-    4,
-)  # places along the first, second, later dimensions, and points
+# How many places along the first, the second, and later dimensions, and how many single points.
+_SAMPLES, _ALONG_SEQUENCE, _ALONG_OTHERS, _CELLS = 4, 16, 4, 4
+# Of a model with few parameters, every position of the first sample up to so many.
+_ALL, _SMALL = 64, 5_000_000
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,9 @@ def places(model: nn.Module, example_inputs: object, *, effort: int = 1) -> list
     """
     arguments = list(leaves(named(model, example_inputs)))
     usable = [at for at, (name, t) in enumerate(arguments) if _can_change(t) and not is_mask(name, t)]
-    return [place for leaf in usable for place in _places(leaf, *arguments[leaf], effort)]
+    small = sum(p.numel() for p in model.parameters()) < _SMALL
+    first = max(_ALONG_SEQUENCE, _ALL if small else 0) * effort
+    return [place for leaf in usable for place in _places(leaf, *arguments[leaf], effort, first)]
 
 
 def is_mask(name: str, tensor: Tensor) -> bool:
@@ -127,7 +127,7 @@ def _can_change(tensor: Tensor) -> bool:
     return tensor.ndim > 0 and tensor.numel() > 0 and tensor.layout == torch.strided and not tensor.is_nested
 
 
-def _places(leaf: int, name: str, tensor: Tensor, effort: int) -> Iterator[Place]:
+def _places(leaf: int, name: str, tensor: Tensor, effort: int, first: int) -> Iterator[Place]:
     everything: list[int | None] = [None] * tensor.ndim
     batch, found = tensor.shape[0], dict[Place, None]()
     samples = _spread(batch, _SAMPLES * effort)
@@ -135,8 +135,8 @@ def _places(leaf: int, name: str, tensor: Tensor, effort: int) -> Iterator[Place
         found[Place(leaf, name, 0, (sample, *everything[1:]))] = None
     wide = [dim for dim in range(1, tensor.ndim) if tensor.shape[dim] > 1]
     for dim in wide:
-        most = (_ALONG_SEQUENCE if dim == 1 else _ALONG_OTHERS) * effort
         for sample in samples:  # each by itself: what one sees, another may not
+            most = _ALONG_OTHERS * effort if dim > 1 else _ALONG_SEQUENCE * effort if sample else first
             for at in _spread(tensor.shape[dim], most):
                 found[Place(leaf, name, dim, (sample, *everything[1:dim], at, *everything[dim + 1 :]))] = None
     generator = torch.Generator(device="cpu").manual_seed(0)
