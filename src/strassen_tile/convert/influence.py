@@ -26,7 +26,7 @@ _SWITCHES = {
 }  # fmt: skip
 _SWITCHES_IN_PLACE = {torch.relu_, Tensor.relu_, F.relu_, F.relu6, F.hardtanh_} - _SWITCHES
 # Relative to the largest number of a tensor: differences that rounding makes.
-_ROUNDING = {torch.float64: 2.0**-40, torch.float32: 2.0**-17}
+_ROUNDING = {torch.float64: 2.0**-40, torch.float32: 2.0**-20}
 SHAKES = (1.0, 0.1, 0.0)  # tried in turn until no number overflows
 _UNEVEN_OUTPUTS = (
     "the shapes of the model's outputs depend on the values of its inputs or parameters, so that no two runs can be compared. "
@@ -243,8 +243,8 @@ def shake(model: nn.Module, originals: Mapping[str, Tensor], strength: float, se
             continue
         usual = before.shape[-1] ** -0.5 if before.ndim > 1 else 1.0
         scale = strength * max(0.5 * float(before.square().mean().sqrt()), 0.3 * usual)
-        noise = torch.randn(before.shape, generator=generator, dtype=torch.float32, device="cpu") * scale
-        parameter.copy_(before + noise.to(before))
+        noise = torch.empty(before.shape, dtype=torch.float32, device="cpu").uniform_(-1.73, 1.73, generator=generator)
+        parameter.copy_(noise.to(before).mul_(scale).add_(before))
 
 
 def _rows(x: Tensor) -> Tensor:
