@@ -7,6 +7,8 @@ import io
 import os
 import socket
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zipfile
 import zlib
@@ -24,6 +26,7 @@ from strassen_tile.data import load_images
 from strassen_tile.data.folders import read_pixels
 from strassen_tile.data.idx import read_idx, read_idx_part
 from strassen_tile.errors import BasisError, ConfigError, DataError, STLError
+from strassen_tile.models import load_checkpoint
 
 MIB = 1 << 20
 READERS: dict[str, Callable[..., object]] = {
@@ -209,15 +212,56 @@ def png(path: Path, side: int) -> Path:
 def test_an_image_is_measured_before_it_is_decoded(tmp_path: Path, recwarn) -> None:
     """A PNG of 172 KB took 845 MiB."""
     path = png(tmp_path / "a.png", 9000)
-    with pytest.raises(DataError, match=r"a\.png: decoded, it takes 309 MiB, more than the limit of 256 MiB"):
+    with pytest.raises(DataError, match=r"a\.png: decoded, it takes 618 MiB, more than the limit of 256 MiB"):
         read_pixels(str(path), 8, augment=False)
     png(path, 100)
-    assert read_pixels(str(path), 8, augment=False, max_bytes=40_000).shape == (3, 8, 8)
+    assert read_pixels(str(path), 8, augment=False, max_bytes=80_000).shape == (3, 8, 8)
     with pytest.raises(DataError, match="raise max_bytes"):
-        read_pixels(str(path), 8, augment=True, max_bytes=39_999)
+        read_pixels(str(path), 8, augment=True, max_bytes=79_999)
     png(path, 20_000)
     with pytest.raises(DataError, match=r"too large for Pillow .* raise PIL\.Image\.MAX_IMAGE_PIXELS"):
         read_pixels(str(path), 8, augment=False, max_bytes=1 << 40)
+
+
+DECODE = """
+import pathlib, re, sys
+from PIL import Image
+from strassen_tile.data.folders import read_pixels
+Image.init()
+Image.new("RGB", (64, 64)).save(sys.argv[2], format=sys.argv[3], **eval(sys.argv[4]))
+read_pixels(sys.argv[2], 8, augment=False)
+def memory(kind):
+    return int(re.search(kind + r":\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) << 10
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+before = memory("VmRSS")
+read_pixels(sys.argv[1], 8, augment=False, max_bytes=1 << 40)
+print(memory("VmHWM") - before)
+"""
+KINDS = {
+    "rgb.png": ("PNG", "RGB", {}),
+    "rgba.png": ("PNG", "RGBA", {}),
+    "palette.gif": ("GIF", "P", {}),
+    "progressive.jpg": ("JPEG", "CMYK", {"progressive": True, "subsampling": 0}),
+    "lossy.webp": ("WEBP", "RGB", {"method": 0}),
+    "lossless.webp": ("WEBP", "RGBA", {"method": 0, "lossless": True, "quality": 0}),
+    "strip.tif": ("TIFF", "RGBA", {"compression": "tiff_lzw", "tiffinfo": {278: 2000}}),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@pytest.mark.parametrize("name", KINDS)
+def test_decoding_takes_no_more_than_was_said(name: str, tmp_path: Path) -> None:
+    """A WEBP of 114 KB took 979 MiB under a limit of 256 MiB."""
+    kind, mode, options = KINDS[name]
+    side, path = 2000, tmp_path / name
+    noise = Image.effect_noise((side // 8, side // 8), 50).resize((side, side)).convert("RGB").convert(mode)
+    noise.save(path, format=kind, **options)
+    with pytest.raises(DataError, match=r"decoded, it takes .* raise max_bytes") as raised:
+        read_pixels(str(path), 8, augment=False, max_bytes=path.stat().st_size)
+    said = float(str(raised.value).split("it takes ")[1].split(" MiB")[0]) * MIB
+    arguments = [str(path), str(tmp_path / "small"), kind, repr(options)]
+    ran = subprocess.run([sys.executable, "-c", DECODE, *arguments], capture_output=True, text=True, check=True)
+    assert 0.25 * said < int(ran.stdout) < said + 4 * MIB
 
 
 def test_only_formats_that_the_names_promise_are_decoded(tmp_path: Path) -> None:
@@ -239,11 +283,11 @@ def image_folder(root: Path) -> Path:
 
 def test_load_images_passes_the_limit_on(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "images")
-    splits = load_images(folder, image_size=8, max_bytes=1024)
+    splits = load_images(folder, image_size=8, max_bytes=2048)
     assert splits.train[0]["pixel_values"].shape == splits.test[0]["pixel_values"].shape == (3, 8, 8)
     png(folder / "ant" / "0.png", 17)
     with pytest.raises(DataError, match=r"0\.png: decoded, it takes"):
-        splits = load_images(folder, image_size=8, max_bytes=1024)
+        splits = load_images(folder, image_size=8, max_bytes=2048)
         [part[index] for part in (splits.train, splits.test) for index in range(len(part))]
     files = tmp_path / "idx"
     files.mkdir()
@@ -253,6 +297,33 @@ def test_load_images_passes_the_limit_on(tmp_path: Path) -> None:
     assert len(load_images(files, max_bytes=80).train) == 2
     with pytest.raises(DataError, match="raise max_bytes"):
         load_images(files, max_bytes=31)
+
+
+def test_what_images_are_resized_to_is_measured_before_they_are(tmp_path: Path) -> None:
+    """1024 images of 28 × 28 at 4096 asked for 16 GiB."""
+    for stem in ("train", "t10k"):
+        (tmp_path / f"{stem}-images-idx3-ubyte").write_bytes(idx(3, 4, 4) + bytes(48))
+        (tmp_path / f"{stem}-labels-idx1-ubyte").write_bytes(idx(3) + bytes([0, 1, 1]))
+    assert load_images(tmp_path, image_size=16, max_bytes=6 * 256).image_size == 16
+    assert load_images(tmp_path, image_size=16, limit=1, max_bytes=4 * 256).image_size == 16
+    for limit, most in ((None, 6 * 256 - 1), (1, 4 * 256 - 1)):
+        with pytest.raises(DataError, match=r"image_size=16 .* raise max_bytes"):
+            load_images(tmp_path, image_size=16, limit=limit, max_bytes=most)
+    assert len(load_images(tmp_path, max_bytes=95).train) == 3  # as stored
+    with pytest.raises(DataError, match=r"1797 images of image_size=4096 .* 28\.1 GiB, more than the limit of 768 MiB"):
+        load_images("digits", image_size=4096)
+
+
+@pytest.mark.parametrize("name", [*READERS, "checkpoint"])
+def test_what_cannot_be_a_path_is_said(name: str, tmp_path: Path) -> None:
+    read = READERS.get(name, lambda path: load_checkpoint(torch.nn.Linear(1, 1), path))
+    if name != "png":  # whose paths come from a listing
+        for given in (None, 3, b"a", ["a"]):
+            with pytest.raises(ConfigError, match="path must be a str"):
+                read(given)
+    for given in ("x" * 5000, "a\0b", tmp_path / "a\0b"):
+        with pytest.raises(STLError, match=r"NUL|null|name too long|x00b.: no such"):
+            read(given)
 
 
 def test_a_folder_named_like_an_image_is_not_passed_over(tmp_path: Path) -> None:

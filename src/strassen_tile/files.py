@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from strassen_tile.errors import ConfigError
+from strassen_tile.errors import ConfigError, DataError
 
 _UNITS = ((30, "GiB"), (20, "MiB"), (10, "KiB"))
 
@@ -20,11 +20,14 @@ def opened(path: str | Path, max_bytes: int) -> Iterator[BinaryIO]:
     """The file at `path`, to be read.
 
     Raises:
-        ConfigError: `max_bytes` is no positive integer.
+        ConfigError: `max_bytes` is no positive integer, or `path` no path.
         OSError: missing, unreadable, larger than `max_bytes`, or a folder, pipe, socket or device, which are never waited for.
     """
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
         raise ConfigError(f"max_bytes must be a positive integer; got {max_bytes!r}")
+
+    if "\0" in str(as_path(path)):
+        raise OSError("a path has no NUL in it")
 
     def opener(name: str, flags: int) -> int:
         mode = Path(name).stat().st_mode  # first, because to open a device or a pipe does something already
@@ -36,6 +39,21 @@ def opened(path: str | Path, max_bytes: int) -> Iterator[BinaryIO]:
         if (size := os.fstat(file.fileno()).st_size) > max_bytes:
             raise OSError(f"it {too_large(size, max_bytes)}")
         yield file
+
+
+def as_path(path: object) -> Path:
+    """`path` as a Path. Raises ConfigError: it is none, such as None or the number of an open file."""
+    if isinstance(path, str | os.PathLike) and isinstance(os.fspath(path), str):
+        return Path(path)
+    raise ConfigError(f"path must be a str or a pathlib.Path; got {path!r}")
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` if it is missing. Raises DataError: something else stands there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise DataError(f"{folder} is not a folder, and nothing can be written into it") from error
 
 
 def read_json(path: str | Path, max_bytes: int) -> object:

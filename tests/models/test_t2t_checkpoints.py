@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
+from strassen_tile import STLConfig, STLLinear
 from strassen_tile.errors import ConfigError, DataError
 from strassen_tile.models import load_checkpoint, t2t_vit
 
@@ -72,6 +74,27 @@ def test_missing_unexpected_and_reshaped_keys_are_named_and_nothing_is_loaded(tm
     )
 
 
+@pytest.mark.parametrize("root", [False, True])
+@pytest.mark.parametrize("meaning", ["absent", "of bools"])
+def test_files_from_before_layers_said_what_their_numbers_mean(tmp_path, root, meaning):
+    config = STLConfig(tile=4, rank=16)
+    saved, loaded = (STLLinear(8, 8, config=config) for _ in range(2))
+    if not root:
+        saved, loaded = (nn.Sequential(nn.Linear(8, 8), layer, layer) for layer in (saved, loaded))
+    state = {
+        key: value.bool() if key.endswith("meaning") else value
+        for key, value in saved.state_dict().items()
+        if meaning == "of bools" or not key.endswith("meaning")
+    }
+    torch.save(state, tmp_path / "old.pt")
+    load_checkpoint(loaded, tmp_path / "old.pt")
+    x = torch.randn(2, 4, 8)
+    assert torch.equal(loaded(x), saved(x))
+    del state[next(key for key in state if key.endswith("encoder"))]
+    torch.save(state, tmp_path / "short.pt")
+    refused(loaded, tmp_path / "short.pt", "missing (1)")
+
+
 def test_a_deeper_model_is_named_in_short(tmp_path):
     torch.save(small(0).state_dict(), tmp_path / "shallow.pt")
     refused(small(1, depth=4), tmp_path / "shallow.pt", "missing (22): blocks.2.attn.proj.bias", "and 14 more")
@@ -114,6 +137,43 @@ def test_fractions_are_not_cut_to_whole_numbers(tmp_path):
     norm = torch.nn.BatchNorm1d(3)
     torch.save({**norm.state_dict(), "num_batches_tracked": torch.tensor(1.5)}, tmp_path / "cut.pt")
     refused(norm, tmp_path / "cut.pt", "num_batches_tracked: expected torch.int64, got torch.float32")
+
+
+def holder(value):
+    model = nn.Module()
+    model.register_buffer("value", value)
+    return model
+
+
+F8, LOW, INF = torch.float8_e4m3fn, torch.float8_e5m2, float("inf")
+TOO_LARGE = [
+    (1e300, torch.float64, torch.float32), (-1e300, torch.float64, torch.float32), (1e39, torch.float64, torch.bfloat16),
+    (7e4, torch.float32, torch.float16), (70000, torch.int64, torch.float16), (1e300j, torch.complex128, torch.complex64),
+    (1e4, torch.float32, F8), (1e6, torch.bfloat16, LOW), (300, torch.int64, torch.int8), (-1, torch.int64, torch.uint8),
+]  # fmt: skip
+FITTING = [
+    (INF, torch.float64, torch.float32), (-INF, torch.float64, torch.float16), (float("nan"), torch.float64, torch.float32),
+    (1e-300, torch.float64, torch.float32), (3e38, torch.float64, torch.float32), (1e4, torch.float16, torch.bfloat16),
+    (448, F8, torch.float32), (100, torch.int64, torch.int8), (7, torch.int32, torch.float32), (1, torch.bool, torch.int64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "there", "here"), TOO_LARGE, ids=str)
+def test_finite_numbers_do_not_become_infinite(tmp_path, number, there, here):
+    torch.save({"value": torch.tensor([0, number], dtype=there)}, tmp_path / "large.pt")
+    model = holder(torch.ones(2).to(here))
+    with pytest.raises(DataError, match=rf"with numbers too large \(1\): value: for {here}, in {there}"):
+        load_checkpoint(model, tmp_path / "large.pt")
+    assert (model.value.to(torch.complex64) == 1).all()
+
+
+@pytest.mark.parametrize(("number", "there", "here"), FITTING, ids=str)
+def test_numbers_that_are_infinite_already_or_small_load(tmp_path, number, there, here):
+    given = torch.tensor([0, number], dtype=there)
+    torch.save({"value": given}, tmp_path / "fits.pt")
+    model = holder(torch.ones(2).to(here))
+    load_checkpoint(model, tmp_path / "fits.pt")
+    assert torch.equal(model.value.double().nan_to_num(nan=5), given.to(here).double().nan_to_num(nan=5))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("disk"), KeyboardInterrupt()], ids=["error", "interrupt"])

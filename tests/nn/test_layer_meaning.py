@@ -94,6 +94,55 @@ def test_no_cast_move_average_or_copy_loses_it():
             make().load_state_dict(twin.state_dict())
 
 
+def lerp(mean, other):
+    mean.lerp_(other, 0.1)
+
+
+def scale_and_add(mean, other):
+    mean.mul_(0.9).add_(other, alpha=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_every_way_of_averaging_takes_it(dtype):
+    model = make(mixing="causal").to(dtype)
+    assert {value.dtype for value in model.state_dict().values()} == {
+        dtype
+    }  # so that no cast of all of them trips over it
+    plain = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    for _ in range(3):
+        plain.update_parameters(model)
+    averages = [plain.module]
+    for average in (lerp, scale_and_add):
+        mean = copy.deepcopy(model)
+        for name, value in mean.state_dict().items():
+            average(value, model.state_dict()[name])
+        averages.append(mean)
+    for mean in averages:
+        make(mixing="causal").to(dtype).load_state_dict(mean.state_dict())
+        with pytest.raises(RuntimeError, match="mixing='causal'"):
+            make().to(dtype).load_state_dict(mean.state_dict())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_files_in_which_it_is_of_bools_load(assign):
+    saved, model, other = make(mixing="causal"), make(mixing="causal"), make()
+    state = {name: value.bool() if name.endswith("meaning") else value for name, value in saved.state_dict().items()}
+    model.load_state_dict(state, assign=assign)
+    assert torch.equal(model(X), saved(X)) and model[0].meaning.dtype == torch.float32
+    assert state["0.meaning"].dtype == torch.bool  # the caller's
+    with pytest.raises(RuntimeError, match="mixing='causal'"):
+        other.load_state_dict(state, assign=assign)
+
+
+@pytest.mark.parametrize("given", ["sequence", None, 3, (0, 1)], ids=str)
+def test_what_is_no_tensor_is_refused_in_words(given):
+    saved, model = make(), make()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"0: `meaning` must be a tensor without numbers.*got"):
+        model.load_state_dict({**saved.state_dict(), "0.meaning": given})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_fp8_layers_say_it_too():
     wide, narrow = STLLinearFP8(STLLinear(8, 8, False)), STLLinearFP8(STLLinear(7, 8, False))
     wide.load_state_dict(STLLinearFP8(STLLinear(8, 8, False)).state_dict())

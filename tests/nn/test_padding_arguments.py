@@ -8,6 +8,7 @@ import strassen_tile
 from strassen_tile import STLConfig, STLLinear, convert
 from strassen_tile.errors import ShapeError
 from strassen_tile.nn import PaddingMask
+from strassen_tile.nn.masks import real_rows
 
 K = 8
 CONFIG = STLConfig(tile=4, rank=24)
@@ -239,3 +240,13 @@ def test_packed_documents_are_refused_in_compiled_graphs(backend):
 def test_a_mask_that_does_not_say_which_rows_are_real_is_refused(mask):
     with pytest.raises(ShapeError, match=r"does not say which rows|pad on the right|negative"):
         Packed("sequence")(X, attention_mask=mask)
+
+
+@pytest.mark.parametrize("at", [0, 6])
+def test_a_mask_with_nan_says_so(at):
+    mask = torch.ones(3, 7)
+    mask[1, at] = float("nan")
+    with pytest.raises(ShapeError, match="attention_mask has NaN"):
+        Packed("sequence")(X, attention_mask=mask)
+    with pytest.raises(ShapeError, match="src_key_padding_mask has NaN"):
+        real_rows(1 - mask, "src_key_padding_mask")

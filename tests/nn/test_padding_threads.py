@@ -1,6 +1,7 @@
 """If these fail, one call's padding is taken for another's: of another thread, task, copy, or a call that was broken off."""
 
 import asyncio
+import contextvars
 import copy
 import inspect
 import io
@@ -198,6 +199,43 @@ def test_a_with_that_an_exit_stack_holds_and_one_inside_forward():
 
     model.forward = forward
     assert same(model(X, attention_mask=MASKS[1]), [alone[2], alone[1]])
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+def test_withs_of_generators_close_in_any_order_and_leave_nothing(last_first):
+    model, _ = converted()
+    alone = [model(X, attention_mask=mask) for mask in MASKS]
+
+    def infer(mask):
+        with strassen_tile.padding(model, mask):
+            yield
+            yield model(X)
+
+    first, second = infer(MASKS[1]), infer(MASKS[2])
+    next(first)
+    next(second)
+    assert torch.equal(next(first), alone[2])  # as documented: the one opened last of those still open
+    closed, left = (second, first) if last_first else (first, second)
+    closed.close()
+    assert torch.equal(model(X), alone[1 if last_first else 2])
+    left.close()
+    assert torch.equal(model(X), alone[0])
+
+
+def test_a_with_that_closes_in_another_task_takes_nothing_of_that_ones():
+    model, done = converted()
+    alone = [model(X, attention_mask=mask) for mask in MASKS]
+
+    def hold():
+        with done.padding(MASKS[1]):
+            yield
+
+    opened = hold()
+    contextvars.copy_context().run(next, opened)
+    with done.padding(MASKS[2]):
+        opened.close()
+        assert torch.equal(model(X), alone[2])
+    assert torch.equal(model(X), alone[0])
 
 
 @pytest.mark.filterwarnings("ignore:coroutine")

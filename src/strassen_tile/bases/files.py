@@ -43,7 +43,7 @@ def load(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Basis:
         BasisError: unreadable, larger than `max_bytes`, malformed, complex, pickled, or claiming to be exact and not
             being so (with its error).
     """
-    source = Path(path)
+    source = files.as_path(path)
     if source.suffix.lower() == ".npz":
         return _load_npz(source, max_bytes)
     record = read_json(source, max_bytes)

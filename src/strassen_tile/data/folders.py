@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,11 @@ from strassen_tile.files import opened, too_large
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 _CROP_TRIES = 10
-MAX_BYTES = 256 << 20  # decoded, four bytes a pixel: 8192 × 8192
+MAX_BYTES = 256 << 20  # while decoding: 8192 × 8192 pixels at four bytes each, as most photographs take
+# Bytes a pixel, copies included, where a decoder takes more than the image that comes out of it: the canvases of an
+# animation (WEBP), a strip as large as the image and of up to six samples (TIFF).
+_DECODER = {"WEBP": 20, "TIFF": 16}
+_COEFFICIENTS = 12  # of a progressive JPEG, whose coefficients are kept until all scans are in
 # Statistics come from this many training images: enough for a mean to within 0.01, and seconds even at ImageNet's size.
 _STATISTICS_IMAGES = 256
 
@@ -41,7 +46,7 @@ class FolderImages(Dataset[Sample]):
         mean: per channel, of pixels scaled to 0..1, (3,).
         std: per channel, likewise (3,), positive.
         augment: random resized crop and horizontal flip, from torch's global RNG; otherwise the central crop.
-        max_bytes: the most that a file, or the image decoded, may take.
+        max_bytes: the most that a file, or decoding it, may take.
 
     Raises:
         DataError: on fetching an image that cannot be decoded, which it names.
@@ -85,12 +90,13 @@ def read_pixels(path: str, size: int, *, augment: bool, max_bytes: int = MAX_BYT
     draws = torch.rand(2 * _CROP_TRIES + 3).tolist() if augment else []
     try:
         with opened(path, max_bytes) as file, image_module.open(file, formats=_FORMATS) as image:
-            if (decoded := 4 * image.width * image.height) > max_bytes:
-                raise DataError(f"{path}: decoded, it {too_large(decoded, max_bytes)}")
+            if (needed := _bytes_a_pixel(image) * image.width * image.height) > max_bytes:
+                raise DataError(f"{path}: decoded, it {too_large(needed, max_bytes)}")
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{path}: is of Pillow mode {image.mode}; expected 8 bits a channel")
             box = random_box(image.width, image.height, size, draws) if augment else central_box(*image.size)
-            resized = image.convert("RGB").resize((size, size), image_module.Resampling.BICUBIC, box=box)
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            resized = rgb.resize((size, size), image_module.Resampling.BICUBIC, box=box)
     except (DataError, ConfigError):
         raise
     except image_module.UnidentifiedImageError as error:
@@ -104,6 +110,13 @@ def read_pixels(path: str, size: int, *, augment: bool, max_bytes: int = MAX_BYT
         raise DataError(f"{path}: cannot be decoded ({error}); expected an image that Pillow reads") from error
     pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(size, size, 3).movedim(-1, 0)
     return pixels.flip(-1) if augment and draws[-1] < 0.5 else pixels
+
+
+def _bytes_a_pixel(image: Any) -> int:
+    """What decoding the image, and making it RGB, takes at most."""
+    if image.format == "JPEG" and "progressive" in image.info:
+        return _COEFFICIENTS
+    return _DECODER.get(image.format, 4 if image.mode == "RGB" else 8)
 
 
 def central_box(width: int, height: int) -> Box:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from strassen_tile.errors import DataError, shape_text
-from strassen_tile.files import opened, too_large
+from strassen_tile.files import as_path, opened, too_large
 
 _GZIP = b"\x1f\x8b"
 _CHUNK = 1 << 20
@@ -65,7 +65,7 @@ def read_idx(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Tensor:
             promises.
         ImportError: numpy is not installed.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         with opened(path, max_bytes) as file:
             start = file.read(len(_GZIP))

@@ -22,6 +22,7 @@ from strassen_tile.data.images import (
     stratified_split,
 )
 from strassen_tile.errors import ConfigError, DataError
+from strassen_tile.files import too_large
 from strassen_tile.tiling import as_integer
 
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -97,7 +98,7 @@ def load_images(
             max(1, image_size // 8) pixels; folders: random resized crops. Horizontal flips for image folders and for
             IDX folders called *fashion*: digits do not survive them. The test set is never augmented.
         max_bytes: the most that one file may take, unpacked and decoded, checked before it is. None: 768 MiB for an IDX
-            file, 256 MiB for an image.
+            file and for digits and IDX images once they are resized, 256 MiB for decoding an image.
 
     Returns:
         The splits. Pixels are normalised by the mean and standard deviation, in each channel, of the training samples
@@ -182,6 +183,12 @@ def _in_memory(
     """Splits from grey images uint8 (n, H, W) with labels int64 (n,)."""
     size = options.image_size or train[0].shape[-1]
     kept = options.kept(train[1])
+    most = idx.MAX_BYTES if options.max_bytes is None else options.max_bytes
+    images, sides = len(kept) + len(test[0]), (size, size)
+    if train[0].shape[1:] != sides and (resized := images * size * size) > most:
+        raise DataError(
+            f"{name}: {images} images of image_size={size} are kept in memory, which {too_large(resized, most)}"
+        )
     # The limit first: what is not trained on need not be resized.
     pixels, held = resize(train[0][kept, None], size), resize(test[0][:, None], size)
     mean, std = channel_statistics(byte_histogram(pixels))

@@ -19,6 +19,7 @@ from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import planning, speed, vision
 from strassen_tile.experiments.candidates import left_out, row_count
 from strassen_tile.experiments.recipe import Recipe, fastest_precision
+from strassen_tile.files import make_folder
 from strassen_tile.integrations.ranks import RankError, ranks
 from strassen_tile.nn import STLConfig
 from strassen_tile.report import bench as bench_report
@@ -163,9 +164,9 @@ def run_bench(options: argparse.Namespace) -> int:
 def run_plan(options: argparse.Namespace) -> int:
     """`strassen-tile plan`."""
     console = Console(markup=False, emoji=False)
-    if not options.min_speedup >= 0 or options.rows < 1:
+    if not 0 <= options.min_speedup < math.inf or options.rows < 1:
         raise ConfigError(
-            f"--rows must be positive and --min-speedup a number; got {options.rows}, {options.min_speedup}"
+            f"--rows must be positive and --min-speedup a number, finite and ≥ 0; got {options.rows}, {options.min_speedup}"
         )
     if (options.model is None) == (options.shapes is None):
         raise ConfigError("say what to plan for: a model (package.module:callable, or a folder), or --shapes NxKxM,…")
@@ -202,7 +203,7 @@ def run_plan(options: argparse.Namespace) -> int:
 
 def _make_writable(folder: Path) -> None:
     """The folder, made if missing; what keeps it from being written to is said before any work is done."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     tempfile.TemporaryFile(dir=folder).close()
 
 

@@ -12,6 +12,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from strassen_tile.errors import ConfigError, DataError
+from strassen_tile.files import make_folder
 from strassen_tile.report.rows import Row, read_rows, write_rows, write_text
 from strassen_tile.report.runs import group_rows
 from strassen_tile.report.table import number
@@ -72,7 +73,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process holds it; the message says which.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / ".lock"
     # Not emptied on opening, nor removed in the end: it may be another's, who holds it or waits for it.
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8", errors="replace") as file:

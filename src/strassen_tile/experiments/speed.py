@@ -7,6 +7,7 @@ on the first, middle and last rows, and for a step all its gradients (beyond 409
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import statistics
@@ -89,8 +90,8 @@ def bench(
         raise ConfigError(f"dtype is one of {', '.join(DTYPES)}, a pass forward or step; got {dtype!r}, {list(passes)}")
     if unknown := set(methods) - set(METHODS):
         raise ConfigError(f"unknown methods {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
-    if not ranks or min(ranks) < 1 or not seconds >= 0:
-        raise ConfigError(f"ranks must be positive and seconds not negative; got {list(ranks)} and {seconds}")
+    if not ranks or min(ranks) < 1 or not 0 <= seconds < math.inf:
+        raise ConfigError(f"ranks must be positive, seconds not negative and finite; got {list(ranks)} and {seconds}")
     if not any(row_count(name, methods, ranks) for name in passes):
         raise ConfigError(f"nothing to time: methods {list(methods)}, passes {list(passes)}; {WHY_NO_STEP}")
     for rank in ranks:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from strassen_tile.errors import ConfigError, DataError, shape_text
+from strassen_tile.files import as_path
+from strassen_tile.nn.base import TileLayer
 
 WRAPPERS = ("state_dict_ema", "state_dict")  # the averaged weights, where a file has both, are the evaluated ones
 PREFIX = "module."  # left by DistributedDataParallel
@@ -27,15 +29,15 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Reads `.safetensors`, and any other suffix as a torch file with `weights_only=True`. A top-level "state_dict_ema" or
     "state_dict" is entered and a leading "module." taken off the names, as the published T2T-ViT files need. Nothing is
     resized: a checkpoint of other sizes is refused, and so is one whose numbers the model cannot hold (complex for real,
-    fractions for whole) or that lacks them (sparse, quantised or meta tensors). Until all of it is in, a copy of what the
-    model held is kept in CPU memory.
+    fractions for whole, finite ones that would be infinite) or that lacks them (sparse, quantised or meta tensors). Until all
+    of it is in, a copy of what the model held is kept in CPU memory.
 
     Raises:
         DataError: the file is missing or unreadable, or does not fit the model; both sides are named. The model is as it was.
         ConfigError: the model is on the meta device, or lazy, and has no storage to load into.
         ImportError: a .safetensors file, and safetensors is not installed.
     """
-    path = Path(path)
+    path = as_path(path)
     state = _state_dict(_read(path), path)
     expected = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     if any(is_lazy(value) or value.is_meta for value in expected.values()):
@@ -45,8 +47,10 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         )
     strange = {key: kind for key, value in state.items() if (kind := _kind(value))}
     pairs = {key: (expected[key], state[key]) for key in (expected.keys() & state.keys()) - strange.keys()}
+    layers = model.named_modules(remove_duplicate=False)
+    unsaid = {f"{name}.meaning".lstrip(".") for name, layer in layers if isinstance(layer, TileLayer)}  # by older files
     problems = [
-        *_list("missing", expected.keys() - state.keys()),
+        *_list("missing", expected.keys() - state.keys() - unsaid),
         *_list("unexpected", state.keys() - expected.keys()),
         *_list("without plain numbers", (f"{key}: {kind}" for key, kind in strange.items())),
         *_list(
@@ -63,6 +67,14 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"{key}: expected {ours.dtype}, got {theirs.dtype}"
                 for key, (ours, theirs) in pairs.items()
                 if not torch.can_cast(theirs.dtype, ours.dtype)
+            ),
+        ),
+        *_list(
+            "with numbers too large",
+            (
+                f"{key}: for {ours.dtype}, in {theirs.dtype}"
+                for key, (ours, theirs) in pairs.items()
+                if torch.can_cast(theirs.dtype, ours.dtype) and _overflows(theirs, ours.dtype)
             ),
         ),
     ]
@@ -82,8 +94,12 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _read(path: Path) -> object:
-    if not path.is_file():
-        raise DataError(f"{path}: no such checkpoint file.")
+    try:
+        there = path.is_file()
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL (on some versions)
+        raise DataError(f"{str(path)!r} cannot be looked up: {getattr(error, 'strerror', None) or error}") from error
+    if not there:
+        raise DataError(f"{str(path)!r}: no such checkpoint file.")
     if path.suffix == ".safetensors":
         try:
             from safetensors import SafetensorError
@@ -126,6 +142,17 @@ def _kind(value: Tensor) -> str | None:
     if value.is_nested or value.layout != torch.strided:
         return "nested" if value.is_nested else str(value.layout)
     return "quantised" if value.is_quantized else None
+
+
+def _overflows(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a finite number is beyond `dtype`: infinite in it, or, of whole ones, another."""
+    if values.dtype == dtype:
+        return False
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return not torch.equal(values.to(dtype).to(values.dtype), values)
+    wide = torch.view_as_real(values) if values.is_complex() else values
+    wide = wide.double()  # comparisons of whole numbers, and of floats of one byte, are rounded or lacking
+    return bool((wide.isfinite() & (wide.abs() > torch.finfo(dtype).max)).any())
 
 
 def _list(what: str, keys: Iterable[str]) -> list[str]:

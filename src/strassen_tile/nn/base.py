@@ -36,12 +36,13 @@ class TileLayer(nn.Module):
             raise ShapeError(f"features must be >= 0; got in_features={in_features}, out_features={out_features}")
         self.in_features, self.out_features, self.config = in_features, out_features, config
         self.padding: PaddingMask | None = None
-        self.register_buffer("meaning", torch.empty(self._meaning(), dtype=torch.bool, device=device))
+        self.register_buffer("meaning", torch.empty(self._meaning(), device=device))
 
     def _meaning(self) -> tuple[int, ...]:
         """What the numbers of the layer mean, as the shape of a tensor without any.
 
-        Kept in that form it stands in every format of state dicts, and no averaging, cast or move changes it.
+        Kept in that form it stands in every format of state dicts, and no averaging, cast or move changes it; it is of floats
+        because averages of models are taken of whatever a state dict holds.
         """
         mixing = get_args(Mixing).index(self.config.mixing if self.config.mixes_rows else "none")
         scope = get_args(Scope).index(self.config.encoder_scope)
@@ -60,13 +61,18 @@ class TileLayer(nn.Module):
         """As other modules do, unless the numbers mean something else here: that is an error. Older files do not say."""
         here, like = self._meaning(), state_dict.get(f"{prefix}encoder")
         device = like.device if isinstance(like, Tensor) else None
-        given = state_dict.setdefault(f"{prefix}meaning", torch.empty(here, dtype=torch.bool, device=device))
-        if tuple(given.shape) == here:
+        given = state_dict.get(f"{prefix}meaning", torch.empty(here, device=device))
+        name = prefix.rstrip(".") or "the layer"
+        if not isinstance(given, Tensor):
+            error_msgs.append(
+                f"{name}: `meaning` must be a tensor without numbers, as the layer's own state_dict() has it; got {given!r}"
+            )
+        elif tuple(given.shape) == here:
+            state_dict[f"{prefix}meaning"] = given.to(self.meaning.dtype)  # it was of bools once
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
         else:
-            name = prefix.rstrip(".") or "the layer"
             error_msgs.append(
                 f"{name}: the numbers are those of another layer, {_explained(given.shape)}; this one is {_explained(here)}. "
                 "Build it with the config that the file was saved under"
@@ -118,7 +124,8 @@ class TileLayer(nn.Module):
 def padding(model: nn.Module, mask: Tensor) -> Iterator[None]:
     """Hold `mask` (B, N), True or 1 for real rows, for what this thread or task calls of `model`, or of a copy of one, inside.
 
-    For models that take no mask, or none that says which rows are padding. What a call says itself goes before it.
+    For models that take no mask, or none that says which rows are padding. What a call says itself goes before it. Of several
+    blocks that one thread or task has open, also in generators whose steps alternate, the one opened last counts.
 
     Raises:
         ShapeError: another shape, padding on the left, or row-mixing layers that no `PaddingMask` was made for.

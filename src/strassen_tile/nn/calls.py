@@ -63,7 +63,7 @@ class _Calls(threading.local):
 
 _stacks: dict[int, list[Call]] = {}  # of every thread
 _thread = _Calls()
-_held: ContextVar[Mapping[str, Tensor]] = ContextVar("strassen_tile_held")
+_held: ContextVar[Mapping[str, tuple[Tensor, ...]]] = ContextVar("strassen_tile_held")
 
 
 def push(call: Call) -> None:
@@ -107,14 +107,22 @@ def live(key: str) -> Call | None:
 
 
 def held(key: str) -> Tensor | None:
-    """What a `with` around all calls of this task says."""
-    return _held.get({}).get(key)
+    """What a `with` around all calls of this task says: the one opened last of those still open."""
+    return next(reversed(_held.get({}).get(key, ())), None)
 
 
-def hold(key: str, real: Tensor | None) -> None:
+def hold(key: str, real: Tensor) -> None:
     """Say it, to this task and those it starts."""
-    others = {other: rows for other, rows in _held.get({}).items() if other != key}
-    _held.set(others if real is None else {**others, key: real})
+    said = _held.get({})
+    _held.set({**said, key: (*said.get(key, ()), real)})
+
+
+def let_go(key: str, real: Tensor) -> None:
+    """Take back what `hold` said of this very tensor: with generators, what is opened last need not close first."""
+    said = _held.get({})
+    left = tuple(other for other in said.get(key, ()) if other is not real)
+    others = {other: rows for other, rows in said.items() if other != key}
+    _held.set({**others, key: left} if left else others)
 
 
 def anchor(key: str) -> FrameType | None:
@@ -124,6 +132,11 @@ def anchor(key: str) -> FrameType | None:
         if (call is not None and frame is call.frame) or _checkpoint(frame) is not None:
             return frame
     return None
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def resolve(key: str, traced: bool) -> Tensor | None:
@@ -156,7 +169,7 @@ def resolve(key: str, traced: bool) -> Tensor | None:
         if call is not None and call.frame is not None:
             return resolve(key, traced)
         real = held(key) if call is None else rows(call)
-        if real is None and call is None and torch._C._current_graph_task_id() != -1:
+        if real is None and call is None and in_backward():
             raise ShapeError(UNCLEAR.format(why="it runs in a backward pass, but not by torch.utils.checkpoint"))
         if real is None and call is None and _elsewhere(key):
             raise ShapeError(

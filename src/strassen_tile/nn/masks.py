@@ -25,6 +25,7 @@ PACKED = (
 )
 _LEFT = "the mask has padding before real rows; pad on the right (tokenizer.padding_side = 'right')"
 _SCORES = "attention_mask has negative values: it is 1 for real rows and 0 for padding, not something to add to scores"
+_NAN = "{name} has NaN: it does not say whether those rows are real"
 _BOUNDARIES = ("cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")
 
 
@@ -34,10 +35,12 @@ class Takes(NamedTuple):
     Attributes:
         positions: name → position of the arguments of its forward.
         own_rows: whether its rows are its own, so that without a mask of its own nothing is padding.
+        part: whether it is a part of a model that hands a mask down to it in a form of its own.
     """
 
     positions: dict[str, int]
     own_rows: bool
+    part: bool = False
 
 
 def takes_of(module: nn.Module, root: bool) -> Takes:
@@ -59,10 +62,12 @@ def real_rows(mask: Tensor, name: str = "attention_mask") -> Tensor:
     """`mask` (B, N) as True for real rows; the masks of `nn.TransformerEncoder` mark padding instead, by True or −inf.
 
     Raises:
-        ShapeError: another number of dimensions, padding on the left.
+        ShapeError: another number of dimensions, padding on the left, NaN.
     """
     if mask.ndim != 2:
         raise ShapeError(f"a padding mask is (B, N); got {name} {shape_text(mask.shape)}")
+    if mask.is_floating_point():
+        _require((mask == mask).all(), _NAN.format(name=name))
     if name.endswith("key_padding_mask"):
         real = mask >= 0 if mask.is_floating_point() else mask == 0
     else:

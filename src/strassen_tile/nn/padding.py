@@ -53,19 +53,23 @@ class PaddingMask:
     def attach(self, model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
         """Follow the calls of `model` and of the modules inside it that take a mask, which may be called past it.
 
-        The handles detach again.
+        Parts of a transformers model are followed only then: what it hands down to them is a mask in forms of its own.
+
+        Returns:
+            Handles that detach again.
         """
         handles = []
-        whole: list[str] = []  # transformers' models hand a mask down in forms of their own
+        whole: list[str] = []  # transformers' models
         for name, module in model.named_modules():
             takes = takes_of(module, module is model)
             has_embeddings = hasattr(module, "get_input_embeddings")
             inside = any(f"{name}.".startswith(f"{outer}.".lstrip(".")) for outer in whole)
             if has_embeddings:
                 whole.append(name)
+            takes = takes._replace(part=inside and not has_embeddings)
             if module is not model:
                 layers = any(getattr(layer, "padding", None) is self for layer in module.modules())
-                if not takes.positions.keys() & {*ROWS, *OTHERS} or (inside and not has_embeddings) or not layers:
+                if not takes.positions.keys() & {*ROWS, *OTHERS} or not layers:
                     continue
             handles.append(module.register_forward_pre_hook(partial(self._enter, takes), with_kwargs=True))
             handles.append(module.register_forward_hook(self._leave, always_call=True))
@@ -79,12 +83,11 @@ class PaddingMask:
         if not torch.compiler.is_dynamo_compiling():
             frame = calls.anchor(self._key)
             if frame is None:
-                before = calls.held(self._key)
                 calls.hold(self._key, real)
                 try:
                     yield
                 finally:
-                    calls.hold(self._key, before)
+                    calls.let_go(self._key, real)
                 return
         outer = calls.top(self._key)
         past = 0 if outer is None else outer.past
@@ -152,6 +155,8 @@ class PaddingMask:
 
     def _enter(self, takes: Takes, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         compiling = torch.compiler.is_dynamo_compiling()
+        if takes.part and (compiling or calls.top(self._key) is not None or calls.in_backward()):
+            return  # of a call that said what is padding
         outer = calls.top(self._key) if compiling else calls.live(self._key)
         given = {name: args[at] for name, at in takes.positions.items() if at < len(args)} | kwargs
         held = outer.held if outer is not None else None if compiling else calls.held(self._key)
