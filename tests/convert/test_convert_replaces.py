@@ -219,3 +219,11 @@ def test_a_router_among_experts_is_left_as_it_was_found():
 
     with pytest.raises(ConversionError, match="router: mixing its rows would make output"):
         convert(Routed(), SEQUENCE, example_inputs=X)
+
+
+def test_what_is_converted_in_inference_mode_can_be_trained():
+    model = stack()
+    with torch.inference_mode():
+        convert(model, APART, example_inputs=X.clone())
+    model(X).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import nn
 
 from strassen_tile.convert.mlps import adopt_mlps
@@ -71,7 +72,8 @@ def convert(
 
     def replace(linear: nn.Linear) -> nn.Module:
         start = config if config.fits else STLConfig.from_dict({**config.to_dict(), "init": "random"})
-        layer = STLLinear.from_linear(linear, start)
+        with torch.inference_mode(False):  # it is to be trained, wherever it is made
+            layer = STLLinear.from_linear(linear, start)
         layer.config = config
         layer.padding = padding
         return layer
