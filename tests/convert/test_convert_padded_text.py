@@ -7,7 +7,7 @@ import torch
 from tiny_models import APART, CAUSAL, IDS, MASK, SEQUENCE, VOCABULARY, Tokens, bert, distilbert, llama, t5
 from torch import nn
 
-from strassen_tile import convert
+from strassen_tile import check_mixing, convert
 from strassen_tile.errors import ConversionError, ShapeError
 from strassen_tile.nn import PaddingMask
 
@@ -286,3 +286,11 @@ def test_a_mask_that_the_layers_refuse_is_found_before_anything_is_replaced():
     with pytest.raises(ConversionError, match="pad on the right"):
         convert(model, SEQUENCE, example_inputs={"input_ids": IDS, "attention_mask": MASK.flip(1)})
     assert dict(model.named_modules()) == before
+
+
+def test_causal_tiles_take_padded_examples():
+    """A padding row that sees another padding row hurts nobody."""
+    model = llama()
+    done = convert(model, CAUSAL, example_inputs={"input_ids": IDS, "attention_mask": MASK})
+    assert len(done.converted) == 14
+    assert check_mixing(model, {"input_ids": IDS, "attention_mask": MASK})

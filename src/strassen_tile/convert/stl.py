@@ -32,7 +32,7 @@ def convert(
     Left as they are, each with a reason: heads (layers that make the model's output), layers with tied weights or hooks,
     subclasses of `nn.Linear`, layers that are used other than by calling them under their name, and, where rows mix, layers fed
     2-D inputs and those in whose tiles rows would see what they do not see in the model as it is: other samples, later tokens,
-    other windows. That is found by running copies of the model on `example_inputs`, some dozens of times, with parts of them
+    other windows. That is found by running copies of the model on `example_inputs`, some hundred times, with parts of them
     changed (docs/guarantees.md); so a config that mixes rows needs them. Best give two samples or more, as long as a few tiles.
 
     Blocks that are an MLP of replaced layers, two or a gated three, keep their class and names but become `STLMLP`s too:

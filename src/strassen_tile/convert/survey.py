@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -61,6 +61,8 @@ def survey(
         raise ConversionError("the model is itself a linear layer; use STLLinear.from_linear on it")
     names = [candidate.name for candidate in found]
     force_mixing = (force_mixing,) if isinstance(force_mixing, str) else force_mixing
+    if not isinstance(force_mixing, Collection) or not all(isinstance(pattern, str) for pattern in force_mixing):
+        raise ConversionError(f"force_mixing takes names of layers, or patterns; got {force_mixing!r}")
     forced = [name for pattern in force_mixing for name in fnmatch.filter(names, pattern)]
     for pattern in force_mixing:
         if not fnmatch.filter(names, pattern):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from strassen_tile.convert.evidence import Evidence
 from strassen_tile.convert.influence import SHAKES, Watch, shake
 from strassen_tile.convert.interference import Hazard, Rule
-from strassen_tile.convert.places import change
+from strassen_tile.convert.places import change, real_rows
 from strassen_tile.convert.running import evaluating
 from strassen_tile.convert.settings import passing, settings, widened
 from strassen_tile.errors import ConversionError
@@ -40,7 +40,7 @@ def surprise(
         for given, only_samples in settings(watch, inputs)[: 1 if only_padding else None]:
             evidence = Evidence(watch, originals, given, effort=effort, only_samples=only_samples)
             places = [place for place in evidence.seen if not only_padding or place in evidence.padding_places]
-            real = Watch(mixed, {})
+            real, masks = Watch(mixed, {}), real_rows(apart, given)
             for strength in SHAKES if places else ():
                 shake(mixed, starts, strength, seed=0)
                 base = real.base(given)
@@ -54,6 +54,14 @@ def surprise(
                 except Exception:  # a value that the model does not take, or an input that its layers refuse
                     continue
                 for at, changed in enumerate(now.outputs):
-                    if not evidence.depends(place, at, changed):
-                        return Rule(evidence).described(at, changed, place)
+                    if not evidence.depends(place, at, _of_real_rows(changed, masks)):
+                        return Rule(evidence).described(at, _of_real_rows(changed, masks), place)
     return None
+
+
+def _of_real_rows(changed: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """Of an output's elements, those that are not of rows which a mask calls padding: these nobody reads."""
+    for real in masks:
+        if changed.ndim >= 2 and changed.shape[:2] == real.shape:
+            changed = changed & real.to(changed.device).view(*real.shape, *[1] * (changed.ndim - 2))
+    return changed
