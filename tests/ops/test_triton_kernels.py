@@ -61,7 +61,11 @@ def test_encode_decode_correlate(p: int, q: int, r: int, dtype: torch.dtype) -> 
         y = generic.decode(z.double(), factor.double(), 2, n, k)
         assert relative(launch.decode(z, factor, 2, n, k), y) < STORED[dtype], (n, k)
         c = generic.correlate(x.double(), z.double(), (p, q), False)
-        assert relative(launch.correlate(x, z, (p, q)), c) < STORED[dtype], (n, k)
+        # Its terms cancel: the sum may be off by a rounding of the sum of absolute values, in whatever order it is made.
+        rounding = 2.0**-24 * float(
+            generic.correlate(x.double().abs(), z.double().abs(), (p, q), False).norm() / c.norm()
+        )
+        assert relative(launch.correlate(x, z, (p, q)), c) < STORED[dtype] + rounding, (n, k)
 
 
 @pytest.mark.parametrize("activation", ACTIVATE)
