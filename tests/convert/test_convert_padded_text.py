@@ -271,7 +271,8 @@ def test_padding_of_a_source_does_not_reach_the_decoder(padded):
     model = t5()
     mask = MASK if padded else torch.ones_like(MASK)
     examples = {"input_ids": IDS, "attention_mask": mask, "decoder_input_ids": IDS[:, :5]}
-    done = convert(model, SEQUENCE, example_inputs=examples)
+    keep = lambda module, name: name.startswith("encoder.block.0") or "decoder.block.0.layer.1" in name  # noqa: E731
+    done = convert(model, SEQUENCE, example_inputs=examples, filter_fn=keep)
     read = [name for name in done.converted if "EncDecAttention" in name]
     assert bool(read) is not padded
     if padded:

@@ -33,19 +33,30 @@ class Evidence:
         originals: the parameters before they were shaken.
         effort: how many times as many places as usual are tried.
         only_samples: whether only samples are changed, not positions.
+        only_padding: whether only positions are changed that the inputs' mask calls padding.
     """
 
     def __init__(
-        self, watch: Watch, originals: Mapping[str, Tensor], inputs: object, *, effort: int, only_samples: bool
+        self,
+        watch: Watch,
+        originals: Mapping[str, Tensor],
+        inputs: object,
+        *,
+        effort: int,
+        only_samples: bool,
+        only_padding: bool = False,
     ) -> None:
         self.watch, self.inputs, self.originals = watch, inputs, originals
         self._padding = [~real for real in real_rows(watch.model, inputs)]
         chosen = [p for p in places(watch.model, inputs, effort=effort) if p.dim == 0 or not only_samples]
         self.padding_places = {place for place in chosen if in_padding(watch.model, inputs, place)}
+        chosen = [place for place in chosen if place in self.padding_places] if only_padding else chosen
         self.seen: dict[Place, Changes] = {}
         self._reached: dict[Row, Changes] = {}
         self._settled: set[Place] = set()
-        for seed in reversed(range(1 if only_samples else 2)):  # what is asked later is asked of the first shake
+        for seed in reversed(
+            range(1 if only_samples or not chosen else 2)
+        ):  # what is asked later is asked of the first shake
             self.base = self._start(seed)
             for place in chosen:
                 self._look(place, seed)

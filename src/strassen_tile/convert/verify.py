@@ -30,6 +30,8 @@ def surprise(
         effort: how many times as many places as usual.
         only_padding: whether only places in the padding are tried.
     """
+    if only_padding and not real_rows(apart, example_inputs):
+        return None
     inputs = widened(apart, example_inputs)
     widened(mixed, example_inputs)
     originals = {name: p.detach().clone() for name, p in apart.named_parameters()}
@@ -38,8 +40,10 @@ def surprise(
         linears: Mapping[str, nn.Module] = {name: m for name, m in apart.named_modules() if isinstance(m, nn.Linear)}
         watch = Watch(apart, {**passing(apart), **linears})
         for given, only_samples in settings(watch, inputs)[: 1 if only_padding else None]:
-            evidence = Evidence(watch, originals, given, effort=effort, only_samples=only_samples)
-            places = [place for place in evidence.seen if not only_padding or place in evidence.padding_places]
+            evidence = Evidence(
+                watch, originals, given, effort=effort, only_samples=only_samples, only_padding=only_padding
+            )
+            places = list(evidence.seen)
             real, masks = Watch(mixed, {}), real_rows(apart, given)
             for strength in SHAKES if places else ():
                 shake(mixed, starts, strength, seed=0)
