@@ -9,7 +9,7 @@ from torch import nn
 
 from strassen_tile.convert.interference import Hazard
 from strassen_tile.convert.running import evaluating, guinea_pig, run
-from strassen_tile.convert.select import Candidate, place_of
+from strassen_tile.convert.select import Candidate, at, place_of
 from strassen_tile.convert.verify import surprise
 from strassen_tile.errors import ConversionError
 
@@ -105,8 +105,7 @@ def _run_with(
     with guinea_pig(model) as double:
         handles: list[Any] = []
         for candidate in replacements:
-            parent, child = place_of(double, candidate.name)
-            handles.append(parent._modules[child].register_forward_pre_hook(note(candidate)))  # type: ignore[union-attr]
+            handles.append(at(double, candidate.name).register_forward_pre_hook(note(candidate)))
         _put(double, replacements)
         if attach is not None:
             attach(double)
