@@ -17,7 +17,7 @@ from strassen_tile import reference
 from strassen_tile.nn.init import start_factors
 from strassen_tile.ops import fp8
 from strassen_tile.ops.autograd import encode
-from strassen_tile.report.rows import environment, write_rows
+from strassen_tile.records import environment, write_rows
 
 N, K, M, SEEDS = 512, 1024, 512, 5
 

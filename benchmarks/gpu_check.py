@@ -29,7 +29,7 @@ from gpu import blocks, checks, page, parts
 
 from strassen_tile.experiments import speed
 from strassen_tile.ops import cuda
-from strassen_tile.report.rows import environment, write_rows
+from strassen_tile.records import environment, write_rows
 
 RANKS = (16, 24, 32)
 # In the order of what is wanted most, should time run out.

@@ -9,8 +9,8 @@ import argparse
 import re
 from pathlib import Path
 
+from strassen_tile.records import read_rows, write_rows
 from strassen_tile.report import bench
-from strassen_tile.report.rows import read_rows, write_rows
 
 ROOT = Path(__file__).parent
 

@@ -18,6 +18,7 @@ PACKAGE = "strassen_tile"
 ROOMS = [
     "errors",
     "files",
+    "records",
     "tiling",
     "basis",
     "bases",
@@ -26,7 +27,7 @@ ROOMS = [
     "ops",
     "nn",
     "convert",
-    "rivals",
+    "baselines",
     "models",
     "data",
 ]
@@ -128,13 +129,16 @@ def test_package_keeps_the_import_order() -> None:
 
 PLANTED = {
     "upwards": ({"tiling.py": "from strassen_tile.basis import Basis"}, "comes later"),
-    "upwards inside a function": ({"nn/linear.py": "def f():\n    import strassen_tile.rivals.dense"}, "comes later"),
+    "upwards inside a function": (
+        {"nn/linear.py": "def f():\n    import strassen_tile.baselines.dense"},
+        "comes later",
+    ),
     "upwards, relative": ({"nn/linear.py": "from ..convert import swap", "convert/swap.py": ""}, "comes later"),
     "upwards for types": ({"ops/x.py": "if TYPE_CHECKING:\n    from strassen_tile.nn import STLLinear"}, "comes later"),
     "upwards by name": ({"cost.py": "import importlib\nimportlib.import_module('strassen_tile.nn')"}, "comes later"),
     "module from the root": ({"cost.py": "from strassen_tile import nn", "nn/__init__.py": ""}, "comes later"),
     "name from the root": ({"nn/linear.py": "from strassen_tile import Basis"}, "in no room"),
-    "the root itself": ({"rivals/dense.py": "import strassen_tile as st"}, "in no room"),
+    "the root itself": ({"baselines/dense.py": "import strassen_tile as st"}, "in no room"),
     "reference to ops": ({"reference.py": "from strassen_tile.ops import stl_linear"}, "comes later"),
     "ops to reference": (
         {"ops/cpu.py": "from strassen_tile import reference", "reference.py": ""},
@@ -148,7 +152,7 @@ PLANTED = {
     "optional": ({"nn/linear.py": "def f():\n    from sklearn.datasets import load_digits"}, "imports sklearn"),
     "optional by name": ({"cli.py": "__import__('matplotlib.pyplot')"}, "imports matplotlib"),
     "triton at the top": ({"ops/cpu.py": "try:\n    import triton\nexcept ImportError: ..."}, "imports triton"),
-    "triton outside ops": ({"rivals/dense.py": "class A:\n    import triton.language as tl"}, "imports triton"),
+    "triton outside ops": ({"baselines/dense.py": "class A:\n    import triton.language as tl"}, "imports triton"),
 }
 
 

@@ -2,9 +2,10 @@
 
 import io
 
+from strassen_tile.files import write_bytes
+from strassen_tile.records import environment_of
 from strassen_tile.report.bench import figure, page_columns
 from strassen_tile.report.page import Section, figure_svg, html_table, write_page
-from strassen_tile.report.rows import environment_of, write_bytes
 from strassen_tile.report.table import Column, field, percent, ratio, seconds
 
 

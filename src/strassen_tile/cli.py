@@ -181,7 +181,7 @@ def _add_compare(commands: _Commands) -> None:
 def _add_bench(commands: _Commands) -> None:
     command = commands.add_parser(
         "bench",
-        help="time dense, STL and rivals on this machine",
+        help="time dense, STL and baselines on this machine",
         description="Time products in alternating pairs with the dense one, after checking each against float64.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -1,9 +1,11 @@
-"""Files from outside: regular ones only, and never more of one than a limit. Every reader takes the limit as `max_bytes`."""
+"""Files: read from outside, regular ones only and never more of one than a limit (`max_bytes`); written atomically."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from typing import BinaryIO
 
 from strassen_tile.errors import ConfigError, DataError
 
+_UNFINISHED = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")  # as `write_bytes` names them
 _UNITS = ((30, "GiB"), (20, "MiB"), (10, "KiB"))
 
 
@@ -84,3 +87,39 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(record := dict(pairs)) < len(pairs):
         raise ValueError("a key appears twice")
     return record
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8, atomically; see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, data: bytes | memoryview) -> None:
+    """Write `data` to `path` atomically: a temporary file beside it, synced, then renamed. Makes missing folders.
+
+    Raises:
+        OSError: as the file system has it, with the name of the file. `path` is then as it was, and no temporary file
+            is left; a process that is killed leaves one, see `remove_unfinished`.
+    """
+    target = Path(path).resolve()  # Through a link: renaming onto the link itself would replace it.
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile: its files are private to the user (0600), these follow the umask like any other.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException as error:  # An interrupt as well must leave nothing behind.
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename != str(target):
+            raise OSError(error.errno, error.strerror, str(target)) from error  # a full disk does not say which file
+        raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left of files they were writing in `folder`. No other may be writing there now."""
+    for path in folder.glob(".*.tmp"):
+        if _UNFINISHED.fullmatch(path.name):
+            path.unlink(missing_ok=True)

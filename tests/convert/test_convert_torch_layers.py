@@ -5,7 +5,7 @@ import torch
 from tiny_models import APART, SEQUENCE
 from torch import nn
 
-from strassen_tile import STLConfig, STLLinear, convert, models, rivals
+from strassen_tile import STLConfig, STLLinear, baselines, convert, models
 
 EXACT = STLConfig(tile=2, rank=7, basis="strassen")
 X = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -38,7 +38,7 @@ def test_encoder_leaves_the_fused_path_that_reads_weights_itself():
 @pytest.mark.parametrize("mask", [None, PADDING], ids=["whole", "padded"])
 def test_pruned_weights_are_not_read_unpruned_by_the_fused_path(mask):
     model = encoder()
-    rivals.sparse_24().apply(model, None, None)
+    baselines.sparse_24().apply(model, None, None)
     real = torch.ones_like(PADDING) if mask is None else ~mask
     with torch.no_grad():
         fused = model(X, src_key_padding_mask=mask)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from strassen_tile.baselines import dense, sparse_24, stl
 from strassen_tile.cli import main
 from strassen_tile.data import load_images
 from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import vision
-from strassen_tile.rivals import dense, sparse_24, stl
 
 RECIPE = vision.Recipe(
     data="digits", model="t2t_vit_micro", image_size=None, methods=("dense", "stl"), ranks=(8,), seeds=(0,),

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from strassen_tile.errors import DataError
+from strassen_tile.records import read_rows
 from strassen_tile.report.compare import (
     columns,
     figure_accuracy_flops,
@@ -20,7 +21,6 @@ from strassen_tile.report.compare import (
     write_report,
 )
 from strassen_tile.report.labels import spread
-from strassen_tile.report.rows import read_rows
 from strassen_tile.report.table import cells, markdown_table
 
 METHODS = [

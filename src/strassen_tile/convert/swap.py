@@ -71,7 +71,7 @@ def swap(
     pays: Pays | None = None,
     attach: Attach | None = None,
 ) -> Conversion:
-    """Replace the layers that `replace` has a replacement for, all or none; the engine of `convert` and of its rivals."""
+    """Replace the layers that `replace` has a replacement for, all or none; the engine of `convert` and of its baselines."""
     plan = survey(
         model, example_inputs=example_inputs, filter_fn=filter_fn, mixing=mixing, force_mixing=force_mixing, pays=pays
     )

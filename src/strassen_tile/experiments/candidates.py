@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from strassen_tile import reference
+from strassen_tile.baselines import mask_24
 from strassen_tile.errors import ConfigError
 from strassen_tile.nn import STLConfig
 from strassen_tile.nn.init import start_factors
 from strassen_tile.ops import stl_linear
-from strassen_tile.rivals import mask_24
 
 WHY_NO_STEP = "PyTorch's 2:4 format is for inference, it has no gradient of the sparse weight to time"
 METHODS = ("stl", "low-rank", "2:4")

@@ -22,10 +22,10 @@ from strassen_tile.experiments.recipe import Recipe, fastest_precision
 from strassen_tile.files import make_folder
 from strassen_tile.integrations.ranks import RankError, ranks
 from strassen_tile.nn import STLConfig
+from strassen_tile.records import Row, environment, write_rows
 from strassen_tile.report import bench as bench_report
 from strassen_tile.report import plan as plan_report
 from strassen_tile.report.compare import columns, summarise, table_caption, write_report
-from strassen_tile.report.rows import Row, environment, write_rows
 from strassen_tile.report.table import ratio, rich_table, seconds
 
 # A comparison's recipe where the command does not say: (model, epochs, batch size, augment) by data. Three epochs of

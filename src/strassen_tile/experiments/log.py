@@ -12,8 +12,8 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from strassen_tile.errors import ConfigError, DataError
-from strassen_tile.files import make_folder
-from strassen_tile.report.rows import Row, read_rows, write_rows, write_text
+from strassen_tile.files import make_folder, write_text
+from strassen_tile.records import Row, read_rows, write_rows
 from strassen_tile.report.runs import group_rows
 from strassen_tile.report.table import number
 

@@ -19,7 +19,7 @@ from strassen_tile.convert.survey import mixing_of, survey
 from strassen_tile.cost import Machine
 from strassen_tile.errors import ConfigError
 from strassen_tile.nn import STLConfig
-from strassen_tile.report.rows import Row
+from strassen_tile.records import Row
 
 
 def load_model(text: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from strassen_tile import rivals
+from strassen_tile import baselines
 from strassen_tile.errors import ConfigError
 from strassen_tile.nn import STLConfig
 
@@ -77,17 +77,19 @@ class Recipe:
             tile=self.tile, rank=rank, basis=self.init, mixing=self.mixing, encoder_scope=self.encoder_scope  # type: ignore[arg-type]
         )  # fmt: skip
 
-    def roster(self) -> list[rivals.Method]:
+    def roster(self) -> list[baselines.Method]:
         """The methods, STL once for each rank. Low rank gets the FLOP ratio of the first rank's products."""
         p, q, s = self.tile
-        found: list[rivals.Method] = []
+        found: list[baselines.Method] = []
         for name in self.methods:
             if name == "stl":
-                found += [rivals.stl(self.stl_config(rank)) for rank in self.ranks]
+                found += [baselines.stl(self.stl_config(rank)) for rank in self.ranks]
             elif name == "low-rank":
-                found.append(rivals.low_rank(min(self.ranks) / (p * q * s)))
+                found.append(baselines.low_rank(min(self.ranks) / (p * q * s)))
             else:
-                found.append({"dense": rivals.dense, "2:4": rivals.sparse_24, "dense+mix": rivals.token_mix}[name]())
+                found.append(
+                    {"dense": baselines.dense, "2:4": baselines.sparse_24, "dense+mix": baselines.token_mix}[name]()
+                )
         return found
 
 

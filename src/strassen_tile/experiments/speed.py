@@ -1,4 +1,4 @@
-"""How fast on this machine: dense, Strassen-Tile and its rivals, in pairs with the dense product in the same run.
+"""How fast on this machine: dense, Strassen-Tile and its baselines, in pairs with the dense product in the same run.
 
 A machine's speed drifts, so no time stands alone: runs alternate dense, candidate, dense, candidate, and the speed-up is
 the median of the ratios of neighbours. Nothing is timed before it has been compared with the float64 reference: its result
@@ -24,7 +24,7 @@ from strassen_tile.experiments.verification import VerificationError, verified
 from strassen_tile.files import amount
 from strassen_tile.nn import STLConfig
 from strassen_tile.ops.cpu import compiled
-from strassen_tile.report.rows import Row, environment
+from strassen_tile.records import Row, environment
 
 __all__ = ["DTYPES", "NAMED", "VerificationError", "bench", "interleave", "shapes_of"]
 

@@ -17,15 +17,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from strassen_tile import rivals
+from strassen_tile import baselines
 from strassen_tile.convert import Conversion
 from strassen_tile.data import ImageSplits, load_images
 from strassen_tile.errors import ConfigError
 from strassen_tile.experiments.log import RunLog, claim, locked
 from strassen_tile.experiments.recipe import Recipe, fastest_precision
+from strassen_tile.files import remove_unfinished
 from strassen_tile.integrations.ranks import first, ranks
 from strassen_tile.models import t2t_vit
-from strassen_tile.report.rows import Row, environment, remove_unfinished
+from strassen_tile.records import Row, environment
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _opened(recipe: Recipe, folder: Path, held: contextlib.ExitStack) -> RunLog:
 def _run(
     recipe: Recipe,
     splits: ImageSplits,
-    method: rivals.Method,
+    method: baselines.Method,
     seed: int,
     log: RunLog,
     where: Row,
@@ -151,7 +152,7 @@ def _prepare(work: Path) -> None:
     remove_unfinished(work)
 
 
-def build(recipe: Recipe, splits: ImageSplits, method: rivals.Method, seed: int) -> tuple[nn.Module, Conversion]:
+def build(recipe: Recipe, splits: ImageSplits, method: baselines.Method, seed: int) -> tuple[nn.Module, Conversion]:
     """The network of `recipe` with the weights of `seed`, converted by `method`."""
     torch.manual_seed(seed)
     model = t2t_vit(
@@ -170,7 +171,7 @@ def cost_fields(model: nn.Module, conversion: Conversion, splits: ImageSplits) -
     image = torch.randn(1, splits.channels, splits.image_size, splits.image_size)
     seen = {name: [(1, *shape[1:]) for shape in shapes] for name, shapes in conversion.calls.items()}
     one = Conversion(conversion.converted, conversion.skipped, seen)
-    cost = rivals.model_cost(model, one, image)
+    cost = baselines.model_cost(model, one, image)
     return {
         "params": cost.params,
         "flops_per_image": cost.flops,

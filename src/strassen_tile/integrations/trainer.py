@@ -24,8 +24,8 @@ from strassen_tile.data import ImageSplits, collate
 from strassen_tile.integrations.checkpoints import resumable, seal
 from strassen_tile.integrations.ranks import first, ranks
 from strassen_tile.nn import param_groups
+from strassen_tile.records import Row
 
-Row = dict[str, str | int | float | bool | None]  # as in `report.rows`, which lies above
 _IGNORED = -100  # the label of what counts for nothing, to Trainer and to cross_entropy
 
 

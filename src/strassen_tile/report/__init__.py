@@ -7,8 +7,8 @@ table or figure, and with `pip install "strassen-tile[report]"`.
 
 from __future__ import annotations
 
+from strassen_tile.records import Row, Value, append_rows, environment, read_rows, write_rows
 from strassen_tile.report.page import Section, figure_svg, html_table, write_page
-from strassen_tile.report.rows import Row, Value, append_rows, environment, read_rows, write_rows
 from strassen_tile.report.table import Column, markdown_table, rich_table
 
 __all__ = [

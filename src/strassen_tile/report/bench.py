@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from strassen_tile.files import write_bytes
+from strassen_tile.records import Value, environment_of, write_rows
 from strassen_tile.report.page import Section, figure_svg, html_table, write_page
-from strassen_tile.report.rows import Value, environment_of, write_bytes, write_rows
 from strassen_tile.report.table import Column, field, number, ratio, report_extra, seconds
 
 if TYPE_CHECKING:

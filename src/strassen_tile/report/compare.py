@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from strassen_tile.records import Row, Value, environment_of, write_rows
 from strassen_tile.report.figures import figure_accuracy_flops, figure_curves, plot
 from strassen_tile.report.page import Section, figure_svg, html_table, write_page
-from strassen_tile.report.rows import Row, Value, environment_of, write_rows
 from strassen_tile.report.runs import Group, group_rows, summarise
 from strassen_tile.report.table import MISSING, Column, count, fewer, field, flops, number, percent, plus_minus
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from strassen_tile.files import write_bytes
+from strassen_tile.records import Value
 from strassen_tile.report.labels import SIZE, Box, label_ends, label_points, measure
-from strassen_tile.report.rows import Value, write_bytes
 from strassen_tile.report.runs import Group, group_rows
 from strassen_tile.report.table import number, report_extra, sample_sd
 

@@ -16,7 +16,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from strassen_tile.report.rows import Value, write_text
+from strassen_tile.files import write_text
+from strassen_tile.records import Value
 from strassen_tile.report.table import Column, cells, plain, report_extra
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from strassen_tile.files import write_bytes
+from strassen_tile.records import Row, Value, environment_of, write_rows
 from strassen_tile.report.page import Section, figure_svg, html_table, write_page
-from strassen_tile.report.rows import Row, Value, environment_of, write_bytes, write_rows
 from strassen_tile.report.table import Column, field, number, ratio, report_extra
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from strassen_tile.errors import DataError
-from strassen_tile.report.rows import Row, Value
+from strassen_tile.records import Row, Value
 from strassen_tile.report.table import number, sample_sd
 
 # Set by the model and its conversion alone: the same in every epoch and for every seed.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from strassen_tile.errors import DataError
-from strassen_tile.report.rows import Value
+from strassen_tile.records import Value
 
 if TYPE_CHECKING:
     from rich.table import Table

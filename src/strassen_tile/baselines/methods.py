@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from strassen_tile import cost
+from strassen_tile.baselines.dense import LowRankLinear, TokenMixLinear
+from strassen_tile.baselines.sparse24 import Sparse24Linear
 from strassen_tile.convert import Conversion, convert, swap
 from strassen_tile.convert.influence import Mixing
 from strassen_tile.convert.running import evaluating, run
@@ -23,8 +25,6 @@ from strassen_tile.cost import Cost
 from strassen_tile.errors import ConfigError
 from strassen_tile.nn import STLConfig
 from strassen_tile.nn.base import TileLayer
-from strassen_tile.rivals.dense import LowRankLinear, TokenMixLinear
-from strassen_tile.rivals.sparse24 import Sparse24Linear
 
 # What a CPU runs for F.scaled_dot_product_attention, and FlopCounterMode takes for free.
 _UNCOUNTED = {

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from strassen_tile import rivals
+from strassen_tile import baselines
+from strassen_tile.baselines import Sparse24Linear, mask_24
+from strassen_tile.baselines.sparse24 import SR_STE_DECAY
 from strassen_tile.errors import ConversionError, ShapeError
-from strassen_tile.rivals import Sparse24Linear, mask_24
-from strassen_tile.rivals.sparse24 import SR_STE_DECAY
 
 X = torch.randn(4, 3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 
@@ -61,11 +61,11 @@ def test_sizes_that_hold_no_whole_groups_are_refused():
 
 def test_method_names_the_layers_it_cannot_prune():
     model = nn.Sequential(nn.Linear(16, 6), nn.Linear(6, 8), nn.Linear(8, 8))
-    done = rivals.sparse_24().apply(model, None, None)
+    done = baselines.sparse_24().apply(model, None, None)
     assert list(done.converted) == ["0", "2"]
     assert done.skipped == {"1": "in_features 6 is not a multiple of 4"}
     with pytest.raises(ConversionError, match="in_features 6"):
-        rivals.sparse_24().apply(nn.Sequential(nn.Linear(6, 8)), None, None)
+        baselines.sparse_24().apply(nn.Sequential(nn.Linear(6, 8)), None, None)
 
 
 def test_forward_uses_the_masked_weight():

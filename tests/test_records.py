@@ -9,17 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from strassen_tile import report
 from strassen_tile.errors import DataError
-from strassen_tile.report import rows as rows_module
-from strassen_tile.report.rows import (
-    ENVIRONMENT_FIELDS,
-    append_rows,
-    environment,
-    environment_of,
-    read_rows,
-    write_bytes,
-    write_rows,
-)
+from strassen_tile.files import write_bytes
+from strassen_tile.records import ENVIRONMENT_FIELDS, append_rows, environment, environment_of, read_rows, write_rows
+from strassen_tile.records.environment import _commit
 
 ROWS = [
     {"method": "2:4", "rank": None, "top1": 88.25, "seed": 0, "kept": True, "note": 'a "quoted" line\nand ×'},
@@ -152,17 +146,17 @@ def test_commit_is_that_of_the_package_s_own_checkout(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
     (package / "a.py").write_text("a = 1\n")
     git("init", "-q")
-    assert rows_module._commit(package) == ""  # A checkout without a commit.
+    assert _commit(package) == ""  # A checkout without a commit.
     git("add", "src")
     git("commit", "-qm", "first")
     head = git("rev-parse", "--short", "HEAD")
     monkeypatch.setenv("GIT_DIR", "/nowhere")  # As a git hook would set it.
-    assert rows_module._commit(package) == head
+    assert _commit(package) == head
     (package / "untracked.py").write_text("")
-    assert rows_module._commit(package) == head
+    assert _commit(package) == head
     (package / "a.py").write_text("a = 2\n")
-    assert rows_module._commit(package) == head + "+dirty"
-    assert rows_module._commit(elsewhere) == ""
+    assert _commit(package) == head + "+dirty"
+    assert _commit(elsewhere) == ""
 
 
 def test_environment_of_rows_merges_what_differs():
@@ -180,7 +174,7 @@ def test_environment_of_rows_merges_what_differs():
 def test_importing_the_report_imports_neither_rich_nor_matplotlib():
     # Read, not run: a fresh interpreter with torch takes seconds. Imports inside functions and under
     # TYPE_CHECKING are nested, and so not among the statements of the module itself.
-    for path in Path(rows_module.__file__).parent.glob("*.py"):
+    for path in Path(report.__file__).parent.glob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -1,8 +1,8 @@
 """What users would pick instead, behind one interface."""
 
-from strassen_tile.rivals.dense import LowRankLinear, TokenMixLinear
-from strassen_tile.rivals.methods import Method, ModelCost, dense, low_rank, model_cost, sparse_24, stl, token_mix
-from strassen_tile.rivals.sparse24 import Sparse24Linear, mask_24
+from strassen_tile.baselines.dense import LowRankLinear, TokenMixLinear
+from strassen_tile.baselines.methods import Method, ModelCost, dense, low_rank, model_cost, sparse_24, stl, token_mix
+from strassen_tile.baselines.sparse24 import Sparse24Linear, mask_24
 
 __all__ = [
     "LowRankLinear",

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from strassen_tile import rivals
+from strassen_tile import baselines
+from strassen_tile.baselines import LowRankLinear, TokenMixLinear
 from strassen_tile.errors import ConfigError, ShapeError
-from strassen_tile.rivals import LowRankLinear, TokenMixLinear
 
 X = torch.randn(2, 7, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 
@@ -149,10 +149,10 @@ class MeanAdded(nn.Module):
 def test_methods_convert_and_undo():
     examples = torch.randn(2, 7, 12)
     methods = {
-        "dense": (rivals.dense(), nn.Linear),
-        "2:4": (rivals.sparse_24(), rivals.Sparse24Linear),
-        "low-rank": (rivals.low_rank(0.5), LowRankLinear),
-        "dense+mix": (rivals.token_mix(3), TokenMixLinear),
+        "dense": (baselines.dense(), nn.Linear),
+        "2:4": (baselines.sparse_24(), baselines.Sparse24Linear),
+        "low-rank": (baselines.low_rank(0.5), LowRankLinear),
+        "dense+mix": (baselines.token_mix(3), TokenMixLinear),
     }
     for name, (method, kind) in methods.items():
         model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), MeanAdded()).eval()
@@ -169,7 +169,7 @@ def test_methods_convert_and_undo():
 
 def test_only_the_row_mixing_method_refuses_batches_of_rows():
     rows = torch.randn(5, 12)
-    for method in (rivals.dense(), rivals.sparse_24(), rivals.low_rank(0.5)):
+    for method in (baselines.dense(), baselines.sparse_24(), baselines.low_rank(0.5)):
         method.apply(nn.Sequential(nn.Linear(12, 8), nn.ReLU()), rows, None)
     with pytest.raises(ValueError, match="whose rows are a batch"):
-        rivals.token_mix().apply(nn.Sequential(nn.Linear(12, 8), nn.ReLU()), rows, None)
+        baselines.token_mix().apply(nn.Sequential(nn.Linear(12, 8), nn.ReLU()), rows, None)

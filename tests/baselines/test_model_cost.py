@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from strassen_tile import STLConfig, STLLinear, models, rivals
+from strassen_tile import STLConfig, STLLinear, baselines, models
+from strassen_tile.baselines import model_cost
 from strassen_tile.errors import ConfigError
-from strassen_tile.rivals import model_cost
 
 
 class Model(nn.Module):
@@ -48,7 +48,7 @@ def counted(model, x=X):
 def test_stl_is_counted_as_the_counter_counts_it(config):
     model = Model()
     before = counted(model)
-    cost = model_cost(model, rivals.stl(config).apply(model, X, None), X)
+    cost = model_cost(model, baselines.stl(config).apply(model, X, None), X)
     assert cost.flops == counted(model)
     assert cost.dense_flops == before == 4 * LINEAR + REST
     assert cost.converted.dense_flops == 4 * LINEAR
@@ -59,7 +59,7 @@ def test_stl_is_counted_as_the_counter_counts_it(config):
 
 def test_stl_by_hand():
     model = Model()
-    cost = model_cost(model, rivals.stl(STLConfig(tile=4, rank=24)).apply(model, X, None), X)
+    cost = model_cost(model, baselines.stl(STLConfig(tile=4, rank=24)).apply(model, X, None), X)
     tiles, r = 3 * 2, 24  # 7 rows are two tiles a sample
     up = 2 * r * (tiles * 4 * 8 + tiles * 2 * 3 + tiles * 4 * 12)  # encode, products, decode
     down = 2 * r * (tiles * 4 * 12 + tiles * 3 * 2 + tiles * 4 * 8)
@@ -72,7 +72,7 @@ def test_stl_by_hand():
 
 def test_dense_is_the_counters_count():
     model = Model()
-    done = rivals.dense().apply(model, X, None)
+    done = baselines.dense().apply(model, X, None)
     cost = model_cost(model, done, X)
     assert list(done.converted) == ["up", "down"]
     assert cost.flops == cost.dense_flops == counted(model)
@@ -82,14 +82,14 @@ def test_dense_is_the_counters_count():
 
 def test_24_is_half_of_what_is_converted():
     model = Model()
-    cost = model_cost(model, rivals.sparse_24().apply(model, X, None), X)
+    cost = model_cost(model, baselines.sparse_24().apply(model, X, None), X)
     assert cost.flops == 2 * LINEAR + REST
     assert cost.dense_flops == 4 * LINEAR + REST
     assert cost.converted.flop_ratio == 0.5
 
 
-@pytest.mark.parametrize("method", [rivals.low_rank(0.5), rivals.token_mix(4)], ids=["low-rank", "mix"])
-def test_other_rivals_are_the_counters_count(method):
+@pytest.mark.parametrize("method", [baselines.low_rank(0.5), baselines.token_mix(4)], ids=["low-rank", "mix"])
+def test_other_baselines_are_the_counters_count(method):
     model = Model()
     cost = model_cost(model, method.apply(model, X, None), X)
     assert cost.flops == counted(model)
@@ -99,23 +99,23 @@ def test_other_rivals_are_the_counters_count(method):
 def test_frozen_parameters_are_not_counted_as_trained():
     model = Model()
     model.head.requires_grad_(False)
-    cost = model_cost(model, rivals.dense().apply(model, X, None), X)
+    cost = model_cost(model, baselines.dense().apply(model, X, None), X)
     assert cost.params == 8 * 12 + 12 + 12 * 8 + 8
 
 
 def test_count_is_of_the_inputs_given_not_of_those_converted_with():
     model = Model()
-    done = rivals.stl(STLConfig(rank=24)).apply(model, X, None)
+    done = baselines.stl(STLConfig(rank=24)).apply(model, X, None)
     cost = model_cost(model, done, X[:1])
     assert cost.flops == counted(model, X[:1])
     assert cost.dense_flops == (4 * LINEAR + REST) // 3
-    blind = rivals.stl(STLConfig(rank=6, mixing="none")).apply(Model(), None, lambda module, name: name != "head")
+    blind = baselines.stl(STLConfig(rank=6, mixing="none")).apply(Model(), None, lambda module, name: name != "head")
     assert set(blind.converted) == {"up", "down"}
 
 
 def test_conversion_that_saw_no_inputs_can_be_counted():
     model = Model()
-    done = rivals.stl(STLConfig(rank=6, mixing="none")).apply(model, None, None)
+    done = baselines.stl(STLConfig(rank=6, mixing="none")).apply(model, None, None)
     assert model_cost(model, done, X).flops == counted(model)
 
 
@@ -126,7 +126,7 @@ def test_attention_by_the_library_is_counted_on_a_cpu_too():
             return self.head(F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None]).squeeze(1)).relu()
 
     model = Attention()
-    cost = model_cost(model, rivals.dense().apply(model, X, None), X)
+    cost = model_cost(model, baselines.dense().apply(model, X, None), X)
     with sdpa_kernel(SDPBackend.MATH):
         assert cost.flops == counted(model) == 2 * LINEAR + REST
     assert counted(model) < cost.flops  # what the counter alone would print
@@ -134,7 +134,7 @@ def test_attention_by_the_library_is_counted_on_a_cpu_too():
 
 def test_fused_encoder_layer_is_counted():
     model = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
-    cost = model_cost(model, rivals.stl(STLConfig(rank=24)).apply(model, X, None), X)
+    cost = model_cost(model, baselines.stl(STLConfig(rank=24)).apply(model, X, None), X)
     attention = 2 * 21 * 8 * 24 + 2 * 21 * 8 * 8 + 2 * (2 * 3 * 7 * 7 * 8)
     assert cost.dense_flops == 2 * LINEAR + attention
 
@@ -143,7 +143,7 @@ def test_t2t_vit():
     x = torch.randn(2, 1, 8, 8)
     model = models.t2t_vit("t2t_vit_nano", num_classes=10, image_size=8, in_channels=1)
     before = counted(model, x)
-    done = rivals.stl(STLConfig(rank=24)).apply(model, x, lambda module, name: name.startswith("blocks."))
+    done = baselines.stl(STLConfig(rank=24)).apply(model, x, lambda module, name: name.startswith("blocks."))
     cost = model_cost(model, done, x)
     assert (cost.flops, cost.dense_flops) == (counted(model, x), before)
     assert 0.5 < cost.share < 1.0
@@ -151,7 +151,7 @@ def test_t2t_vit():
 
 def test_mode_hooks_and_randomness_are_left_as_they_were():
     model = Model().train()
-    done = rivals.stl(STLConfig(rank=24)).apply(model, X, None)
+    done = baselines.stl(STLConfig(rank=24)).apply(model, X, None)
     state = torch.get_rng_state()
     first = model_cost(model, done, X)
     assert model_cost(model, done, X) == first
@@ -162,7 +162,7 @@ def test_mode_hooks_and_randomness_are_left_as_they_were():
 
 def test_layers_of_unknown_cost_are_refused():
     model = Model()
-    done = rivals.dense().apply(model, X, None)
+    done = baselines.dense().apply(model, X, None)
     model.up = done.converted["up"] = nn.Bilinear(8, 8, 12)
     model.up.forward = lambda x: torch.zeros(*x.shape[:-1], 12)
     with pytest.raises(ConfigError, match="Bilinear has no cost"):
@@ -170,4 +170,4 @@ def test_layers_of_unknown_cost_are_refused():
 
 
 def test_label_says_name_and_rank():
-    assert rivals.stl(STLConfig(rank=24)).label == "stl r=24"
+    assert baselines.stl(STLConfig(rank=24)).label == "stl r=24"

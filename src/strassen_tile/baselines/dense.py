@@ -1,4 +1,4 @@
-"""Rivals made of dense products: low rank, and a dense layer with a cheap mix of neighbouring rows.
+"""Baselines made of dense products: low rank, and a dense layer with a cheap mix of neighbouring rows.
 
 The second is a control. Part of what a row-mixing STL layer gains comes from the mixing, not from the encoding; a dense
 layer that may mix the p rows of a tile for a few FLOPs more shows how much.
