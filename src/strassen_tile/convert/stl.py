@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import nn
 
-from strassen_tile.convert.mlps import adopt_mlps
 from strassen_tile.convert.select import Filter
 from strassen_tile.convert.survey import mixing_of
 from strassen_tile.convert.swap import Conversion, swap
@@ -34,9 +33,6 @@ def convert(
     2-D inputs and those in whose tiles rows would see what they do not see in the model as it is: other samples, later tokens,
     other windows. That is found by running copies of the model on `example_inputs`, some hundred times, with parts of them
     changed (docs/guarantees.md); so a config that mixes rows needs them. Best give two samples or more, as long as a few tiles.
-
-    Blocks that are an MLP of replaced layers, two or a gated three, keep their class and names but become `STLMLP`s too:
-    in inference on a GPU they run in one step. They are recognised by reading their source.
 
     A model called with `attention_mask` or `src_key_padding_mask` (B, N) has its padding rows zeroed before they can reach real
     ones; `strassen_tile.padding(model, mask)` says which they are where neither is an argument.
@@ -89,9 +85,6 @@ def convert(
         attach=None if padding is None else padding.attach,
     )
     conversion.padding = padding
-    mlps = adopt_mlps(model, conversion.converted.values())
-    conversion.mlps = list(mlps)
-    conversion._undo.extend(mlps.values())
     if padding is not None:
         conversion._undo.extend(handle.remove for handle in padding.attach(model))
     return conversion

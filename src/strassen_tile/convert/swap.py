@@ -31,7 +31,6 @@ class Conversion:
         converted: name → the layer now there.
         skipped: name → why the linear layer of that name was left as it is.
         calls: name → input shapes seen on the example inputs; empty without them.
-        mlps: names of the blocks that are an MLP of converted layers, and run in one step where `STLMLP` would.
         padding: the mask that row-mixing layers share; `with conversion.padding(mask): model(…)` for models that do
             not take `attention_mask`; `strassen_tile.padding(model, mask)` does the same, on copies too. None when rows do
             not mix.
@@ -40,7 +39,6 @@ class Conversion:
     converted: dict[str, nn.Module]
     skipped: dict[str, str]
     calls: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
-    mlps: list[str] = field(default_factory=list)
     padding: PaddingMask | None = None
     _undo: list[Callable[[], object]] = field(default_factory=list, repr=False)
 
@@ -54,8 +52,6 @@ class Conversion:
         rows += [(name, "left as it is", reason) for name, reason in self.skipped.items()]
         widths = [max([len(row[column]) for row in rows] + [5]) for column in (0, 1)]
         head = f"{len(self.converted)} converted, {len(self.skipped)} left as they are"
-        if self.mlps:
-            head += f"; run as MLPs: {', '.join(name or 'the model itself' for name in self.mlps)}"
         lines = [f"{name:<{widths[0]}}  {what:<{widths[1]}}  {why}".rstrip() for name, what, why in rows]
         return "\n".join([head, *lines])
 
