@@ -9,8 +9,8 @@ import sys
 from setuptools import Extension, setup
 
 kernels = Extension(
-    "strassen_tile.ops._kernels",
-    ["src/strassen_tile/ops/_kernels.c"],
+    "strassen_tile.ops.cpu._kernels",
+    ["src/strassen_tile/ops/cpu/_kernels.c"],
     extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=fast", "-Wno-psabi"],
     py_limited_api=True,
     optional=True,

@@ -15,8 +15,8 @@ import torch
 import strassen_tile as stl
 from strassen_tile import reference
 from strassen_tile.nn.init import start_factors
-from strassen_tile.ops import fp8
-from strassen_tile.ops.autograd import encode
+from strassen_tile.ops.cuda import fp8
+from strassen_tile.ops.gradients import encode
 from strassen_tile.records import environment, write_rows
 
 N, K, M, SEEDS = 512, 1024, 512, 5

@@ -28,7 +28,7 @@ import torch
 from gpu import blocks, checks, page, parts
 
 from strassen_tile.experiments import speed
-from strassen_tile.ops import cuda
+from strassen_tile.ops.cuda import passes
 from strassen_tile.records import environment, write_rows
 
 RANKS = (16, 24, 32)
@@ -141,7 +141,7 @@ def start(log, command):
 
 def tuned(run):
     """The fastest block sizes, which everything after uses."""
-    from strassen_tile.ops.triton import choices, tune
+    from strassen_tile.ops.cuda import choices, tune
 
     name, file, found = run.where["machine"], run.out / "choices.json", {}
     if run.tiny:
@@ -214,7 +214,7 @@ def main():
     options = parser.parse_args()
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --dry-run goes through the same steps on the CPU")
-    if cuda.launcher() is None:
+    if passes.launcher() is None:
         parser.error("triton is not installed")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.shard:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import strassen_tile as stl
 from strassen_tile.experiments.speed import DTYPES, shapes_of
-from strassen_tile.ops import panels
+from strassen_tile.ops.cpu import panels
 from strassen_tile.records import environment, read_rows, write_rows
 
 

@@ -1,4 +1,4 @@
-"""The house rule of the design: imports go downwards, optional libraries stay in their rooms, and importing is cheap."""
+"""The house rule of the design: imports go downwards, optional libraries stay in their packages, and importing is cheap."""
 
 import ast
 import json
@@ -15,7 +15,7 @@ import pytest
 import strassen_tile
 
 PACKAGE = "strassen_tile"
-ROOMS = [
+ORDER = [
     "errors",
     "files",
     "records",
@@ -31,10 +31,11 @@ ROOMS = [
     "models",
     "data",
 ]
-ROOMS += ["integrations", "report", "experiments", "cli"]
+ORDER += ["integrations", "report", "experiments", "cli"]
 OPTIONAL = {"transformers", "accelerate", "datasets", "sklearn", "matplotlib"}
-OPTIONAL_ROOMS = {"integrations", "experiments", "data", "report"}
+OPTIONAL_IN = {"integrations", "experiments", "data", "report"}
 OPS_MAY_IMPORT = {"errors", "files", "tiling", "basis", "ops"}  # its oracle, `reference`, stands on bases and cost
+TRITON = {f"ops/cuda/{name}.py" for name in ("kernels", "launch", "tiles", "tune")}  # loaded when CUDA tensors come
 HEAVY = {*OPTIONAL, "PIL", "rich", "scipy", "triton", "pandas"}
 
 
@@ -88,28 +89,28 @@ def violations(sources: Mapping[str, str]) -> Iterator[str]:
     known = {PACKAGE, f"{PACKAGE}._version", *map(module_name, sources)}
     graph: dict[str, set[str]] = {}
     for path, source in sources.items():
-        room = path.split("/")[0].partition(".")[0]
-        if room in ("__init__", "_version"):
+        part = path.split("/")[0].partition(".")[0]
+        if part in ("__init__", "_version"):
             continue
-        if room not in ROOMS:
-            yield f"{path}: {room} is not in the import order; give it a place in ARCHITECTURE.md and ROOMS"
+        if part not in ORDER:
+            yield f"{path}: {part} is not in the import order; give it a place in docs/architecture.md and ORDER"
             continue
         graph[module_name(path)] = set()
         for target, line, at_top in imports_of(path, source):
             where, top = f"{path}:{line}", target.split(".")[0]
-            if top in OPTIONAL and room not in OPTIONAL_ROOMS:
-                yield f"{where} imports {top}; only {', '.join(sorted(OPTIONAL_ROOMS))} may"
-            if top == "triton" and at_top and not path.startswith("ops/triton/"):
-                yield f"{where} imports triton when it is imported; only modules in ops/triton may"
+            if top in OPTIONAL and part not in OPTIONAL_IN:
+                yield f"{where} imports {top}; only {', '.join(sorted(OPTIONAL_IN))} may"
+            if top == "triton" and at_top and path not in TRITON:
+                yield f"{where} imports triton when it is imported; only {', '.join(sorted(TRITON))} may"
             if top != PACKAGE or (module := resolve(target, known)) == f"{PACKAGE}._version":
                 continue
             graph[module_name(path)].add(module)
             other = target.partition(".")[2].split(".")[0]
-            if other not in ROOMS:
-                yield f"{where} imports {target}, which is in no room; import it from where it is defined"
-            elif ROOMS.index(other) > ROOMS.index(room):
-                yield f"{where}: {room} imports {other}, which comes later"
-            elif room == "ops" and other not in OPS_MAY_IMPORT:
+            if other not in ORDER:
+                yield f"{where} imports {target}, which is in no part; import it from where it is defined"
+            elif ORDER.index(other) > ORDER.index(part):
+                yield f"{where}: {part} imports {other}, which comes later"
+            elif part == "ops" and other not in OPS_MAY_IMPORT:
                 yield f"{where}: ops imports {other}; it may import only {', '.join(sorted(OPS_MAY_IMPORT - {'ops'}))}"
     graph.pop(PACKAGE, None)
     try:
@@ -137,17 +138,17 @@ PLANTED = {
     "upwards for types": ({"ops/x.py": "if TYPE_CHECKING:\n    from strassen_tile.nn import STLLinear"}, "comes later"),
     "upwards by name": ({"cost.py": "import importlib\nimportlib.import_module('strassen_tile.nn')"}, "comes later"),
     "module from the root": ({"cost.py": "from strassen_tile import nn", "nn/__init__.py": ""}, "comes later"),
-    "name from the root": ({"nn/linear.py": "from strassen_tile import Basis"}, "in no room"),
-    "the root itself": ({"baselines/dense.py": "import strassen_tile as st"}, "in no room"),
+    "name from the root": ({"nn/linear.py": "from strassen_tile import Basis"}, "in no part"),
+    "the root itself": ({"baselines/dense.py": "import strassen_tile as st"}, "in no part"),
     "reference to ops": ({"reference.py": "from strassen_tile.ops import stl_linear"}, "comes later"),
     "ops to reference": (
         {"ops/cpu.py": "from strassen_tile import reference", "reference.py": ""},
         "ops imports refer",
     ),
     "ops to bases": ({"ops/cpu.py": "from strassen_tile.bases import naive", "bases/__init__.py": ""}, "ops imports b"),
-    "unknown room": ({"attic.py": ""}, "not in the import order"),
-    "from an unknown room": ({"cli.py": "from strassen_tile.attic import x", "attic.py": ""}, "in no room"),
-    "cycle in a room": ({"nn/a.py": "from strassen_tile.nn import b", "nn/b.py": "from . import a"}, "import cycle"),
+    "unknown part": ({"attic.py": ""}, "not in the import order"),
+    "from an unknown part": ({"cli.py": "from strassen_tile.attic import x", "attic.py": ""}, "in no part"),
+    "cycle in a part": ({"nn/a.py": "from strassen_tile.nn import b", "nn/b.py": "from . import a"}, "import cycle"),
     "cycle by a package": ({"nn/__init__.py": "from .a import A", "nn/a.py": "from . import A"}, "import cycle"),
     "optional": ({"nn/linear.py": "def f():\n    from sklearn.datasets import load_digits"}, "imports sklearn"),
     "optional by name": ({"cli.py": "__import__('matplotlib.pyplot')"}, "imports matplotlib"),
@@ -170,12 +171,13 @@ def test_checker_lets_through_what_is_allowed() -> None:
         "errors.py": "import transformers_like_name\nfrom strassen_tile._version import __version__",
         "reference.py": "from strassen_tile.bases import naive",
         "bases/__init__.py": "from strassen_tile.errors import STLError",
-        "ops/triton/encode.py": "import triton",
-        "ops/library.py": "def f():\n    import triton\n    from strassen_tile.ops.triton import encode",
-        "ops/triton/__init__.py": "",
-        "ops/__init__.py": "from strassen_tile.ops.cpu import run",
-        "ops/cpu.py": "from strassen_tile.ops import _kernels",
-        "ops/_kernels.pyi": "from torch import Tensor",
+        "ops/cuda/kernels.py": "import triton",
+        "ops/cuda/passes.py": "def f():\n    import triton\n    from strassen_tile.ops.cuda import kernels",
+        "ops/cuda/__init__.py": "",
+        "ops/cpu/__init__.py": "",
+        "ops/__init__.py": "from strassen_tile.ops.cpu.tiles import run",
+        "ops/cpu/tiles.py": "from strassen_tile.ops.cpu import _kernels",
+        "ops/cpu/_kernels.pyi": "from torch import Tensor",
         "data/text.py": "def f():\n    import datasets",
         "cli.py": "from strassen_tile import __version__\nfrom strassen_tile.errors import STLError",
     }
@@ -191,7 +193,8 @@ for statement in sys.argv[1:]:
     before, cuda = set(sys.modules), []
     exec(statement)
     new = {name.partition(".")[0] for name in set(sys.modules) - before}
-    ours = [name for name in sys.modules if name.startswith("strassen_tile.ops.triton.")]
+    triton = {"strassen_tile.ops.cuda." + name for name in ("kernels", "launch", "tiles", "tune")}
+    ours = sorted(triton & set(sys.modules))
     report.append([sorted(new), cuda or torch.cuda.is_initialized(), ours])
 print(json.dumps(report))
 """

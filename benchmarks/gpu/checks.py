@@ -5,9 +5,9 @@ import itertools
 import torch
 
 import strassen_tile as stl
-from strassen_tile.ops import cuda, fp8, generic
-from strassen_tile.ops.chains import Norm, Weights, linear_by_steps, mlp_by_steps
-from strassen_tile.ops.triton import choices, tune
+from strassen_tile.ops import eager
+from strassen_tile.ops.cuda import choices, fp8, passes, tune
+from strassen_tile.ops.fused import Norm, Weights, composed_mlp, composed_norm_linear
 
 TILES = ((4, 4, 24), (4, 4, 16), (4, 4, 32), (4, 4, 49), (2, 2, 7), (2, 4, 24), (1, 4, 6), (8, 8, 64), (3, 2, 5))
 ALLOWED = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -40,13 +40,13 @@ def kernels(device, p, q, r, dtype, n, k):
     label = f"{p}x{q} r={r} {dtype} {n}x{k}".replace("torch.", "")
     x, e = torch.randn(2, n, k, device=device).to(dtype), torch.randn(r, p, q, device=device).to(dtype)
     torch.full_like(x.expand(4, *x.shape).contiguous(), float("nan"))  # what the allocator hands out next
-    encoded = generic.encode(x.double(), e.double())
-    yield f"encode {label}", relative(cuda.encode(x, e), encoded), ALLOWED[dtype]
+    encoded = eager.encode(x.double(), e.double())
+    yield f"encode {label}", relative(passes.encode(x, e), encoded), ALLOWED[dtype]
     z = torch.randn(encoded.shape, device=device).to(dtype)
-    expected = generic.decode(z.double(), e.double(), 2, n, k)
-    yield f"decode {label}", relative(cuda.decode(z, e, 2, n, k), expected), ALLOWED[dtype]
-    expected = generic.correlate(x.double(), z.double(), (p, q), False)
-    yield f"correlate {label}", relative(cuda.correlate(x, z, (p, q), False), expected), ALLOWED[dtype]
+    expected = eager.decode(z.double(), e.double(), 2, n, k)
+    yield f"decode {label}", relative(passes.decode(z, e, 2, n, k), expected), ALLOWED[dtype]
+    expected = eager.correlate(x.double(), z.double(), (p, q), False)
+    yield f"correlate {label}", relative(passes.correlate(x, z, (p, q), False), expected), ALLOWED[dtype]
 
 
 def layer(device, p, q, r, dtype, features, out):
@@ -67,11 +67,11 @@ def chains(device, p, q, r, dtype, n, gated, kind):
     label = f"{p}x{q} r={r} {dtype} gated={gated} norm={kind}".replace("torch.", "")
     with torch.no_grad():
         gates = (gate, gate_wide) if gated else ((), ())
-        expected = mlp_by_steps(x.double(), *wide_norm, up_wide, gates[1], down_wide, hidden, m, "silu")
-        found = cuda.mlp(x, *norm, up, gates[0], down, hidden, m, "silu")
+        expected = composed_mlp(x.double(), *wide_norm, up_wide, gates[1], down_wide, hidden, m, "silu")
+        found = passes.mlp(x, *norm, up, gates[0], down, hidden, m, "silu")
         yield f"mlp {label}", relative(found, expected), 6 * ALLOWED[dtype]
-        expected = linear_by_steps(x.double(), *wide_norm, *up_wide, hidden, "gelu")
-        found = cuda.norm_linear(x, *norm, *up, hidden, "gelu")
+        expected = composed_norm_linear(x.double(), *wide_norm, *up_wide, hidden, "gelu")
+        found = passes.norm_linear(x, *norm, *up, hidden, "gelu")
         yield f"linear {label}", relative(found, expected), 4 * ALLOWED[dtype]
 
 
@@ -94,7 +94,7 @@ def eight_bits(device, p, q, r, dtype, n, k):
     """
     allowed = 0.06 if device == "cuda" else 0.4
     x, parts = torch.randn(2, n, k, device=device).to(dtype), layer(device, p, q, r, dtype, k, 48)
-    found = cuda.fp8_linear(x, *fp8.rounded(parts.encoded_weight, parts.encoder), *parts[1:], 48)
+    found = passes.fp8_linear(x, *fp8.rounded(parts.encoded_weight, parts.encoder), *parts[1:], 48)
     doubles = [t.double() for t in (x, *parts)]
     label = f"fp8 {p}x{q} r={r} {dtype} {n}x{k}".replace("torch.", "")
     yield label, relative(found, stl.stl_linear(*doubles, out_features=48, backend="reference")), allowed
@@ -127,10 +127,10 @@ def far():
     """More than 2³¹ entries, 4.3 GB: the rows beyond are encoded and decoded as those before."""
     x = torch.randn(1, 4, 8192, device="cuda").bfloat16().expand(1, 4, 8192).repeat(1, 2**16 + 4, 1)
     e = torch.randn(24, 4, 4, device="cuda").bfloat16()
-    encoded = cuda.encode(x, e)
+    encoded = passes.encode(x, e)
     first = encoded[:, :1]
     yield "encode beyond 2^31", float((encoded != first).any()), 0.5
-    y = cuda.decode(encoded, e, 1, x.shape[1], x.shape[2])
+    y = passes.decode(encoded, e, 1, x.shape[1], x.shape[2])
     yield "decode beyond 2^31", float((y.view(-1, 4, 8192) != y[:, :4]).any()), 0.5
 
 

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 
 from gpu.timing import best_of, graphed, seconds_of
 from strassen_tile.experiments.speed import DTYPES
-from strassen_tile.ops import cuda, fp8
-from strassen_tile.ops.triton import launch
+from strassen_tile.ops.cuda import fp8, launch, passes
 
 
 def copy_rate(device, bytes_):
@@ -35,7 +34,7 @@ def split(shape, rank, dtype, device, copied):
         "products": lambda: torch.bmm(encoded, w),
         "products_of_row_major": lambda: torch.bmm(by_tile_row, w),
         "decode": lambda: launch.decode(products, d, 1, n, m, bias),
-        "whole": lambda: cuda.linear(x, w, e, d, bias, m, "none"),
+        "whole": lambda: passes.forward(x, w, e, d, bias, m, "none"),
     }
     samples = {name: [] for name in runs}
     for _ in range(3):  # in turn, since clocks drift
@@ -71,7 +70,7 @@ def eight_bits(shape, rank, device):
         )
 
     def stl_fp8():
-        return cuda.fp8_linear(x, *w, e, d, None, m)
+        return passes.fp8_linear(x, *w, e, d, None, m)
 
     faster, how = best_of(dense_fp8, device)
     runs = {"dense_bf16": lambda: F.linear(x, weight), "dense_fp8": faster, "stl_fp8": stl_fp8}

@@ -11,7 +11,7 @@ from strassen_tile.convert import convert
 from strassen_tile.cost import rates
 from strassen_tile.errors import ConfigError, ConversionError
 from strassen_tile.experiments import candidates, planning, speed
-from strassen_tile.ops import panels
+from strassen_tile.ops.cpu import panels
 from strassen_tile.report import bench as bench_report
 from strassen_tile.report import plan as plan_report
 

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 import strassen_tile as stl
 from strassen_tile.nn.init import normalised
-from strassen_tile.ops.autograd import encode
+from strassen_tile.ops.gradients import encode
 
 CONFIGS = {
     "naive": stl.STLConfig(basis="naive", tile=(2, 3, 4), rank=24, train_encoder=False, train_decoder=False),

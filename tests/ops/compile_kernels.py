@@ -15,11 +15,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from strassen_tile.ops.triton import kernels, launch
+from strassen_tile.ops.cuda import kernels, launch
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {
-    "x", "factor", "encoded", "bias", "y", "decoder", "encoder", "out", "scale", "shift", "sums", "strips",
+    "x", "factor", "encoded", "bias", "y", "decoder", "encoder", "out", "scale", "shift", "sums", "row_scale",
     "up", "up_decoder", "up_bias",
 }  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -34,7 +34,7 @@ def compiled(kernel, element: str, constants: dict, capability: int) -> dict:
             continue
         if name in POINTERS:
             signature[name] = f"*{element}"
-            if name in ("sums", "strips") or (name == "scale" and constants.get("SCALED")):
+            if name in ("sums", "row_scale") or (name == "scale" and constants.get("SCALED")):
                 signature[name] = "*fp32"
             elif name == "encoded" and constants.get("SCALED"):
                 signature[name] = "*fp8e4nv"
@@ -79,12 +79,17 @@ def variants(capability: int):
             for activation in ("none", "gelu_tanh") if rank == 24 else ("none",):
                 extra = {"BIAS": True, "ACTIVATION": activation, "SCALED": False}
                 yield f"decode {label} {activation}", kernels.decode_kernel, element, {**sizes("decode"), **extra}
-            between = sizes("recode")
+            between = sizes("decode_act_encode")
             between |= {"UP_RANKS": between["RANKS"], "NEXT_RANKS": between["RANKS"], "BIAS": True, "UP_BIAS": True}
             del between["FAST"]
             for gated in (False, True):
                 extra = {"ACTIVATION": "silu", "GATED": gated}
-                yield f"recode {label} gated={gated}", kernels.recode_kernel, element, {**between, **extra}
+                yield (
+                    f"decode_act_encode {label} gated={gated}",
+                    kernels.decode_act_encode_kernel,
+                    element,
+                    {**between, **extra},
+                )
             yield f"correlate {label}", kernels.correlate_kernel, element, {**sizes("correlate"), **dense}
             normed = {**sizes("norm_encode"), **dense, "CENTRE": True, "SCALE": True, "SHIFT": True}
             del normed["ENTRIES"], normed["FAST"]

@@ -9,8 +9,8 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import strassen_tile as stl
-from strassen_tile.ops import library
-from strassen_tile.ops.chains import Norm, Weights, mlp, norm_linear
+from strassen_tile.ops import schemas
+from strassen_tile.ops.fused import Norm, Weights, mlp, norm_linear
 
 TILE, ROWS, FEATURES, HIDDEN, OUT = (3, 2, 4), 5, 7, 6, 9
 
@@ -56,7 +56,7 @@ def test_value_and_gradients(kind: str, gated: bool) -> None:
     # Through the function and through the operator, as a traced graph would call it.
     calls = (
         lambda: mlp(x, up, down, HIDDEN, OUT, gate=gate, norm=norm, activation="silu"),
-        lambda: library.mlp(x, *norm, up, gate or [], down, HIDDEN, OUT, "silu"),
+        lambda: schemas.mlp(x, *norm, up, gate or [], down, HIDDEN, OUT, "silu"),
     )
     for call in calls:
         for one, other in zip(torch.autograd.grad(call().square().sum(), tensors), expected, strict=True):
@@ -70,9 +70,9 @@ def test_opcheck(learning: bool) -> None:
         for t in (x, *norm[1:3], *up, *down):
             if t is not None:
                 t.requires_grad_(learning)
-        results = opcheck(library.mlp, (x, *norm, list(up), list(gate or ()), list(down), HIDDEN, OUT, "gelu"))
+        results = opcheck(schemas.mlp, (x, *norm, list(up), list(gate or ()), list(down), HIDDEN, OUT, "gelu"))
         assert set(results.values()) == {"SUCCESS"}
-        results = opcheck(library.norm_linear, (x, *norm, *up, HIDDEN, "gelu"))
+        results = opcheck(schemas.norm_linear, (x, *norm, *up, HIDDEN, "gelu"))
         assert set(results.values()) == {"SUCCESS"}
 
 

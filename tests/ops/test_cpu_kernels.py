@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import strassen_tile as stl
-from strassen_tile.ops import cpu, generic, library
+from strassen_tile.ops import eager, schemas
+from strassen_tile.ops.cpu import tiles
 
-pytestmark = pytest.mark.skipif(not cpu.compiled(), reason="built without a C compiler")
+pytestmark = pytest.mark.skipif(not tiles.compiled(), reason="built without a C compiler")
 
 # p, q, rank: every specialised tile, every q with general code, an odd rank each, ranks 1 and 2.
 TILES = [
@@ -35,14 +36,14 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_steps_are_the_generic_ones(p: int, q: int, r: int, dtype: torch.dtype) -> None:
     for n, k in SIZES:
         x, factor = torch.randn(2, n, k).to(dtype), torch.randn(r, p, q).to(dtype)
-        encoded = cpu.encode(x, factor)
-        expected = generic.encode(x.double(), factor.double())
+        encoded = tiles.encode(x, factor)
+        expected = eager.encode(x.double(), factor.double())
         assert relative(encoded, expected) < STORED[dtype], (n, k)
         z = torch.randn(encoded.shape).to(dtype)
-        y = cpu.decode(z, factor, 2, n, k)
-        assert relative(y, generic.decode(z.double(), factor.double(), 2, n, k)) < STORED[dtype] * 2, (n, k)
-        c = cpu.correlate(x, z, (p, q), False)
-        assert relative(c, generic.correlate(x.double(), z.double(), (p, q), False)) < STORED[dtype] * 8, (n, k)
+        y = tiles.decode(z, factor, 2, n, k)
+        assert relative(y, eager.decode(z.double(), factor.double(), 2, n, k)) < STORED[dtype] * 2, (n, k)
+        c = tiles.correlate(x, z, (p, q), False)
+        assert relative(c, eager.correlate(x.double(), z.double(), (p, q), False)) < STORED[dtype] * 8, (n, k)
 
 
 def test_every_element_is_written() -> None:
@@ -52,8 +53,8 @@ def test_every_element_is_written() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
     try:
-        outputs = [library.linear(x, weight, e, d, None, 523, "silu"), library.encode(x, e)]
-        outputs.append(library.decode(outputs[1], d, 3, 1000, 259))
+        outputs = [schemas.linear(x, weight, e, d, None, 523, "silu"), schemas.encode(x, e)]
+        outputs.append(schemas.decode(outputs[1], d, 3, 1000, 259))
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(bool(torch.isfinite(y).all()) for y in outputs)
@@ -63,11 +64,11 @@ def test_strided_inputs() -> None:
     e = torch.randn(5, 4, 4)
     base = torch.randn(4, 30, 200)
     for x in (base[::2, 3:, 5:131], base.transpose(0, 1)[:8], base.mT, base[:, :, ::2], base[:1].expand(3, -1, -1)):
-        torch.testing.assert_close(cpu.encode(x, e), generic.encode(x.contiguous(), e), rtol=1e-5, atol=1e-5)
-        z = torch.randn(cpu.encode(x, e).shape)
+        torch.testing.assert_close(tiles.encode(x, e), eager.encode(x.contiguous(), e), rtol=1e-5, atol=1e-5)
+        z = torch.randn(tiles.encode(x, e).shape)
         torch.testing.assert_close(
-            cpu.correlate(x, z.mT.contiguous().mT, (4, 4), False),
-            generic.correlate(x, z, (4, 4), False),
+            tiles.correlate(x, z.mT.contiguous().mT, (4, 4), False),
+            eager.correlate(x, z, (4, 4), False),
             rtol=1e-4,
             atol=1e-4,
         )
@@ -78,24 +79,24 @@ def test_special_values_pass_through_bfloat16() -> None:
     one = torch.ones(1, 1, 1, dtype=torch.bfloat16)
     values = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 3e38, 1e-39, 1.00390625, 1.01171875])
     x = values.bfloat16().view(1, 1, -1)
-    torch.testing.assert_close(cpu.encode(x, one), x, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(cpu.encode(x, one).signbit()[..., 1:], x.signbit()[..., 1:])
+    torch.testing.assert_close(tiles.encode(x, one), x, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(tiles.encode(x, one).signbit()[..., 1:], x.signbit()[..., 1:])
     halfway = torch.tensor([[[1.0, 2.0**-8]]], dtype=torch.bfloat16)  # 1 + 2^-8 lies between 1 and 1 + 2^-7
     both = torch.ones(1, 1, 2, dtype=torch.bfloat16)
-    assert cpu.encode(halfway, both).item() == 1.0
+    assert tiles.encode(halfway, both).item() == 1.0
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_do_not_show(threads: int) -> None:
     before = torch.get_num_threads()
     x, e = torch.randn(2, 700, 512), torch.randn(9, 4, 4)
-    expected = generic.encode(x, e)
+    expected = eager.encode(x, e)
     try:
         torch.set_num_threads(threads)
-        torch.testing.assert_close(cpu.encode(x, e), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tiles.encode(x, e), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(
-            cpu.correlate(x, expected, (4, 4), False),
-            generic.correlate(x, expected, (4, 4), False),
+            tiles.correlate(x, expected, (4, 4), False),
+            eager.correlate(x, expected, (4, 4), False),
             rtol=1e-4,
             atol=1e-2,
         )
@@ -108,11 +109,11 @@ def test_what_the_kernels_cannot_do_is_done_without(monkeypatch: pytest.MonkeyPa
     x = torch.randn(2, 9, 14)
     for dtype in (torch.float64, torch.float16):
         e = torch.randn(3, 4, 4).to(dtype)
-        assert torch.equal(cpu.encode(x.to(dtype), e), generic.encode(x.to(dtype), e))
-    assert torch.equal(cpu.encode(x, torch.ones(3, 2, 3)), generic.encode(x, torch.ones(3, 2, 3)))
+        assert torch.equal(tiles.encode(x.to(dtype), e), eager.encode(x.to(dtype), e))
+    assert torch.equal(tiles.encode(x, torch.ones(3, 2, 3)), eager.encode(x, torch.ones(3, 2, 3)))
     per_tile = torch.randn(4, 3, 4, 4)
-    assert torch.equal(cpu.encode(x, per_tile), generic.encode(x, per_tile))
-    monkeypatch.setattr(cpu, "_kernels", None)
-    assert not cpu.compiled()
+    assert torch.equal(tiles.encode(x, per_tile), eager.encode(x, per_tile))
+    monkeypatch.setattr(tiles, "_kernels", None)
+    assert not tiles.compiled()
     w = torch.randn(14, 6)
     torch.testing.assert_close(stl.stl_matmul(x, w, stl.bases.strassen(2)), x @ w, rtol=1e-4, atol=1e-4)

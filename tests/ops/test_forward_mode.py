@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 
 import strassen_tile as stl
 from strassen_tile.errors import BackendError
-from strassen_tile.ops import library
+from strassen_tile.ops import schemas
 
 NAMES = ("x", "encoded_weight", "encoder", "decoder", "bias")
 
@@ -99,7 +99,7 @@ def test_matmul_and_the_raw_operators() -> None:
         tangent(lambda w: stl.stl_matmul(x, w, stl.bases.strassen(2)), (w, w)), x @ w, rtol=1e-4, atol=1e-4
     )
     factor = torch.randn(7, 4, 4)
-    torch.testing.assert_close(tangent(lambda x: library.encode(x, factor), (x, x)), library.encode(x, factor))
+    torch.testing.assert_close(tangent(lambda x: schemas.encode(x, factor), (x, x)), schemas.encode(x, factor))
 
 
 def test_fp8_has_none_and_says_so() -> None:

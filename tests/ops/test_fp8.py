@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import strassen_tile as stl
 from strassen_tile import reference
 from strassen_tile.errors import BackendError, ShapeError
-from strassen_tile.ops import fp8, library
-from strassen_tile.ops.fp8 import FP8, LARGEST, Rounded
+from strassen_tile.ops import schemas
+from strassen_tile.ops.cuda import fp8
+from strassen_tile.ops.cuda.fp8 import FP8, LARGEST, Rounded
 
 # (B, N, K, M, (p, q, s), r): whole multiples of 16 tiles, ragged on every side, fewer than 16 tiles.
 SIZES = {
@@ -42,7 +43,7 @@ def on_rounded(x, w, e, d, bias, m, encoded=None):
     _, j, l = w.shape  # noqa: E741 - the tile index L
     values = weight.values.double()[:, :l, :j].mT * (weight.scale * weight.largest).double()[:, None, None]
     products = (encoded.double()[:, :, :j] * scale.double()[:, None, None] * rows.double()[:, None]) @ values
-    return fp8.generic.decode(products, d.double(), x.shape[0], x.shape[1], m) + bias.double()
+    return fp8.eager.decode(products, d.double(), x.shape[0], x.shape[1], m) + bias.double()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -135,7 +136,7 @@ def test_as_an_operator() -> None:
     with torch.no_grad():
         # test_schema multiplies its arguments, which PyTorch cannot do in fp8.
         tests = ("test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
-        assert set(opcheck(library.fp8_linear, (x, *weight, e, d, bias, m), test_utils=tests).values()) == {"SUCCESS"}
+        assert set(opcheck(schemas.fp8_linear, (x, *weight, e, d, bias, m), test_utils=tests).values()) == {"SUCCESS"}
         with FlopCounterMode(display=False) as counter:
             fp8.fp8_linear(x, weight, e, d, bias, m)
     assert counter.get_total_flops() == stl.cost.linear(13, 75, 45, (4, 4, 4), 5, batch=2).flops
@@ -146,7 +147,7 @@ def test_as_an_operator() -> None:
     x.requires_grad_()
     for call in (
         lambda: fp8.fp8_linear(x, weight, e, d, bias, m),
-        lambda: library.fp8_linear(x, *weight, e, d, bias, m),
+        lambda: schemas.fp8_linear(x, *weight, e, d, bias, m),
     ):
         with pytest.raises(BackendError, match="for inference"):
             call()
@@ -156,8 +157,7 @@ def test_as_an_operator() -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_the_kernel_rounds_as_the_definition_does(size: str) -> None:
     pytest.importorskip("triton")
-    from strassen_tile.ops import cuda
-    from strassen_tile.ops.triton import launch
+    from strassen_tile.ops.cuda import launch, passes
 
     (x, w, e, d, bias), m = tensors(size)
     scale, rows = fp8.rounded(w, e).encoder_scale, fp8.scale_of_rows(x, e.shape[1])
@@ -171,7 +171,7 @@ def test_the_kernel_rounds_as_the_definition_does(size: str) -> None:
     assert (wanted[carried & differs].abs().log2() % 1 == 0).all()
     assert int((differs & ~carried).sum()) <= 1 + 2e-3 * differs.numel()
     assert float(differs.double().mean()) < 0.05
-    y = cuda.fp8_linear(x, *fp8.rounded(w, e), e, d, bias, m)
+    y = passes.fp8_linear(x, *fp8.rounded(w, e), e, d, bias, m)
     assert relative(y, on_rounded(x, w, e, d, bias, m, encoded=found)) < 1e-6
 
 
@@ -196,9 +196,9 @@ def on(path: str, x, w, e, d, bias, m):
         with torch.no_grad():
             return fp8.fp8_linear(x, fp8.rounded(w, e), e, d, bias, m)
     pytest.importorskip("triton")
-    from strassen_tile.ops import cuda
+    from strassen_tile.ops.cuda import passes
 
-    return cuda.fp8_linear(x, *fp8.rounded(w, e), e, d, bias, m)
+    return passes.fp8_linear(x, *fp8.rounded(w, e), e, d, bias, m)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -208,7 +208,7 @@ def test_float16_where_the_encoded_output_is_beyond_it(path: str) -> None:
     basis = stl.bases.naive(1, 4, 4)
     x, w = torch.rand(1, 4, k).half(), (torch.rand(k, 8) / 64).half()
     e, f, d = (t.half() for t in (basis.encoder, basis.weight_encoder, basis.decoder))
-    y = on(path, x, fp8.generic.encode(w[None], f), e, d, torch.zeros(8).half(), 8)
+    y = on(path, x, fp8.eager.encode(w[None], f), e, d, torch.zeros(8).half(), 8)
     assert relative(y, x.double() @ w.double()) < 0.02
 
 

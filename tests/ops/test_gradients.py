@@ -6,7 +6,7 @@ from operands import SHAPES, operands
 from torch.autograd import gradcheck, gradgradcheck
 
 import strassen_tile as stl
-from strassen_tile.ops import autograd, library
+from strassen_tile.ops import gradients, schemas
 
 NAMES = ("x", "encoded_weight", "encoder", "decoder", "bias")
 SMALL = ["ragged", "below a tile", "rows apart", "two leading"]
@@ -48,17 +48,17 @@ def test_only_what_is_asked_is_computed(argument: int) -> None:
     o = operands("whole")
     o.tensors[argument].requires_grad_(True)
     calls = []
-    original = library.correlate
+    original = schemas.correlate
 
     def counted(*args):
         calls.append(args)
         return original(*args)
 
-    library.correlate = counted
+    schemas.correlate = counted
     try:
         stl.stl_linear(*o.tensors).sum().backward()
     finally:
-        library.correlate = original
+        schemas.correlate = original
     assert len(calls) == (1 if NAMES[argument] in ("encoder", "decoder") else 0)
     assert [t.grad is not None for t in o.tensors] == [i == argument for i in range(5)]
 
@@ -70,18 +70,18 @@ def test_the_raw_operators_are_differentiable() -> None:
     encoded = torch.randn(3, 4, 4, dtype=torch.float64)
     for t in (x, encoder, decoder, encoded):
         t.requires_grad_(True)
-    assert gradcheck(library.encode, (x, encoder))
-    assert gradcheck(lambda e, d: library.decode(e, d, 2, 5, 13), (encoded, decoder))
-    assert gradcheck(lambda x, e: library.correlate(x, e, [3, 2], False), (x, encoded))
-    assert gradcheck(lambda x, e: library.correlate(x, e, [3, 2], True), (x, encoded))
+    assert gradcheck(schemas.encode, (x, encoder))
+    assert gradcheck(lambda e, d: schemas.decode(e, d, 2, 5, 13), (encoded, decoder))
+    assert gradcheck(lambda x, e: schemas.correlate(x, e, [3, 2], False), (x, encoded))
+    assert gradcheck(lambda x, e: schemas.correlate(x, e, [3, 2], True), (x, encoded))
 
 
 def test_encode_and_decode_are_adjoint() -> None:
     """⟨encode(x, E), z⟩ = ⟨x, decode(z, E)⟩, on which every backward here rests."""
     x, encoder = torch.randn(2, 5, 7, dtype=torch.float64), torch.randn(3, 3, 2, dtype=torch.float64)
     z = torch.randn(3, 4, 4, dtype=torch.float64)
-    left = (autograd.encode(x, encoder) * z).sum()
-    right = (x * autograd.decode(z, encoder, 2, 5, 7)).sum()
+    left = (gradients.encode(x, encoder) * z).sum()
+    right = (x * gradients.decode(z, encoder, 2, 5, 7)).sum()
     torch.testing.assert_close(left, right)
 
 

@@ -5,7 +5,7 @@ import torch
 
 import strassen_tile as stl
 from memory import peak, size
-from strassen_tile.ops import cpu, panels
+from strassen_tile.ops.cpu import panels, tiles
 
 N, K, M = 1 << 14, 250, 260
 # tile, rank, dtype, scope, what is unusual: everything the compiled kernels take no part in, and what they do.
@@ -37,7 +37,7 @@ def operands(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     x = x.to(dtype).reshape(N // 16, 16, K) if unusual == "samples" else x.to(dtype)
     assert x.is_contiguous() == (unusual != "transposed")
     if unusual == "no compiler":
-        monkeypatch.setattr(cpu, "_kernels", None)
+        monkeypatch.setattr(tiles, "_kernels", None)
     # As large an N in proportion as 64 MiB would need, at a quarter of the time.
     for name in ("INFERENCE_BYTES", "TRAINING_BYTES"):
         monkeypatch.setattr(panels, name, getattr(panels, name) // 16)

@@ -9,7 +9,7 @@ from torch import nn
 
 import strassen_tile as stl
 from strassen_tile.errors import BackendError, ConfigError, ShapeError
-from strassen_tile.ops import library
+from strassen_tile.ops import schemas
 
 EXACT = {
     "naive2x3x4": stl.bases.naive(2, 3, 4),
@@ -163,9 +163,9 @@ def test_the_oracle_is_not_the_operator() -> None:
     seen = []
     with _Recorder(seen):
         stl.stl_linear(*o.tensors, backend="reference")
-        assert not [name for name in seen if library.NAMESPACE in name]
+        assert not [name for name in seen if schemas.NAMESPACE in name]
         stl.stl_linear(*o.tensors)
-        assert [name for name in seen if library.NAMESPACE in name]
+        assert [name for name in seen if schemas.NAMESPACE in name]
 
 
 class _Recorder(torch.utils._python_dispatch.TorchDispatchMode):

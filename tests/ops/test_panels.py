@@ -6,9 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import strassen_tile as stl
-from strassen_tile.ops import composed, cpu, library, panels
+from strassen_tile.ops import eager, schemas
+from strassen_tile.ops import linear as whole
+from strassen_tile.ops.cpu import panels, tiles
 
-pytestmark = pytest.mark.skipif(not cpu.compiled(), reason="built without a C compiler")
+pytestmark = pytest.mark.skipif(not tiles.compiled(), reason="built without a C compiler")
 
 GRADIENTS = ("x", "encoded_weight", "encoder", "decoder", "bias")
 # Storage rounds once in X̂, once in Ŷ and once in the result, each to half an ulp at most.
@@ -38,15 +40,15 @@ def wide(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 def test_both_passes_at_any_size(n: int, k: int, m: int, r: int, side: int) -> None:
     """A gradient whose terms cancel is allowed, beside its relative error, two roundings of the sum of absolute values."""
     tensors, grad = layer(n, k, m, r, side), torch.randn(2, n, m)
-    y, kept = panels.linear_forward(*tensors, m)
+    y, kept = panels.forward_keeping(*tensors, m)
     doubles, scale = wide(tensors), [t.abs() for t in wide(tensors)]
-    for found in (y, panels.linear(*tensors, m, "none")):
-        assert relative(found, composed.linear(*doubles, m)) < 3e-6
+    for found in (y, panels.forward(*tensors, m, "none")):
+        assert relative(found, whole.composed(*doubles, m)) < 3e-6
     wants = [True] * 5
-    gradients = composed.linear_backward(grad.double(), *doubles[:4], None, wants)
-    bounds = composed.linear_backward(grad.double().abs(), *scale[:4], None, wants)
+    gradients = whole.composed_backward(grad.double(), *doubles[:4], None, wants)
+    bounds = whole.composed_backward(grad.double().abs(), *scale[:4], None, wants)
     for given_kept in (kept, None):
-        found = panels.linear_backward(grad, *tensors[:4], given_kept, wants)
+        found = panels.backward(grad, *tensors[:4], given_kept, wants)
         for name, got, wanted, bound in zip(GRADIENTS, found, gradients, bounds, strict=True):
             assert got.shape == wanted.shape, name
             allowed = 3e-6 * float(wanted.norm()) + 2**-23 * float(bound.norm())
@@ -61,13 +63,13 @@ def test_panels_do_not_show(bytes_: int, dtype: torch.dtype, monkeypatch: pytest
     grad = torch.randn(2, 43, 36).to(dtype)
     monkeypatch.setattr(panels, "INFERENCE_BYTES", bytes_)
     monkeypatch.setattr(panels, "TRAINING_BYTES", bytes_)
-    y, kept = panels.linear_forward(*tensors, 36)
-    expected = composed.linear(*wide(tensors), 36)
+    y, kept = panels.forward_keeping(*tensors, 36)
+    expected = whole.composed(*wide(tensors), 36)
     assert relative(y, expected) < ROUNDED[dtype]
-    assert relative(panels.linear(*tensors, 36, "none"), expected) < ROUNDED[dtype]
-    wanted = composed.linear_backward(grad.double(), *wide(tensors[:4]), None, [True] * 5)
+    assert relative(panels.forward(*tensors, 36, "none"), expected) < ROUNDED[dtype]
+    wanted = whole.composed_backward(grad.double(), *wide(tensors[:4]), None, [True] * 5)
     for given_kept in (kept, None):
-        found = panels.linear_backward(grad, *tensors[:4], given_kept, [True] * 5)
+        found = panels.backward(grad, *tensors[:4], given_kept, [True] * 5)
         for name, got, gradient in zip(GRADIENTS, found, wanted, strict=True):
             assert relative(got, gradient) < ROUNDED[dtype], name
 
@@ -78,9 +80,9 @@ def test_any_set_of_gradients(asked: int, keep: bool) -> None:
     """What one gradient leaves in the workspace, another must not read; what nobody wants is empty."""
     wants = [bool(asked >> i & 1) for i in range(5)]
     tensors, grad = layer(19, 23, 30, 6, 4), torch.randn(2, 19, 30)
-    kept = panels.linear_forward(*tensors, 30)[1] if keep else None
-    found = panels.linear_backward(grad, *tensors[:4], kept, wants)
-    expected = composed.linear_backward(grad.double(), *wide(tensors[:4]), None, wants)
+    kept = panels.forward_keeping(*tensors, 30)[1] if keep else None
+    found = panels.backward(grad, *tensors[:4], kept, wants)
+    expected = whole.composed_backward(grad.double(), *wide(tensors[:4]), None, wants)
     for name, wanted, got, gradient in zip(GRADIENTS, wants, found, expected, strict=True):
         assert got.shape == gradient.shape, name
         assert (got.numel() > 0) == wanted, name
@@ -89,14 +91,14 @@ def test_any_set_of_gradients(asked: int, keep: bool) -> None:
 
 
 @pytest.mark.parametrize("bytes_", [1, 5000, 1 << 26])
-@pytest.mark.parametrize("activation", composed.ACTIVATIONS)
+@pytest.mark.parametrize("activation", whole.ACTIVATIONS)
 def test_activations_reach_every_row_once(activation: str, bytes_: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Panels that end inside a sample and samples that end inside a panel; an activation applied twice would show."""
     monkeypatch.setattr(panels, "INFERENCE_BYTES", bytes_)
     tensors = layer(23, 40, 36, 7, 4)
     tensors[0] = torch.randn(5, 23, 40)
-    expected = composed.linear(*wide(tensors), 36, activation)
-    assert relative(panels.linear(*tensors, 36, activation), expected) < 3e-6
+    expected = whole.composed(*wide(tensors), 36, activation)
+    assert relative(panels.forward(*tensors, 36, activation), expected) < 3e-6
 
 
 def test_many_small_terms_are_not_lost_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +106,7 @@ def test_many_small_terms_are_not_lost_in_bfloat16(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(panels, "TRAINING_BYTES", 1)
     one = torch.ones(1, 1, 1, dtype=torch.bfloat16)
     x = grad = torch.ones(1, 512, 1, dtype=torch.bfloat16)
-    dw = panels.linear_backward(grad, x, one, one, one, None, [False, True, False, False, False])[1]
+    dw = panels.backward(grad, x, one, one, one, None, [False, True, False, False, False])[1]
     assert dw.item() == 512
 
 
@@ -134,8 +136,8 @@ def test_every_element_is_written() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
     try:
-        y, kept = library.linear_forward(*tensors, 523)
-        gradients = library.linear_backward(grad, *tensors[:4], kept, [True] * 5)
+        y, kept = schemas.linear_forward(*tensors, 523)
+        gradients = schemas.linear_backward(grad, *tensors[:4], kept, [True] * 5)
     finally:
         torch.use_deterministic_algorithms(False)
     for made in (y, kept, *gradients):
@@ -197,19 +199,17 @@ def test_default_dtypes_do_not_matter(
     """The kernels write float32 sums; room made for them in torch's default dtype was half as large, or read as double."""
     monkeypatch.setattr(panels, "TRAINING_BYTES", 20000)
     tensors, grad = layer(43, 40, 36, 7, 4, dtype), torch.randn(2, 43, 36).to(dtype)
-    wanted = composed.linear_backward(grad.double(), *wide(tensors[:4]), None, [True] * 5)
+    wanted = whole.composed_backward(grad.double(), *wide(tensors[:4]), None, [True] * 5)
     before = torch.get_default_dtype()
     torch.set_default_dtype(default)
     try:
         with torch.device("meta"):
-            found = panels.linear_backward(grad, *tensors[:4], None, [True] * 5)
-            c = cpu.correlate(tensors[0], library.encode(tensors[0], tensors[2]), (4, 4), False)
+            found = panels.backward(grad, *tensors[:4], None, [True] * 5)
+            c = tiles.correlate(tensors[0], schemas.encode(tensors[0], tensors[2]), (4, 4), False)
     finally:
         torch.set_default_dtype(before)
     for name, got, gradient in zip(GRADIENTS, found, wanted, strict=True):
         assert got.dtype == dtype
         assert relative(got, gradient) < ROUNDED[dtype], name
     x = tensors[0].double()
-    assert (
-        relative(c, composed.correlate(x, library.encode(x, tensors[2].double()), (4, 4), False)) < 2 * ROUNDED[dtype]
-    )
+    assert relative(c, eager.correlate(x, schemas.encode(x, tensors[2].double()), (4, 4), False)) < 2 * ROUNDED[dtype]

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import strassen_tile as stl
 from strassen_tile import cost
-from strassen_tile.ops import composed, library
+from strassen_tile.ops import schemas
+from strassen_tile.ops.linear import composed_backward
 
 
 def loss(*tensors: torch.Tensor) -> torch.Tensor:
@@ -27,26 +28,26 @@ def test_opcheck(dtype: torch.dtype, per_tile: bool, requires_grad: bool) -> Non
     x = o.x.requires_grad_(requires_grad)
     encoder, decoder = (f.requires_grad_(requires_grad) for f in (o.encoder, o.decoder))
     with torch.no_grad():
-        encoded = library.encode(x, o.encoder)
+        encoded = schemas.encode(x, o.encoder)
         products = torch.bmm(encoded, o.encoded_weight)
-        y, kept = library.linear_forward(x, o.encoded_weight, encoder, decoder, o.bias, 6)
+        y, kept = schemas.linear_forward(x, o.encoded_weight, encoder, decoder, o.bias, 6)
     passes = (
         ()
         if requires_grad
         else (  # their gradient is that of `linear`
-            (library.linear_forward, (x, o.encoded_weight, encoder, decoder, None, 6)),
-            (library.linear_backward, (y, x, o.encoded_weight, encoder, decoder, kept, [True] * 5)),
+            (schemas.linear_forward, (x, o.encoded_weight, encoder, decoder, None, 6)),
+            (schemas.linear_backward, (y, x, o.encoded_weight, encoder, decoder, kept, [True] * 5)),
             (
-                library.linear_backward,
+                schemas.linear_backward,
                 (y, x, o.encoded_weight, encoder, decoder, None, [False, False, True, True, False]),
             ),
         )
     )
     for operator, arguments in (
-        (library.encode, (x, encoder)),
-        (library.decode, (products.requires_grad_(requires_grad), decoder, 2, 5, 6)),
-        (library.correlate, (x, encoded.requires_grad_(requires_grad), list(encoder.shape[-2:]), per_tile)),
-        (library.linear, (x, o.encoded_weight, encoder, decoder, o.bias, 6, "gelu")),
+        (schemas.encode, (x, encoder)),
+        (schemas.decode, (products.requires_grad_(requires_grad), decoder, 2, 5, 6)),
+        (schemas.correlate, (x, encoded.requires_grad_(requires_grad), list(encoder.shape[-2:]), per_tile)),
+        (schemas.linear, (x, o.encoded_weight, encoder, decoder, o.bias, 6, "gelu")),
         *passes,
     ):
         results = opcheck(operator, arguments)
@@ -160,7 +161,7 @@ def test_flops_are_counted_truly(shape: str, per_tile: bool) -> None:
 def one_encoded(o) -> int:
     """Numbers a channel of X̂."""
     with torch.no_grad():
-        return library.encode(o.x.reshape(-1, *o.x.shape[-2:]), o.encoder)[0].numel()
+        return schemas.encode(o.x.reshape(-1, *o.x.shape[-2:]), o.encoder)[0].numel()
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["recomputed", "kept"])
@@ -168,12 +169,12 @@ def one_encoded(o) -> int:
 def test_flops_of_a_backward_pass_are_those_of_its_parts(asked: int, keep: bool) -> None:
     o = operands("ragged")
     wants = [bool(asked >> i & 1) for i in range(5)]
-    y, kept = library.linear_forward(*o.tensors, o.out_features)
+    y, kept = schemas.linear_forward(*o.tensors, o.out_features)
     arguments = (torch.randn_like(y), *o.tensors[:4], kept if keep else None, wants)
     with FlopCounterMode(display=False) as whole:
-        library.linear_backward(*arguments)
+        schemas.linear_backward(*arguments)
     with FlopCounterMode(display=False) as parts:
-        composed.linear_backward(*arguments)
+        composed_backward(*arguments)
     assert whole.get_total_flops() == parts.get_total_flops()
 
 

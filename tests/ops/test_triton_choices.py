@@ -12,10 +12,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs under TRITON_INTERPRET=1", allow_module_level=True)
 
 from strassen_tile.errors import ConfigError
-from strassen_tile.ops import chains, cuda, generic
-from strassen_tile.ops.chains import Norm, Weights
-from strassen_tile.ops.triton import choices, tune
-from strassen_tile.ops.triton.choices import Choice
+from strassen_tile.ops import eager, fused
+from strassen_tile.ops.cuda import choices, passes, tune
+from strassen_tile.ops.cuda.choices import Choice
+from strassen_tile.ops.fused import Norm, Weights
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +35,13 @@ def test_every_block_computes_the_same(tile_rows: int, tiles: int, p: int) -> No
     double = [Norm("layer", norm.scale.double(), norm.shift.double(), 1e-5)]
     double += [Weights(*(t.double() for t in layer)) for layer in (up, down)]
     with choices.trying(Choice(tile_rows, tiles, 4)):
-        encoded = cuda.encode(x, e)
-        torch.testing.assert_close(encoded.double(), generic.encode(x.double(), e.double()), rtol=1e-5, atol=1e-5)
-        found = cuda.correlate(x, encoded, (p, 4), False)
-        expected = generic.correlate(x.double(), encoded.double(), (p, 4), False)
+        encoded = passes.encode(x, e)
+        torch.testing.assert_close(encoded.double(), eager.encode(x.double(), e.double()), rtol=1e-5, atol=1e-5)
+        found = passes.correlate(x, encoded, (p, 4), False)
+        expected = eager.correlate(x.double(), encoded.double(), (p, 4), False)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3)
-        y = cuda.mlp(x, *norm, up, up, down, 75, 75, "silu").double()
-    expected = chains.mlp_by_steps(x.double(), *double[0], double[1], double[1], double[2], 75, 75, "silu")
+        y = passes.mlp(x, *norm, up, up, down, 75, 75, "silu").double()
+    expected = fused.composed_mlp(x.double(), *double[0], double[1], double[1], double[2], 75, 75, "silu")
     assert float((y - expected).norm() / expected.norm()) < 3e-6
 
 
@@ -102,7 +102,7 @@ def test_tuning_takes_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tune.launch, "compile_time", compile_time)
     sizes = {"n": 12, "k": 64, "dtype": torch.float32, "device": "cpu", "clock": clock}
     found = list(tune.tune((5,), **sizes, among=list(milliseconds)))
-    assert {result.key for result in found} == {choices.key(step, 16, 16, 4) for step in choices.STEPS}
+    assert {result.key for result in found} == {choices.key(step, 16, 16, 4) for step in choices.KERNELS}
     assert {result[1:] for result in found} == {(fast, 2.0, 4.0)}
     milliseconds[fast] = 3.99
     found = list(tune.tune((5,), **sizes, among=[guess, fast]))

@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs under TRITON_INTERPRET=1", allow_module_level=True)
 
-from strassen_tile.ops import generic
-from strassen_tile.ops.triton import kernels, launch
+from strassen_tile.ops import eager
+from strassen_tile.ops.cuda import kernels, launch
 
 APART = 2**30  # fits 32 bits, twice it does not; so stride times index must be taken in 64
 RANK, ROWS, COLUMNS = 3, 5, 20
@@ -35,10 +35,10 @@ def far(shape: tuple[int, ...], dimension: int, dtype: torch.dtype = torch.float
 def test_a_far_matrix(tile: tuple[int, int], dimension: int) -> None:
     shape = (3, ROWS, COLUMNS) if dimension == 0 else (1, ROWS, COLUMNS)
     e, x = torch.randn(RANK, *tile).half(), far(shape, dimension).copy_(torch.randn(shape))
-    encoded = generic.encode(x.double(), e.double())
+    encoded = eager.encode(x.double(), e.double())
     torch.testing.assert_close(launch.encode(x, e).double(), encoded, rtol=2e-3, atol=2e-3)
     z = encoded.half()
-    sums = generic.correlate(x.double(), z.double(), tile, False)
+    sums = eager.correlate(x.double(), z.double(), tile, False)
     torch.testing.assert_close(launch.correlate(x, z, tile).double(), sums, rtol=2e-3, atol=0.05)
     y = far(shape, dimension)
     sizes, grid, strides = arguments(y, z, tile)
@@ -56,7 +56,7 @@ def test_a_far_matrix(tile: tuple[int, int], dimension: int) -> None:
         ACTIVATION="none",
         **strides,
     )
-    expected = generic.decode(z.double(), e.double(), *shape)
+    expected = eager.decode(z.double(), e.double(), *shape)
     torch.testing.assert_close(y.double(), expected, rtol=2e-3, atol=2e-3)
 
 
@@ -68,21 +68,21 @@ def arguments(matrix: torch.Tensor, encoded: torch.Tensor, tile: tuple[int, int]
 
 @pytest.mark.parametrize("dimension", [0, 1], ids=["channels", "tile rows"])
 def test_far_channels(dimension: int) -> None:
-    """X̂ and Ŷ whose channels, or tile rows, lie far apart: read by decode, recode and correlate, written by encode."""
+    """X̂ and Ŷ whose channels, or tile rows, far apart: read by decode, decode_act_encode and correlate, written by encode."""
     tile, batch, rows = (4, 4), 3, 4  # three tile rows
     e, x = torch.randn(RANK, *tile).half(), torch.randn(batch, rows, COLUMNS).half()
-    encoded = generic.encode(x.double(), e.double())
+    encoded = eager.encode(x.double(), e.double())
     z = far(tuple(encoded.shape), dimension).copy_(encoded)
     torch.testing.assert_close(
         launch.decode(z, e, batch, rows, COLUMNS).double(),
-        generic.decode(z.double(), e.double(), batch, rows, COLUMNS),
+        eager.decode(z.double(), e.double(), batch, rows, COLUMNS),
         rtol=2e-3,
         atol=2e-3,
     )
-    expected = generic.correlate(x.double(), z.double(), tile, False)
+    expected = eager.correlate(x.double(), z.double(), tile, False)
     torch.testing.assert_close(launch.correlate(x, z, tile).double(), expected, rtol=2e-3, atol=0.05)
-    again = generic.encode(generic.decode(z.double(), e.double(), batch, rows, COLUMNS), e.double())
-    found = launch.recode(launch.Decoding(z, e, None), None, e, batch, rows, COLUMNS)
+    again = eager.encode(eager.decode(z.double(), e.double(), batch, rows, COLUMNS), e.double())
+    found = launch.decode_act_encode(launch.Decoding(z, e, None), None, e, batch, rows, COLUMNS)
     torch.testing.assert_close(found.double(), again, rtol=5e-3, atol=0.05)
     out = far(tuple(encoded.shape), dimension)
     sizes, grid, shape = arguments(x, out, tile)

@@ -14,9 +14,9 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs under TRITON_INTERPRET=1", allow_module_level=True)
 
-from strassen_tile.ops import generic  # noqa: E402
-from strassen_tile.ops.chains import Norm  # noqa: E402
-from strassen_tile.ops.triton import launch  # noqa: E402
+from strassen_tile.ops import eager  # noqa: E402
+from strassen_tile.ops.cuda import launch  # noqa: E402
+from strassen_tile.ops.fused import Norm  # noqa: E402
 
 # Those of fewer than 16 entries are taken several at a time, unless their ranks are too many; 3×2 is gathered.
 TILES = [(4, 4, 24), (4, 4, 49), (2, 2, 7), (2, 4, 11), (1, 4, 6), (8, 8, 33), (3, 2, 5), (4, 4, 1), (1, 1, 3), (1, 8, 9),
@@ -55,15 +55,15 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_encode_decode_correlate(p: int, q: int, r: int, dtype: torch.dtype) -> None:
     for n, k in SIZES if dtype == torch.float32 else SIZES[2:4]:
         x, factor = torch.randn(2, n, k).to(dtype), torch.randn(r, p, q).to(dtype)
-        encoded = generic.encode(x.double(), factor.double())
+        encoded = eager.encode(x.double(), factor.double())
         assert relative(launch.encode(x, factor), encoded) < STORED[dtype], (n, k)
         z = torch.randn(encoded.shape).to(dtype)
-        y = generic.decode(z.double(), factor.double(), 2, n, k)
+        y = eager.decode(z.double(), factor.double(), 2, n, k)
         assert relative(launch.decode(z, factor, 2, n, k), y) < STORED[dtype], (n, k)
-        c = generic.correlate(x.double(), z.double(), (p, q), False)
+        c = eager.correlate(x.double(), z.double(), (p, q), False)
         # Its terms cancel: the sum may be off by a rounding of the sum of absolute values, in whatever order it is made.
         rounding = 2.0**-24 * float(
-            generic.correlate(x.double().abs(), z.double().abs(), (p, q), False).norm() / c.norm()
+            eager.correlate(x.double().abs(), z.double().abs(), (p, q), False).norm() / c.norm()
         )
         assert relative(launch.correlate(x, z, (p, q)), c) < STORED[dtype] + rounding, (n, k)
 
@@ -72,7 +72,7 @@ def test_encode_decode_correlate(p: int, q: int, r: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("biased", [False, True])
 def test_decode_with_bias_and_activation(activation: str, biased: bool) -> None:
     z, d, bias = torch.randn(5, 2 * 3, 6), torch.randn(5, 4, 4), torch.randn(22) if biased else None
-    y = generic.decode(z.double(), d.double(), 2, 11, 22)
+    y = eager.decode(z.double(), d.double(), 2, 11, 22)
     expected = ACTIVATE[activation](y + bias.double() if biased else y)
     assert relative(launch.decode(z, d, 2, 11, 22, bias, activation), expected) < 2e-6
 
@@ -87,9 +87,9 @@ def test_recode(tile: tuple[int, int], rank: int, following: int, gated: bool, a
     for r in (rank, rank + 9) if gated else (rank,):
         z, d = torch.randn(r, 2 * -(-rows // p), -(-columns // s)), torch.randn(r, p, s)
         waiting.append(launch.Decoding(z, d, torch.randn(columns) + 3))
-        decoded.append(generic.decode(z.double(), d.double(), 2, rows, columns) + waiting[-1].bias.double())
-    expected = generic.encode(ACTIVATE[activation](decoded[0]) * (decoded[1] if gated else 1), e.double())
-    found = launch.recode(waiting[0], waiting[1] if gated else None, e, 2, rows, columns, activation)
+        decoded.append(eager.decode(z.double(), d.double(), 2, rows, columns) + waiting[-1].bias.double())
+    expected = eager.encode(ACTIVATE[activation](decoded[0]) * (decoded[1] if gated else 1), e.double())
+    found = launch.decode_act_encode(waiting[0], waiting[1] if gated else None, e, 2, rows, columns, activation)
     assert relative(found, expected) < 2e-6
 
 
@@ -103,7 +103,7 @@ def test_norm_encode(p: int, q: int, r: int, n: int, k: int, centre: bool, scale
     norm = Norm("layer" if centre else "rms", *(None if t is None else t.double() for t in (scale, shift)), 1e-5)
     normed = norm(x.double())
     found = launch.norm_encode(x, scale, shift, 1e-5, e, centre=centre)
-    assert relative(found, generic.encode(normed, e.double())) < 4e-6
+    assert relative(found, eager.encode(normed, e.double())) < 4e-6
 
 
 def test_vectors_need_not_be_dense() -> None:
@@ -113,7 +113,7 @@ def test_vectors_need_not_be_dense() -> None:
         plain = vector.clone()
         assert torch.equal(launch.decode(z, d, 2, 7, 24, vector), launch.decode(z, d, 2, 7, 24, plain))
         waiting = [launch.Decoding(z, d, bias) for bias in (vector, plain)]
-        assert torch.equal(*(launch.recode(one, one, d, 2, 7, 24) for one in waiting))
+        assert torch.equal(*(launch.decode_act_encode(one, one, d, 2, 7, 24) for one in waiting))
         normed = [launch.norm_encode(x, v, v, 1e-5, d, centre=True) for v in (vector, plain)]
         assert torch.equal(*normed)
 
@@ -123,7 +123,7 @@ def test_what_is_no_number_stays_so(activation: str) -> None:
     """A network that diverged must show it: NaN is NaN after every activation."""
     z, d = torch.randn(5, 4, 6), torch.randn(5, 4, 4)
     z[0, 1, 2] = float("nan")
-    expected = ACTIVATE[activation](generic.decode(z, d, 2, 7, 24)).isnan()
+    expected = ACTIVATE[activation](eager.decode(z, d, 2, 7, 24)).isnan()
     assert expected.any()
     assert torch.equal(launch.decode(z, d, 2, 7, 24, None, activation).isnan(), expected)
 
@@ -132,13 +132,13 @@ def test_strides_and_alignment() -> None:
     """A transposed x, a slice of it, and encoded tensors whose rows are padded to 16 numbers."""
     e, base = torch.randn(5, 4, 4), torch.randn(3, 30, 90)
     for x in (base.mT, base[:2, 3:, 5:71], base.transpose(0, 1), base[:1].expand(3, -1, -1)):
-        expected = generic.encode(x.double(), e.double())
+        expected = eager.encode(x.double(), e.double())
         found = launch.encode(x, e, aligned=True)
         assert found.stride(1) % 16 == 0
         assert relative(found, expected) < 1e-6
-        y = generic.decode(found.double(), e.double(), *x.shape)
+        y = eager.decode(found.double(), e.double(), *x.shape)
         assert relative(launch.decode(found, e, *x.shape), y) < 1e-6
-        c = generic.correlate(x.double(), found.double(), (4, 4), False)
+        c = eager.correlate(x.double(), found.double(), (4, 4), False)
         assert relative(launch.correlate(x, found, (4, 4)), c) < 1e-6
 
 
@@ -146,7 +146,7 @@ def test_strides_and_alignment() -> None:
 def test_nothing_to_do(shape: tuple[int, int, int]) -> None:
     x, e = torch.randn(shape), torch.randn(5, 4, 4)
     encoded = launch.encode(x, e)
-    assert encoded.shape == generic.encode(x, e).shape
+    assert encoded.shape == eager.encode(x, e).shape
     assert launch.decode(encoded, e, *shape).shape == x.shape
     assert torch.equal(launch.correlate(x, encoded, (4, 4)), torch.zeros(5, 4, 4))
 
@@ -155,7 +155,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.Monkey
     """Triton launches on the current device: with a layer on another one, that of the arguments has to be made current."""
     from contextlib import contextmanager
 
-    from strassen_tile.ops.triton import kernels, launch
+    from strassen_tile.ops.cuda import kernels, launch
 
     inside: list[torch.Tensor] = []
     launched = []
@@ -187,6 +187,8 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.Monkey
     encoded = launch.encode(x, factor)
     launch.norm_encode(x, None, None, 1e-5, factor, centre=True)
     launch.decode(encoded, factor, 1, 8, 16)
-    launch.recode(launch.Decoding(encoded, factor, None), None, factor, 1, rows=8, columns=16, activation="relu")
+    launch.decode_act_encode(
+        launch.Decoding(encoded, factor, None), None, factor, 1, rows=8, columns=16, activation="relu"
+    )
     launch.correlate(x, encoded, (4, 4))
     assert sorted(launched) == sorted(names)

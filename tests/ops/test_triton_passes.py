@@ -9,9 +9,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs under TRITON_INTERPRET=1", allow_module_level=True)
 
-from strassen_tile.ops import chains, composed, cuda, generic
-from strassen_tile.ops.chains import Norm, Weights
-from strassen_tile.ops.triton import launch
+from strassen_tile.ops import eager, fused
+from strassen_tile.ops import linear as whole
+from strassen_tile.ops.cuda import launch, passes
+from strassen_tile.ops.fused import Norm, Weights
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -26,14 +27,14 @@ def test_linear(n: int, k: int, m: int, biased: bool) -> None:
     tensors = [torch.randn(shape) for shape in shapes]
     tensors[4] = tensors[4] if biased else None
     wide = [None if t is None else t.double() for t in tensors]
-    y, kept = cuda.linear_forward(*tensors, m)
-    assert relative(y, composed.linear(*wide, m)) < 2e-6
-    assert torch.equal(y, cuda.linear(*tensors, m, "none"))
+    y, kept = passes.forward_keeping(*tensors, m)
+    assert relative(y, whole.composed(*wide, m)) < 2e-6
+    assert torch.equal(y, passes.forward(*tensors, m, "none"))
     for activation in ("gelu", "silu"):
-        assert relative(cuda.linear(*tensors, m, activation), composed.linear(*wide, m, activation)) < 2e-6
-    gradients = composed.linear_backward(torch.randn_like(y), *tensors[:4], kept, [True] * 5)
-    again = composed.linear_backward(torch.ones_like(y), *tensors[:4], None, [True] * 5)
-    kept_gradients = composed.linear_backward(torch.ones_like(y), *tensors[:4], kept, [True] * 5)
+        assert relative(passes.forward(*tensors, m, activation), whole.composed(*wide, m, activation)) < 2e-6
+    gradients = whole.composed_backward(torch.randn_like(y), *tensors[:4], kept, [True] * 5)
+    again = whole.composed_backward(torch.ones_like(y), *tensors[:4], None, [True] * 5)
+    kept_gradients = whole.composed_backward(torch.ones_like(y), *tensors[:4], kept, [True] * 5)
     for one, other in zip(again, kept_gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert [g.shape for g in gradients[:4]] == [t.shape for t in tensors[:4]]
@@ -66,7 +67,7 @@ def wide_norm(norm: Norm) -> Norm:
 def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that are launched from now on."""
     taken: list[str] = []
-    for name in ("encode", "norm_encode", "recode", "decode"):
+    for name in ("encode", "norm_encode", "decode_act_encode", "decode"):
         original = getattr(launch, name)
 
         def step(*arguments, _name=name, _original=original, **options):
@@ -78,19 +79,19 @@ def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("activation", composed.ACTIVATIONS)
+@pytest.mark.parametrize("activation", whole.ACTIVATIONS)
 @pytest.mark.parametrize("hidden,biased", [(24, True), (22, False)])
 def test_mlp(activation: str, gated: bool, hidden: int, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ragged rows, ragged hidden features, ranks that differ: three kernels, whether gated or not."""
     x, up, down = torch.randn(2, 7, 30), weights(30, hidden, 7, biased=biased), weights(hidden, 21, 5, biased=biased)
     gate = weights(30, hidden, 9, biased=not biased) if gated else ()
     tensors = wide(up), wide(gate) if gated else (), wide(down)
-    expected = chains.mlp_by_steps(x.double(), *Norm(), *tensors, hidden, 21, activation)
-    found = chains.mlp(x, up, down, hidden, 21, gate=gate or None, activation=activation)
+    expected = fused.composed_mlp(x.double(), *Norm(), *tensors, hidden, 21, activation)
+    found = fused.mlp(x, up, down, hidden, 21, gate=gate or None, activation=activation)
     assert relative(found, expected) < 3e-6
     taken = steps_taken(monkeypatch)
-    assert relative(cuda.mlp(x, *Norm(), up, gate, down, hidden, 21, activation), expected) < 3e-6
-    assert taken == ["encode", "recode", "decode"]
+    assert relative(passes.mlp(x, *Norm(), up, gate, down, hidden, 21, activation), expected) < 3e-6
+    assert taken == ["encode", "decode_act_encode", "decode"]
 
 
 @pytest.mark.parametrize("kind", NORMS)
@@ -100,16 +101,16 @@ def test_a_norm_before(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     up, gate, down = weights(30, 24, 7), weights(30, 24, 7), weights(24, 21, 5)
     taken = steps_taken(monkeypatch)
     if kind != "none":
-        expected = chains.linear_by_steps(x.double(), *wide_norm(norm), *wide(up), 24, "silu")
-        assert relative(cuda.norm_linear(x, *norm, *up, 24, "silu"), expected) < 3e-6
-        assert relative(chains.norm_linear(x, norm, up, 24, "silu"), expected) < 3e-6
+        expected = fused.composed_norm_linear(x.double(), *wide_norm(norm), *wide(up), 24, "silu")
+        assert relative(passes.norm_linear(x, *norm, *up, 24, "silu"), expected) < 3e-6
+        assert relative(fused.norm_linear(x, norm, up, 24, "silu"), expected) < 3e-6
         assert taken == ["norm_encode", "decode"]
     for gates in ((), gate):
         tensors = wide(up), wide(gates) if gates else (), wide(down)
-        expected = chains.mlp_by_steps(x.double(), *wide_norm(norm), *tensors, 24, 21, "gelu")
+        expected = fused.composed_mlp(x.double(), *wide_norm(norm), *tensors, 24, 21, "gelu")
         taken.clear()
-        assert relative(cuda.mlp(x, *norm, up, gates, down, 24, 21, "gelu"), expected) < 3e-6
-        assert taken == ["encode" if kind == "none" else "norm_encode", "recode", "decode"]
+        assert relative(passes.mlp(x, *norm, up, gates, down, 24, 21, "gelu"), expected) < 3e-6
+        assert taken == ["encode" if kind == "none" else "norm_encode", "decode_act_encode", "decode"]
 
 
 def test_what_does_not_fit_one_grid_goes_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,16 +122,16 @@ def test_what_does_not_fit_one_grid_goes_step_by_step(monkeypatch: pytest.Monkey
         (weights(30, 24, 7, (2, 4, 4)), weights(30, 24, 7), weights(24, 21, 5)),
     ):
         tensors = wide(up), wide(gate) if gate else (), wide(down)
-        expected = chains.mlp_by_steps(x.double(), *Norm(), *tensors, 24, 21, "relu")
-        assert relative(cuda.mlp(x, *Norm(), up, gate, down, 24, 21, "relu"), expected) < 3e-6
-        assert "recode" not in taken
+        expected = fused.composed_mlp(x.double(), *Norm(), *tensors, 24, 21, "relu")
+        assert relative(passes.mlp(x, *Norm(), up, gate, down, 24, 21, "relu"), expected) < 3e-6
+        assert "decode_act_encode" not in taken
 
 
 def test_a_norm_before_tiles_that_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused norm reads whole rows; tiles of 3×2 are encoded from the norm's own result."""
     x, up, taken = torch.randn(2, 7, 30), weights(30, 24, 7, (3, 2, 2)), steps_taken(monkeypatch)
-    expected = chains.linear_by_steps(x.double(), *wide_norm(NORMS["layer"]), *wide(up), 24, "none")
-    assert relative(cuda.norm_linear(x, *NORMS["layer"], *up, 24, "none"), expected) < 3e-6
+    expected = fused.composed_norm_linear(x.double(), *wide_norm(NORMS["layer"]), *wide(up), 24, "none")
+    assert relative(passes.norm_linear(x, *NORMS["layer"], *up, 24, "none"), expected) < 3e-6
     assert taken == ["encode", "decode"]
 
 
@@ -138,12 +139,12 @@ def test_what_the_kernels_do_not_take_is_done_without(monkeypatch: pytest.Monkey
     """float64, a rank beyond registers, an encoder a column tile, and no triton at all."""
     x = torch.randn(2, 9, 14)
     for wide in (torch.randn(200, 4, 4), torch.randn(4, 3, 4, 4)):
-        assert torch.equal(cuda.encode(x, wide), generic.encode(x, wide))
+        assert torch.equal(passes.encode(x, wide), eager.encode(x, wide))
         assert not launch.supports(x, wide.shape)
     e = torch.randn(3, 4, 4)
-    assert torch.equal(cuda.encode(x.double(), e.double()), generic.encode(x.double(), e.double()))
-    monkeypatch.setattr(cuda, "launcher", lambda: None)
-    assert torch.equal(cuda.encode(x, e), generic.encode(x, e))
+    assert torch.equal(passes.encode(x.double(), e.double()), eager.encode(x.double(), e.double()))
+    monkeypatch.setattr(passes, "launcher", lambda: None)
+    assert torch.equal(passes.encode(x, e), eager.encode(x, e))
     z = torch.randn(3, 6, 4)
-    assert torch.equal(cuda.decode(z, e, 2, 9, 14), generic.decode(z, e, 2, 9, 14))
-    assert torch.equal(cuda.correlate(x, z, (4, 4), False), generic.correlate(x, z, (4, 4), False))
+    assert torch.equal(passes.decode(z, e, 2, 9, 14), eager.decode(z, e, 2, 9, 14))
+    assert torch.equal(passes.correlate(x, z, (4, 4), False), eager.correlate(x, z, (4, 4), False))

@@ -23,7 +23,7 @@ from strassen_tile.experiments.candidates import METHODS, WHY_NO_STEP, Candidate
 from strassen_tile.experiments.verification import VerificationError, verified
 from strassen_tile.files import amount
 from strassen_tile.nn import STLConfig
-from strassen_tile.ops.cpu import compiled
+from strassen_tile.ops.cpu.tiles import compiled
 from strassen_tile.records import Row, environment
 
 __all__ = ["DTYPES", "NAMED", "VerificationError", "bench", "interleave", "shapes_of"]

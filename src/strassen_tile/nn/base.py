@@ -105,13 +105,15 @@ class TileLayer(nn.Module):
         """
         if x.ndim and x.shape[-1] != self.in_features:  # a tile would pad what is missing
             raise ShapeError(f"x must have {self.in_features} features; got {shape_text(x.shape)}")
-        if self.config.mixes_rows and x.ndim < 3:
+        if not self.config.mixes_rows:
+            return
+        if x.ndim < 3:
             raise ShapeError(
                 f"a 2-D input {shape_text(x.shape)} is a batch of rows, and this layer (mixing={self.config.mixing!r}, "
                 f"tile {self.config.tile}) mixes the {self.config.pqs[0]} rows of a tile: samples would leak into each "
                 "other. For one sequence pass x.unsqueeze(0); for independent rows use mixing='none' or keep the layer dense"
             )
-        if self.config.mixes_rows and self.padding is not None:
+        if self.padding is not None:
             self.padding.check_start(self.config.pqs[0])
 
     def extra_repr(self) -> str:

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -91,12 +92,12 @@ class STLConfig:
         if self.basis in ("random", "approximate"):
             self._warn_if_nothing_is_saved()
 
-    @property
+    @cached_property
     def pqs(self) -> Tile:
         """The tile as a triple."""
         return as_tile(self.tile)
 
-    @property
+    @cached_property
     def mixes_rows(self) -> bool:
         """Whether a row of the output can depend on other rows of the input."""
         return self.pqs[0] > 1

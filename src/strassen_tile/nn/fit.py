@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from strassen_tile.basis import Basis
-from strassen_tile.ops.autograd import decode, encode
+from strassen_tile.ops.gradients import decode, encode
 from strassen_tile.tiling import as_samples, to_tiles
 
 _RIDGE = 1e-6  # of the mean diagonal: keeps Ŵ bounded where random terms are nearly dependent

@@ -10,7 +10,7 @@ from torch import Tensor
 from strassen_tile.errors import ConfigError
 from strassen_tile.nn.base import TileLayer, only
 from strassen_tile.nn.linear import STLLinear
-from strassen_tile.ops.fp8 import Rounded, fp8_linear, rounded
+from strassen_tile.ops.cuda.fp8 import Rounded, fp8_linear, rounded
 from strassen_tile.ops.functional import autocasts
 from strassen_tile.tiling import as_samples
 

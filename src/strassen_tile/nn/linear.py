@@ -14,8 +14,9 @@ from strassen_tile.nn.config import STLConfig
 from strassen_tile.nn.stand_in import dense_weight
 from strassen_tile.nn.steps import check_norm, norm_of, undisturbed
 from strassen_tile.ops import stl_linear
-from strassen_tile.ops.chains import Weights, norm_linear
-from strassen_tile.ops.functional import autocasts, check
+from strassen_tile.ops.functional import autocasting, autocasts, check
+from strassen_tile.ops.fused import Weights, norm_linear
+from strassen_tile.ops.linear import linear
 from strassen_tile.tiling import as_samples, tile_count
 
 
@@ -65,6 +66,7 @@ class STLLinear(TileLayer):
         self.encoder = parameter(*((columns,) if per_tile else ()), r, p, q, trained=config.train_encoder)
         self.encoded_weight = parameter(r, columns, outputs)
         self.decoder = parameter(*((outputs,) if per_tile else ()), r, p, s, trained=config.train_decoder)
+        self._shapes = self.encoded_weight.shape, self.encoder.shape, self.decoder.shape
         if bias:
             self.bias = parameter(out_features)
         else:
@@ -218,14 +220,23 @@ class STLLinear(TileLayer):
                 y = norm_linear(as_samples(x), norm_of(self.norm, x), layer, self.out_features)
                 return y.view(*x.shape[:-1], self.out_features)
             x = self.norm(x)
-        encoder, decoder = self.factors()
-        return stl_linear(
-            self.without_padding(x),
-            self.encoded_weight,
-            encoder,
-            decoder,
-            self.bias,
-            out_features=self.out_features,
-            backend=self.config.backend,
-            recompute=self.config.recompute,
+        x = self.without_padding(x)
+        (encoder, decoder), config = self.factors(), self.config
+        layer = Weights(self.encoded_weight, encoder, decoder, self.bias)
+        if config.backend == "auto" and self._is_as_built(x, layer):
+            y = linear(as_samples(x), *layer, self.out_features, "none", config.recompute)
+            return y if x.ndim == 3 else y.view(*x.shape[:-1], self.out_features)
+        return stl_linear(x, *layer, out_features=self.out_features, backend=config.backend, recompute=config.recompute)
+
+    def _is_as_built(self, x: Tensor, layer: Weights) -> bool:
+        """Whether its tensors have the shapes it was built with and the dtype of x, and no autocast changes that.
+
+        They fit together then. Whatever else they may have become (`.data`, `functional_call`) is for `stl_linear` to judge.
+        """
+        weight, encoder, decoder, bias = layer
+        return (
+            x.dtype == weight.dtype == encoder.dtype == decoder.dtype
+            and (weight.shape, encoder.shape, decoder.shape) == self._shapes
+            and (bias is None or (bias.dtype == x.dtype and bias.shape == (self.out_features,)))
+            and not autocasting(x)
         )

@@ -11,9 +11,9 @@ from strassen_tile.errors import ConfigError, ShapeError
 from strassen_tile.nn.config import STLConfig
 from strassen_tile.nn.linear import STLLinear
 from strassen_tile.nn.steps import check_norm, norm_of, undisturbed
-from strassen_tile.ops.chains import mlp
-from strassen_tile.ops.composed import ACTIVATIONS
 from strassen_tile.ops.functional import autocasts, check
+from strassen_tile.ops.fused import mlp
+from strassen_tile.ops.linear import ACTIVATIONS
 from strassen_tile.tiling import as_samples
 
 

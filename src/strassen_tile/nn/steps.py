@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from strassen_tile.errors import ConfigError
-from strassen_tile.ops.chains import Norm
 from strassen_tile.ops.functional import autocasts
-from strassen_tile.ops.fused import learns
+from strassen_tile.ops.fused import Norm
+from strassen_tile.ops.gradients import learns
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 _GLOBAL_HOOKS = (

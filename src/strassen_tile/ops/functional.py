@@ -15,11 +15,10 @@ from torch import Tensor
 
 from strassen_tile.basis import Basis
 from strassen_tile.errors import BackendError, ConfigError, ShapeError, shape_text
-from strassen_tile.ops import cuda
-from strassen_tile.ops import panels as _panels  # noqa: F401 - registers the CPU's kernels
-from strassen_tile.ops.autograd import encode
-from strassen_tile.ops.composed import ACTIVATIONS
-from strassen_tile.ops.fused import linear
+from strassen_tile.ops.cpu import panels as _panels  # noqa: F401 - registers the CPU's kernels
+from strassen_tile.ops.cuda import passes as cuda
+from strassen_tile.ops.gradients import encode
+from strassen_tile.ops.linear import ACTIVATIONS, linear
 from strassen_tile.tiling import as_samples, tile_count
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
@@ -69,7 +68,7 @@ def stl_linear(
     """
     if activation not in ACTIVATIONS:
         raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    if _autocasting(x):
+    if autocasting(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, encoded_weight, encoder, decoder = (
             a.to(dtype) if autocasts(a) else a for a in (x, encoded_weight, encoder, decoder)
@@ -103,7 +102,7 @@ def stl_matmul(x: Tensor, w: Tensor, basis: Basis, *, backend: Backend = "auto")
         raise ShapeError(
             f"stl_matmul takes x (…, N, K) and w (K, M); got x {shape_text(x.shape)} and w {shape_text(w.shape)}"
         )
-    if x.dtype != w.dtype and not _autocasting(x):
+    if x.dtype != w.dtype and not autocasting(x):
         raise ShapeError(f"x and w must have one dtype; got {x.dtype} and {w.dtype}: convert one with .to(…)")
     if not (w.is_floating_point() or w.is_complex()):
         raise ShapeError(f"stl_matmul takes floating-point or complex tensors; got {w.dtype}")
@@ -115,10 +114,13 @@ def stl_matmul(x: Tensor, w: Tensor, basis: Basis, *, backend: Backend = "auto")
 
 def autocasts(x: Tensor) -> bool:
     """Whether x is cast in a product under autocast, as `F.linear` would cast it: floating-point numbers, but for float64."""
-    return _autocasting(x) and x.is_floating_point() and x.dtype != torch.float64
+    return autocasting(x) and x.is_floating_point() and x.dtype != torch.float64
 
 
-def _autocasting(x: Tensor) -> bool:
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x."""
+    if not torch._C._is_any_autocast_enabled():  # the usual case, at a fifth of the cost
+        return False
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" has no autocast
 

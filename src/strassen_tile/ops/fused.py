@@ -1,114 +1,140 @@
-"""The whole pass as one differentiable step, and what a training step keeps of it.
+"""Layers of a transformer block fused, for inference: what lies between them need not reach memory.
 
-Without a gradient to come, `library.linear` may keep X̂ and Ŷ out of memory altogether. With one, Ŷ is kept where the
-decoder learns, for its gradient; or, on request, nothing but the arguments. Gradients of gradients, those under
-torch.func, and tangents go through the composed operators.
+norm_linear   linear(norm(x))
+mlp           down(act(up(norm(x)))), or gated: down(act(gate(norm(x)))·up(norm(x)))
+
+Where a gradient is to come, and on devices without kernels of their own, they are composed: one layer after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
-from strassen_tile.ops import composed, library
-from strassen_tile.ops.autograd import differentiable, forward_mode
-
-
-class Linear(Function):
-    """decode(encode(x) @ Ŵ) + bias as one step; with `keep`, Ŷ is its second output, for the backward pass alone."""
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        encoded_weight: Tensor,
-        encoder: Tensor,
-        decoder: Tensor,
-        bias: Tensor | None,
-        columns: int,
-        keep: bool,
-    ) -> tuple[Tensor, Tensor]:
-        if keep:
-            return library.linear_forward(x, encoded_weight, encoder, decoder, bias, columns)  # type: ignore[no-any-return]
-        return library.linear(x, encoded_weight, encoder, decoder, bias, columns, "none"), x.new_empty(0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # or zeros as large as Ŷ would be made for it
-        ctx.save_for_backward(*inputs[:4], output[1])
-        ctx.keep = inputs[6]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 7
-        x, w, e, d, kept = ctx.saved_tensors
-        wants = ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled() or forward_mode():  # to be differentiated again
-            gradients = composed.linear_backward(grad, x, w, e, d, None, wants)
-        else:
-            gradients = library.linear_backward(grad, x, w, e, d, kept if ctx.keep else None, wants)
-        return (*(g if wanted else None for g, wanted in zip(gradients, wants, strict=True)), None, None)
+from strassen_tile.ops import schemas
+from strassen_tile.ops.gradients import below_autograd, learns
+from strassen_tile.ops.linear import linear, transformed
 
 
-def linear(
+class Weights(NamedTuple):
+    """The tensors of one layer."""
+
+    encoded_weight: Tensor
+    encoder: Tensor
+    decoder: Tensor
+    bias: Tensor | None
+
+
+class Norm(NamedTuple):
+    """What comes before the first encode.
+
+    Attributes:
+        kind: "layer" (LayerNorm), "rms" (RMSNorm) or "none".
+        scale, shift: (K,) each; None where the norm has none.
+        eps: added to the variance, or to the mean square.
+    """
+
+    kind: str = "none"
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    eps: float = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The norm of x (…, K) over its features."""
+        if self.kind == "none":
+            return x
+        if self.kind == "layer":
+            return F.layer_norm(x, x.shape[-1:], self.scale, self.shift, self.eps)
+        y = F.rms_norm(x, x.shape[-1:], self.scale, self.eps)
+        return y if self.shift is None else y + self.shift
+
+
+def composed_norm_linear(
     x: Tensor,
+    norm: str,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
     encoded_weight: Tensor,
     encoder: Tensor,
     decoder: Tensor,
     bias: Tensor | None,
     columns: int,
-    activation: str = "none",
-    *,
-    recompute: bool = False,
+    activation: str,
 ) -> Tensor:
-    """activation(decode(encode(x) @ Ŵ) + bias): x (B, N, K) → (B, N, columns). Differentiable in all tensors.
-
-    Without a gradient to come, the activation is applied as the output is written. Where the decoder will be asked for
-    a gradient, Ŷ is kept for it (r/ps times the size of y), unless `recompute`: then the backward pass encodes and
-    multiplies once more.
-    """
-    tensors = (x, encoded_weight, encoder, decoder, bias)
-    if torch._C._are_functorch_transforms_active() or forward_mode():
-        return composed.linear(*tensors, columns, activation)
-    if not learns(*tensors):
-        return library.linear(*tensors, columns, activation)  # type: ignore[no-any-return]
-    keep = not recompute and decoder.requires_grad
-    return composed.ACTIVATIONS[activation](Linear.apply(*tensors, columns, keep)[0])  # type: ignore[no-untyped-call]
+    """`norm_linear`, differentiable in all tensors."""
+    normed = Norm(norm, scale, shift, eps)(x)
+    return linear(normed, encoded_weight, encoder, decoder, bias, columns, activation)
 
 
-def learns(*tensors: Tensor | None) -> bool:
-    """Whether a gradient of any of them may be asked for."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _forward(
-    x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
-) -> tuple[Tensor, Tensor]:
-    if torch._C._are_functorch_transforms_active() or forward_mode():
-        return composed.linear_forward(x, encoded_weight, encoder, decoder, bias, columns)
-    return Linear.apply(x, encoded_weight, encoder, decoder, bias, columns, True)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _backward(
-    grad: Tensor,
+def composed_mlp(
     x: Tensor,
-    encoded_weight: Tensor,
-    encoder: Tensor,
-    decoder: Tensor,
-    kept: Tensor | None,
-    wants: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    return composed.linear_backward(grad, x, encoded_weight, encoder, decoder, None, wants)
+    norm: str,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    up: Sequence[Tensor | None],
+    gate: Sequence[Tensor | None],
+    down: Sequence[Tensor | None],
+    hidden: int,
+    columns: int,
+    activation: str,
+) -> Tensor:
+    """`mlp`, differentiable in all tensors."""
+    x = Norm(norm, scale, shift, eps)(x)
+    first, last = Weights(*up), Weights(*down)  # type: ignore[arg-type] # only the bias can be None
+    if gate:
+        gates = linear(x, *Weights(*gate), hidden, activation)  # type: ignore[arg-type]
+        between = gates * linear(x, *first, hidden)
+    else:
+        between = linear(x, *first, hidden, activation)
+    return linear(between, *last, columns)
 
 
-for _operator, _function in (
-    (library.linear, linear),
-    (library.linear_forward, _forward),  # what an exported training forward calls
-    (library.linear_backward, _backward),
+def norm_linear(x: Tensor, norm: Norm, layer: Weights, columns: int, activation: str = "none") -> Tensor:
+    """activation(linear(norm(x))): x (B, N, K) → (B, N, columns)."""
+    return _norm_linear(x, *norm, *layer, columns, activation)
+
+
+def mlp(
+    x: Tensor,
+    up: Weights,
+    down: Weights,
+    hidden: int,
+    columns: int,
+    *,
+    gate: Weights | None = None,
+    norm: Norm | None = None,
+    activation: str,
+) -> Tensor:
+    """X (B, N, K) → (B, N, columns) by way of `hidden` features; the activation is that of `gate` if there is one."""
+    return _mlp(x, *(norm or Norm()), up, gate or (), down, hidden, columns, activation)
+
+
+def _chosen(composed: Callable[..., Tensor], operator: Any) -> Callable[..., Tensor]:
+    """`operator` if nothing learns and nothing is transformed, else what it is composed of."""
+
+    def run(*arguments: Any) -> Tensor:
+        tensors = (
+            a for argument in arguments for a in (argument if isinstance(argument, list | tuple) else (argument,))
+        )
+        if transformed() or learns(*(t for t in tensors if isinstance(t, Tensor))):
+            return composed(*arguments)
+        with below_autograd():
+            return operator(*arguments)  # type: ignore[no-any-return]
+
+    return run
+
+
+_norm_linear = _chosen(composed_norm_linear, schemas.norm_linear)
+_mlp = _chosen(composed_mlp, schemas.mlp)
+
+for _operator, _composed, _differentiable in (
+    (schemas.norm_linear, composed_norm_linear, _norm_linear),
+    (schemas.mlp, composed_mlp, _mlp),
 ):
-    library.register_kernel(_operator, differentiable(_function, _operator), "Autograd")
+    schemas.register_kernel(_operator, _composed, "CompositeExplicitAutograd")
+    schemas.register_kernel(_operator, _differentiable, "Autograd")

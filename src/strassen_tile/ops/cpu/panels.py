@@ -1,6 +1,6 @@
 """Whole passes on the CPU in panels of tile rows, so that X̂, Ŷ and their gradients never exist as a whole.
 
-Requires: as `ops/generic.py`; a step that the compiled kernels take (`ops/cpu.py`) is theirs.
+Requires: as `ops/eager.py`; what the compiled kernels take (`ops/cpu/tiles.py`) is theirs.
 
 What costs time beside the products is memory: first touched, it is faulted in page by page, slower than the arithmetic
 on it. So matrices are read and written once, and what lies between is a panel's, in a workspace kept from call to call.
@@ -19,27 +19,30 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from strassen_tile.ops import composed, library
-from strassen_tile.ops.cpu import (
+from strassen_tile.ops import schemas
+from strassen_tile.ops.cpu.tiles import (
     Correlation,
     decode_into,
+    encode,
     encode_into,
     huge_pages,
     rows_are_dense,
     rows_dense,
     supports,
 )
+from strassen_tile.ops.linear import composed_backward
 from strassen_tile.tiling import tile_count
 
 # Of a panel. In training each panel also adds to all of dŴ, so that fewer, larger ones pay.
 INFERENCE_BYTES = 64 << 20
 TRAINING_BYTES = 128 << 20
+_SMALL = 1 << 18  # numbers in X̂ and Ŷ that are not worth a panel
 _held = threading.local()
 _IN_PLACE: Mapping[str, Callable[[Tensor], object]] = {
     "relu": torch.relu_,
@@ -49,14 +52,13 @@ _IN_PLACE: Mapping[str, Callable[[Tensor], object]] = {
 }
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """Some rows of some samples, `count` tile rows from the `first` of all on, and room for their X̂ and Ŷ."""
+class _Panel(NamedTuple):
+    """Some rows of some samples, `count` tile rows from the `first` of all on, and space for their X̂ and Ŷ."""
 
     samples: slice
     rows: slice
     first: int
-    count: int
+    tile_rows: int
     x_side: Tensor
     y_side: Tensor
 
@@ -67,10 +69,10 @@ class _Panel:
     def part_of(self, kept: Tensor) -> Tensor:
         """Its Ŷ in `kept`, where panel follows panel."""
         r, _, l = self.y_side.shape  # noqa: E741 - the tile index L
-        return kept[r * self.first * l :][: r * self.count * l].view_as(self.y_side)
+        return kept[r * self.first * l :][: r * self.tile_rows * l].view_as(self.y_side)
 
 
-def linear(
+def forward(
     x: Tensor,
     encoded_weight: Tensor,
     encoder: Tensor,
@@ -79,20 +81,25 @@ def linear(
     columns: int,
     activation: str,
 ) -> Tensor:
-    """As `composed.linear`, panel by panel."""
-    return _forward(x, encoded_weight, encoder, decoder, bias, columns, None, activation)
+    """`schemas.linear`."""
+    if _is_small(x, encoded_weight, encoder):
+        return _at_once(x, encoded_weight, encoder, decoder, bias, columns, activation)[0]
+    return _in_panels(x, encoded_weight, encoder, decoder, bias, columns, None, activation)
 
 
-def linear_forward(
+def forward_keeping(
     x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
 ) -> tuple[Tensor, Tensor]:
-    """As `composed.linear_forward`; Ŷ is kept panel by panel."""
+    """`schemas.linear_forward`; Ŷ is kept panel by panel."""
+    if _is_small(x, encoded_weight, encoder):
+        y, products = _at_once(x, encoded_weight, encoder, decoder, bias, columns, "none")
+        return y, products.view(-1)
     r, _, l = encoded_weight.shape  # noqa: E741 - the tile index L
     kept = x.new_empty(r * x.shape[0] * tile_count(x.shape[1], encoder.shape[-2]) * l)
-    return _forward(x, encoded_weight, encoder, decoder, bias, columns, kept), kept
+    return _in_panels(x, encoded_weight, encoder, decoder, bias, columns, kept), kept
 
 
-def linear_backward(
+def backward(
     grad: Tensor,
     x: Tensor,
     encoded_weight: Tensor,
@@ -101,10 +108,10 @@ def linear_backward(
     kept: Tensor | None,
     wants: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """As `composed.linear_backward`."""
+    """`schemas.linear_backward`."""
     panels = list(_panels(x, grad, encoded_weight, encoder, decoder, TRAINING_BYTES))
     if not panels or 0 in encoded_weight.shape:
-        return composed.linear_backward(grad, x, encoded_weight, encoder, decoder, kept, wants)
+        return composed_backward(grad, x, encoded_weight, encoder, decoder, kept, wants)
     wants_x, wants_weight, wants_encoder, wants_decoder, wants_bias = wants
     encoded_weight = encoded_weight.contiguous()
     transposed, e_conj, d_conj = encoded_weight.mH, encoder.conj(), decoder.conj()
@@ -165,7 +172,34 @@ class _Sum:
         return self._result if self._sum is None else self._result.copy_(self._sum)
 
 
-def _forward(
+def _is_small(x: Tensor, encoded_weight: Tensor, encoder: Tensor) -> bool:
+    """Whether X̂ and Ŷ are so small that an allocator gives their memory sooner than it is cut out of the workspace."""
+    r, j, l = encoded_weight.shape  # noqa: E741 - the tile index L
+    tile_rows = x.shape[0] * tile_count(x.shape[1], encoder.shape[-2])
+    numbers = tile_rows * r * (j + l)
+    return numbers <= _SMALL and numbers * x.element_size() <= INFERENCE_BYTES
+
+
+def _at_once(
+    x: Tensor,
+    encoded_weight: Tensor,
+    encoder: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None,
+    columns: int,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Y and Ŷ."""
+    products = torch.bmm(encode(x, encoder), encoded_weight)
+    y = x.new_empty(x.shape[0], x.shape[1], columns)
+    if y.numel():
+        decode_into(y, products, decoder, bias)
+    if activation != "none":
+        _IN_PLACE[activation](y)
+    return y, products
+
+
+def _in_panels(
     x: Tensor,
     encoded_weight: Tensor,
     encoder: Tensor,
@@ -176,7 +210,7 @@ def _forward(
     activation: str = "none",
 ) -> Tensor:
     y = x.new_empty(x.shape[0], x.shape[1], columns)
-    if 0 in y.shape:
+    if not y.numel():
         return y
     most = INFERENCE_BYTES if kept is None else TRAINING_BYTES
     encoded_weight = encoded_weight.contiguous()
@@ -195,12 +229,12 @@ def _panels(
 ) -> Iterator[_Panel]:
     """The panels of x (B, N, K) and y (B, N, M), of `most` bytes at most if a tile row allows it."""
     (r, j, l), (p, q), s = encoded_weight.shape, encoder.shape[-2:], decoder.shape[-1]  # noqa: E741 - the tile index L
-    batch, rows = x.shape[:2]
+    batch, rows, k = x.shape
     a_sample = tile_count(rows, p)
     numbers = r * (j + l)
     if not (supports(x, encoder.shape) and supports(x, decoder.shape)):
         numbers += 2 * r * max(j, l) + 3 * p * max(j * q, l * s)  # tiles, padded and regrouped, and one result more
-    numbers += sum(p * matrix.shape[2] for matrix in (x, y) if not rows_are_dense(matrix))
+    numbers += p * ((0 if rows_are_dense(x) else k) + (0 if rows_are_dense(y) else y.shape[2]))
     if not batch * rows:
         return
     bytes_a_row = numbers * x.element_size()
@@ -220,7 +254,6 @@ def _panels(
             )
 
 
-@lru_cache(maxsize=1024)
 def panel_rows(total: int, bytes_a_row: int, most: int) -> int:
     """Tile rows a panel, or samples: as many as `most` bytes hold, at least one, in panels of equal size."""
     return tile_count(total, tile_count(total, max(1, most // max(1, bytes_a_row))))
@@ -237,8 +270,8 @@ def _workspace(numel: int, like: Tensor) -> Tensor:
 
 
 for _operator, _kernel in (
-    (library.linear, linear),
-    (library.linear_forward, linear_forward),
-    (library.linear_backward, linear_backward),
+    (schemas.linear, forward),
+    (schemas.linear_forward, forward_keeping),
+    (schemas.linear_backward, backward),
 ):
-    library.register_kernel(_operator, _kernel, "CPU")
+    schemas.register_kernel(_operator, _kernel, "CPU")

@@ -348,7 +348,7 @@ static PyObject *advise(PyObject *self, PyObject *args) {
 }
 
 static PyMethodDef methods[] = {
-    {"call", call, METH_VARARGS, "Run one step; see ops/cpu.py."},
+    {"call", call, METH_VARARGS, "Run one kernel; see tiles.py."},
     {"advise", advise, METH_VARARGS, "Ask for huge pages behind fresh memory."},
     {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", NULL, -1, methods, NULL, NULL, NULL, NULL};

@@ -9,13 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from strassen_tile.ops.triton.tiles import (
+from strassen_tile.ops.cuda.tiles import (
     channel_positions,
     entry_positions,
     from_channels,
     load_factor,
+    load_row_scale,
     load_rows,
-    load_strips,
     load_tiles,
     product,
     row_positions,
@@ -41,31 +41,31 @@ def activate(v, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def power_of(strip):
+def power_of(positive):
     """The largest power of two in a positive number."""
-    return (strip.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return (positive.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def encode_kernel(x, factor, scale, strips, encoded, total, tile_rows, rows, columns, tiles, rank,
+def encode_kernel(x, factor, scale, row_scale, encoded, total, tile_rows, rows, columns, tiles, rank,
                   stride_b, stride_n, stride_k, stride_r, stride_i,
                   P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
                   BI: tl.constexpr, BJ: tl.constexpr, FAST: tl.constexpr, SCALED: tl.constexpr,
                   UPCAST: tl.constexpr):  # fmt: skip
-    """X̂[k, I, J] = ⟨E_k, X_IJ⟩, divided by scale[k]·strips[I] if SCALED: by a power of two before, so that none overflows."""
+    """X̂[k, I, J] = ⟨E_k, X_IJ⟩, over scale[k]·row_scale[I] if SCALED: over a power of two before, so that none overflows."""
     block_i, block_j = split_program(tiles, BJ)
     v = load_tiles(x, block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n, stride_k,
                    P, Q, ENTRIES, BI, BJ // G, FAST)  # fmt: skip
     e = load_factor(factor, rank, RANKS, P, Q, G, ENTRIES)
     if SCALED:
-        v = (v.to(tl.float32) / power_of(load_strips(strips, block_i, block_j, total, BI, BJ // G))).to(
+        v = (v.to(tl.float32) / power_of(load_row_scale(row_scale, block_i, block_j, total, BI, BJ // G))).to(
             x.dtype.element_ty
         )
     z = to_channels(product(e, v, UPCAST), RANKS, G)
     if SCALED:
         k = tl.arange(0, RANKS)
-        strip = load_strips(strips, block_i, block_j, total, BI, BJ)
-        z /= strip / power_of(strip)
+        by_row = load_row_scale(row_scale, block_i, block_j, total, BI, BJ)
+        z /= by_row / power_of(by_row)
         z /= tl.load(scale + k, mask=k < rank, other=1.0)[:, None]
     where, there = channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i, RANKS, BI, BJ)
     tl.store(encoded + where, z.to(encoded.dtype.element_ty), mask=there)
@@ -114,19 +114,19 @@ def norm_encode_kernel(x, scale, shift, factor, encoded, total, tile_rows, rows,
 
 
 @triton.jit
-def decoded_block(encoded, factor, bias, strips, block_i, block_j, total, tile_rows, rows, columns, tiles, rank,
+def decoded_block(encoded, factor, bias, row_scale, block_i, block_j, total, tile_rows, rows, columns, tiles, rank,
                   stride_r, stride_i,
                   P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
                   BI: tl.constexpr, BJ: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
                   UPCAST: tl.constexpr):  # fmt: skip
-    """(ENTRIES, BI·BJ) of Y·strips[I]² + bias in float32."""
+    """(ENTRIES, BI·BJ) of Y·row_scale[I]² + bias in float32."""
     d = load_factor(factor, rank, RANKS, P, Q, G, ENTRIES)
     where, there = channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i, RANKS, BI, BJ)
     z = from_channels(tl.load(encoded + where, mask=there, other=0.0), RANKS, G)
     y = product(tl.trans(d).to(z.dtype), z, UPCAST)
     if SCALED:
-        strip = load_strips(strips, block_i, block_j, total, BI, BJ // G)
-        y = y * strip * strip  # one after the other: the square may be beyond float32
+        by_row = load_row_scale(row_scale, block_i, block_j, total, BI, BJ // G)
+        y = y * by_row * by_row  # one after the other: the square may be beyond float32
     if BIAS:
         _sample, _row, column, inside = entry_positions(
             block_i, block_j, total, tile_rows, rows, columns, P, Q, ENTRIES, BI, BJ // G
@@ -136,22 +136,22 @@ def decoded_block(encoded, factor, bias, strips, block_i, block_j, total, tile_r
 
 
 @triton.jit
-def decode_kernel(encoded, factor, bias, strips, y, total, tile_rows, rows, columns, tiles, rank,
+def decode_kernel(encoded, factor, bias, row_scale, y, total, tile_rows, rows, columns, tiles, rank,
                   stride_r, stride_i, stride_b, stride_n,
                   P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
                   BI: tl.constexpr, BJ: tl.constexpr, FAST: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
                   ACTIVATION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """Y_IL = activation(Σ_k Ŷ[k, I, L] D_k + bias), the sum times strips[I]² if SCALED."""
+    """Y_IL = activation(Σ_k Ŷ[k, I, L] D_k + bias), the sum times row_scale[I]² if SCALED."""
     block_i, block_j = split_program(tiles, BJ)
-    v = decoded_block(encoded, factor, bias, strips, block_i, block_j, total, tile_rows, rows, columns, tiles, rank,
+    v = decoded_block(encoded, factor, bias, row_scale, block_i, block_j, total, tile_rows, rows, columns, tiles, rank,
                       stride_r, stride_i, P, Q, G, ENTRIES, RANKS, BI, BJ, BIAS, SCALED, UPCAST)  # fmt: skip
     store_tiles(y, activate(v, ACTIVATION), block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n,
                 P, Q, ENTRIES, BI, BJ // G, FAST)  # fmt: skip
 
 
 @triton.jit
-def recode_kernel(encoded, decoder, bias, up, up_decoder, up_bias, encoder, out, total, tile_rows, rows, columns, tiles,
-                  rank, up_rank, next_rank, stride_r, stride_i, up_stride_r, up_stride_i, out_stride_r, out_stride_i,
+def decode_act_encode_kernel(encoded, decoder, bias, up, up_decoder, up_bias, encoder, out, total, tile_rows, rows, columns,
+                  tiles, rank, up_rank, next_rank, stride_r, stride_i, up_stride_r, up_stride_i, out_stride_r, out_stride_i,
                   P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
                   UP_RANKS: tl.constexpr, NEXT_RANKS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
                   BIAS: tl.constexpr, UP_BIAS: tl.constexpr, GATED: tl.constexpr,

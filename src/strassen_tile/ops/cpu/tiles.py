@@ -1,7 +1,7 @@
 """The CPU's kernels: tiles gathered and scattered in registers, one pass over the matrix.
 
 Requires: float32 or bfloat16 with tiles of p·q ≤ 64 entries, q and s one of 1, 2, 4, 8, one encoder a layer, and the
-compiled module `_kernels` (built on installation where there is a C compiler). Anything else takes `generic`, step by step.
+compiled module `_kernels` (built on installation where there is a C compiler). Anything else takes `eager`, step by step.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from strassen_tile.ops import generic, library
+from strassen_tile.errors import ShapeError, shape_text
+from strassen_tile.ops import eager, schemas
 from strassen_tile.tiling import tile_count
 
 try:  # after torch, whose OpenMP runtime it uses
-    from strassen_tile.ops import _kernels
-except ImportError:  # built without a compiler: `generic` serves
+    from strassen_tile.ops.cpu import _kernels
+except ImportError:  # built without a compiler: `eager` serves
     _kernels = None  # type: ignore[assignment]
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -30,29 +31,29 @@ def compiled() -> bool:
 
 
 def encode(x: Tensor, encoder: Tensor) -> Tensor:
-    """As `generic.encode`."""
+    """As `eager.encode`."""
     if not supports(x, encoder.shape):
-        return generic.encode(x, encoder)
+        return eager.encode(x, encoder)
     rows = x.shape[0] * tile_count(x.shape[1], encoder.shape[1])
     encoded = x.new_empty(encoder.shape[0], rows, tile_count(x.shape[2], encoder.shape[2]))
-    encode_into(encoded, rows_dense(x), encoder)
+    _call("encode", rows_dense(x), encoded, _as_factor(encoder))
     return encoded
 
 
 def decode(encoded: Tensor, decoder: Tensor, batch: int, rows: int, columns: int) -> Tensor:
-    """As `generic.decode`."""
+    """As `eager.decode`."""
     if not supports(encoded, decoder.shape):
-        return generic.decode(encoded, decoder, batch, rows, columns)
+        return eager.decode(encoded, decoder, batch, rows, columns)
     y = encoded.new_empty(batch, rows, columns)
     decode_into(y, encoded.contiguous(), decoder)
     return y
 
 
 def correlate(x: Tensor, encoded: Tensor, tile: Sequence[int], per_column: bool) -> Tensor:
-    """As `generic.correlate`; sums in float32, whatever the storage."""
+    """As `eager.correlate`; sums in float32, whatever the storage."""
     factor = (encoded.shape[0], *tile)
     if per_column or not supports(x, factor):
-        return generic.correlate(x, encoded, tile, per_column)
+        return eager.correlate(x, encoded, tile, per_column)
     correlation = Correlation(x, factor)
     correlation.add(rows_dense(x), encoded.contiguous())
     return correlation.total(x.dtype)
@@ -63,7 +64,7 @@ def encode_into(encoded: Tensor, x: Tensor, encoder: Tensor) -> None:
     if supports(x, encoder.shape):
         _call("encode", x, encoded, _as_factor(encoder))
     else:
-        encoded.copy_(generic.encode(x, encoder))
+        encoded.copy_(eager.encode(x, encoder))
 
 
 def decode_into(y: Tensor, encoded: Tensor, decoder: Tensor, bias: Tensor | None = None) -> None:
@@ -71,7 +72,7 @@ def decode_into(y: Tensor, encoded: Tensor, decoder: Tensor, bias: Tensor | None
     if supports(y, decoder.shape):
         _call("decode", y, encoded, _as_factor(decoder), None if bias is None else _as_factor(bias))
     else:
-        y.copy_(generic.decode(encoded, decoder, *y.shape))
+        y.copy_(eager.decode(encoded, decoder, *y.shape))
         if bias is not None:
             y += bias
 
@@ -91,7 +92,7 @@ class Correlation:
         if self._compiled:
             _call("correlate", x, encoded, self._sums)
         else:
-            self._sums += library.correlate(x, encoded, self._tile, self._sums.ndim == 4)
+            self._sums += schemas.correlate(x, encoded, self._tile, self._sums.ndim == 4)
 
     def total(self, dtype: torch.dtype) -> Tensor:
         """The sum."""
@@ -117,14 +118,26 @@ def rows_are_dense(x: Tensor) -> bool:
 
 
 def _as_factor(factor: Tensor) -> Tensor:
-    return factor.float().contiguous()  # as the kernels read E, D and the bias
+    """As the kernels read E, D and the bias."""
+    return factor if factor.dtype == torch.float32 and factor.is_contiguous() else factor.float().contiguous()
 
 
 def _call(name: str, matrix: Tensor, encoded: Tensor, factor: Tensor, bias: Tensor | None = None) -> None:
-    """The kernel `name` on all tile rows of `matrix`; `factor` is E or D, or for "correlate" the sums that it adds to."""
-    r, p, q = factor.shape[1:4] if name == "correlate" else factor.shape
-    _, rows, columns = matrix.shape
-    _, total, tiles = encoded.shape
+    """The kernel `name` on all tile rows of `matrix`; `factor` is E or D, or for "correlate" the sums that it adds to.
+
+    Raises:
+        ShapeError: `encoded` or `bias` is of another size than `matrix` and `factor` say: the kernels do not look.
+    """
+    r, p, q = factor.shape if factor.ndim == 3 else factor.shape[1:4]
+    batch, rows, columns = matrix.shape
+    tile_rows, tiles = -(-rows // p), -(-columns // q)
+    total = batch * tile_rows
+    if encoded.shape != (r, total, tiles) or (bias is not None and bias.shape != (columns,)):
+        raise ShapeError(
+            f"{name} of a matrix {shape_text(matrix.shape)} with a factor {shape_text((r, p, q))} takes an encoded tensor "
+            f"{shape_text((r, total, tiles))} and a bias ({columns},); got {shape_text(encoded.shape)} and "
+            f"{None if bias is None else shape_text(bias.shape)}"
+        )
     _kernels.call(
         name,
         matrix.data_ptr(),
@@ -135,7 +148,7 @@ def _call(name: str, matrix: Tensor, encoded: Tensor, factor: Tensor, bias: Tens
         columns,
         matrix.stride(0),
         matrix.stride(1),
-        tile_count(rows, p),
+        tile_rows,
         tiles,
         encoded.stride(0),
         0,
@@ -154,5 +167,5 @@ def huge_pages(memory: Tensor) -> None:
         _kernels.advise(memory.data_ptr(), memory.numel() * memory.element_size())
 
 
-for _operator, _kernel in ((library.encode, encode), (library.decode, decode), (library.correlate, correlate)):
-    library.register_kernel(_operator, _kernel, "CPU")
+for _operator, _kernel in ((schemas.encode, encode), (schemas.decode, decode), (schemas.correlate, correlate)):
+    schemas.register_kernel(_operator, _kernel, "CPU")

@@ -18,8 +18,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from strassen_tile.ops import composed, fp8, generic, library
-from strassen_tile.ops.chains import Norm, Weights, linear_by_steps, mlp_by_steps
+from strassen_tile.ops import eager, schemas
+from strassen_tile.ops.cuda import fp8
+from strassen_tile.ops.fused import Norm, Weights, composed_mlp, composed_norm_linear
+from strassen_tile.ops.linear import composed, composed_forward
 from strassen_tile.tiling import tile_count
 
 
@@ -27,37 +29,37 @@ from strassen_tile.tiling import tile_count
 def launcher() -> ModuleType | None:
     """The module of kernels; None without triton."""
     try:
-        from strassen_tile.ops.triton import launch
+        from strassen_tile.ops.cuda import launch
     except ImportError:
         return None
     return launch
 
 
 def encode(x: Tensor, encoder: Tensor) -> Tensor:
-    """As `generic.encode`."""
+    """As `eager.encode`."""
     launch = launcher()
     if launch is None or not launch.supports(x, encoder.shape):
-        return generic.encode(x, encoder)
+        return eager.encode(x, encoder)
     return launch.encode(x, encoder)  # type: ignore[no-any-return]
 
 
 def decode(encoded: Tensor, decoder: Tensor, batch: int, rows: int, columns: int) -> Tensor:
-    """As `generic.decode`."""
+    """As `eager.decode`."""
     launch = launcher()
     if launch is None or not launch.supports(encoded, decoder.shape):
-        return generic.decode(encoded, decoder, batch, rows, columns)
+        return eager.decode(encoded, decoder, batch, rows, columns)
     return launch.decode(encoded, decoder, batch, rows, columns)  # type: ignore[no-any-return]
 
 
 def correlate(x: Tensor, encoded: Tensor, tile: Sequence[int], per_column: bool) -> Tensor:
-    """As `generic.correlate`; sums in float32."""
+    """As `eager.correlate`; sums in float32."""
     launch = launcher()
     if launch is None or per_column or not launch.supports(x, (encoded.shape[0], *tile)):
-        return generic.correlate(x, encoded, tile, per_column)
+        return eager.correlate(x, encoded, tile, per_column)
     return launch.correlate(x, encoded, tile)  # type: ignore[no-any-return]
 
 
-def linear(
+def forward(
     x: Tensor,
     encoded_weight: Tensor,
     encoder: Tensor,
@@ -66,21 +68,21 @@ def linear(
     columns: int,
     activation: str,
 ) -> Tensor:
-    """As `composed.linear`, bias and activation applied while decoding."""
+    """As `linear.composed`, bias and activation applied while decoding."""
     launch = launcher()
     if launch is None or not (launch.supports(x, encoder.shape) and launch.supports(x, decoder.shape)):
-        return composed.linear(x, encoded_weight, encoder, decoder, bias, columns, activation)
+        return composed(x, encoded_weight, encoder, decoder, bias, columns, activation)
     products = torch.bmm(launch.encode(x, encoder, aligned=True), encoded_weight)
     return launch.decode(products, decoder, x.shape[0], x.shape[1], columns, bias, activation)  # type: ignore[no-any-return]
 
 
-def linear_forward(
+def forward_keeping(
     x: Tensor, encoded_weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, columns: int
 ) -> tuple[Tensor, Tensor]:
-    """As `composed.linear_forward`."""
+    """As `composed_forward`."""
     launch = launcher()
     if launch is None or not (launch.supports(x, encoder.shape) and launch.supports(x, decoder.shape)):
-        return composed.linear_forward(x, encoded_weight, encoder, decoder, bias, columns)
+        return composed_forward(x, encoded_weight, encoder, decoder, bias, columns)
     products = torch.bmm(launch.encode(x, encoder, aligned=True), encoded_weight)
     return launch.decode(products, decoder, x.shape[0], x.shape[1], columns, bias), products.view(-1)
 
@@ -98,10 +100,10 @@ def norm_linear(
     columns: int,
     activation: str,
 ) -> Tensor:
-    """As `chains.linear_by_steps`; the normed x is never written."""
+    """As `fused.composed_norm_linear`; the normed x is never written."""
     launch, before = launcher(), Norm(norm, scale, shift, eps)
     if launch is None or not (launch.supports(x, encoder.shape) and launch.supports(x, decoder.shape)):
-        return linear_by_steps(x, *before, encoded_weight, encoder, decoder, bias, columns, activation)
+        return composed_norm_linear(x, *before, encoded_weight, encoder, decoder, bias, columns, activation)
     products = torch.bmm(_normed_and_encoded(launch, x, before, encoder), encoded_weight)
     return launch.decode(products, decoder, x.shape[0], x.shape[1], columns, bias, activation)  # type: ignore[no-any-return]
 
@@ -119,11 +121,11 @@ def mlp(
     columns: int,
     activation: str,
 ) -> Tensor:
-    """As `chains.mlp_by_steps`; the normed x and, where all layers have one tile, the hidden features are never written."""
+    """As `fused.composed_mlp`; the normed x and, where all layers have one tile, the hidden features are never written."""
     launch, before = launcher(), Norm(norm, scale, shift, eps)
     layers = [Weights(*layer) for layer in (gate, up, down) if layer]  # type: ignore[arg-type] # only the bias can be None
     if launch is None or not _one_grid(launch, x, layers):
-        return mlp_by_steps(x, *before, up, gate, down, hidden, columns, activation)
+        return composed_mlp(x, *before, up, gate, down, hidden, columns, activation)
     *first, last = layers
     ranks = [layer.encoder.shape[0] for layer in first]
     # One kernel reads x once for gate and up.
@@ -135,7 +137,7 @@ def mlp(
     ]
     batch, rows, _ = x.shape
     others = waiting[1] if gate else None
-    between = launch.recode(waiting[0], others, last.encoder, batch, rows, hidden, activation, aligned=True)
+    between = launch.decode_act_encode(waiting[0], others, last.encoder, batch, rows, hidden, activation, aligned=True)
     products = torch.bmm(between, last.encoded_weight)
     return launch.decode(products, last.decoder, batch, rows, columns, last.bias)  # type: ignore[no-any-return]
 
@@ -156,17 +158,17 @@ def fp8_linear(
     if launch is None or not (launch.supports(x, encoder.shape) and launch.supports(x, decoder.shape)):
         return fp8.linear(x, *weight, encoder, decoder, bias, columns)
     (r, p, q), (batch, rows, k), s = encoder.shape, x.shape, decoder.shape[2]
-    strips = fp8.scale_of_rows(x, p)
+    row_scale = fp8.scale_of_rows(x, p)
     room = fp8.empty_input(r, batch * tile_count(rows, p), tile_count(k, q), x)
-    encoded = launch.encode(x, encoder, out=room, scales=(encoder_scale, strips))
+    encoded = launch.encode(x, encoder, out=room, scales=(encoder_scale, row_scale))
     products = fp8.products(encoded, weight, tile_count(columns, s), x.dtype)
     y = x.new_empty(batch, rows, columns)
-    back = fp8.scale_of_result(strips, largest)
-    return launch.decode(products, decoder, batch, rows, columns, bias, strips=back, out=y)  # type: ignore[no-any-return]
+    back = fp8.scale_of_result(row_scale, largest)
+    return launch.decode(products, decoder, batch, rows, columns, bias, row_scale=back, out=y)  # type: ignore[no-any-return]
 
 
 def _normed_and_encoded(launch: ModuleType, x: Tensor, norm: Norm, encoder: Tensor) -> Tensor:
-    if norm.kind == "none" or not launch.side_by_side(*encoder.shape[1:], encoder.shape[0]):
+    if norm.kind == "none" or not launch.tiles_together(*encoder.shape[1:], encoder.shape[0]):
         return launch.encode(norm(x), encoder, aligned=True)  # type: ignore[no-any-return]
     return launch.norm_encode(  # type: ignore[no-any-return]
         x, norm.scale, norm.shift, norm.eps, encoder, centre=norm.kind == "layer", aligned=True
@@ -201,13 +203,13 @@ def refusal(x: Tensor, encoder: Tensor, decoder: Tensor) -> str | None:
 
 
 for _operator, _kernel in (
-    (library.norm_linear, norm_linear),
-    (library.mlp, mlp),
-    (library.fp8_linear, fp8_linear),
-    (library.encode, encode),
-    (library.decode, decode),
-    (library.correlate, correlate),
-    (library.linear, linear),
-    (library.linear_forward, linear_forward),
+    (schemas.norm_linear, norm_linear),
+    (schemas.mlp, mlp),
+    (schemas.fp8_linear, fp8_linear),
+    (schemas.encode, encode),
+    (schemas.decode, decode),
+    (schemas.correlate, correlate),
+    (schemas.linear, forward),
+    (schemas.linear_forward, forward_keeping),
 ):
-    library.register_kernel(_operator, _kernel, "CUDA")
+    schemas.register_kernel(_operator, _kernel, "CUDA")

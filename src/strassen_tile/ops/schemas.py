@@ -1,10 +1,10 @@
 """The operator's primitives as `torch.library` operators: schemas, shapes for tracing, FLOP formulas.
 
 `encode`, `decode` and `correlate` are linear in each tensor argument and the gradient of each is made of the others
-(`ops/autograd.py`); between them `torch.bmm` does the r products. `linear`, `linear_forward` and `linear_backward` are
+(`ops/gradients.py`); between them `torch.bmm` does the r products. `linear`, `linear_forward` and `linear_backward` are
 whole passes, for a device that can keep X̂ and Ŷ out of memory; `norm_linear` and `mlp` are several steps in a row, for one
 that can keep what lies between them out of memory. A device brings its own kernels by registering them under its dispatch
-key; `ops/generic.py`, `ops/composed.py` and `ops/chains.py` serve all others.
+key; `ops/eager.py`, `ops/linear.py` and `ops/fused.py` serve all others.
 
 The operators are raw `Library` ones: `custom_op` breaks `torch.func.grad`, and `triton_op` needs a driver. Gradients and
 vmap rules sit on top, in autograd functions.
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from strassen_tile.ops import generic
 from strassen_tile.tiling import tile_count
 
 NAMESPACE = "strassen_tile"
@@ -49,8 +48,6 @@ _library.define(
     "Tensor? bias, SymInt columns) -> Tensor",
     tags=_tags,
 )
-for _kernel in (generic.encode, generic.decode, generic.correlate):
-    _library.impl(_kernel.__name__, _kernel, "CompositeExplicitAutograd")
 
 encode = torch.ops.strassen_tile.encode.default
 decode = torch.ops.strassen_tile.decode.default

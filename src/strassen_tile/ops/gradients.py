@@ -5,20 +5,20 @@ dD = correlate(dY, Ŷ). Since backwards are built from these same functions, gra
 arguments follow PyTorch's convention: the gradient of a·b in a is g·conj(b).
 
 Forward-mode differentiation goes another way: a `jvp` here would break `torch.compile(fullgraph=True)`, so while it is on,
-the same sums are done by `ops/generic.py` in PyTorch's own operators, which carry tangents.
+the same sums are done by `ops/eager.py` in PyTorch's own operators, which carry tangents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from strassen_tile.ops import generic, library
+from strassen_tile.ops import eager, schemas
 from strassen_tile.tiling import tile_count
 
 
@@ -45,7 +45,7 @@ class Encode(Function):
 
     @staticmethod
     def forward(x: Tensor, encoder: Tensor) -> Tensor:
-        return library.encode(x, encoder)  # type: ignore[no-any-return]
+        return schemas.encode(x, encoder)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -73,7 +73,7 @@ class Decode(Function):
 
     @staticmethod
     def forward(encoded: Tensor, decoder: Tensor, batch: int, rows: int, columns: int) -> Tensor:
-        return library.decode(encoded, decoder, batch, rows, columns)  # type: ignore[no-any-return]
+        return schemas.decode(encoded, decoder, batch, rows, columns)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -107,7 +107,7 @@ class Correlate(Function):
 
     @staticmethod
     def forward(x: Tensor, encoded: Tensor, tile: tuple[int, int], per_column: bool) -> Tensor:
-        return library.correlate(x, encoded, tile, per_column)  # type: ignore[no-any-return]
+        return schemas.correlate(x, encoded, tile, per_column)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -133,45 +133,49 @@ class Correlate(Function):
 def encode(x: Tensor, encoder: Tensor) -> Tensor:
     """X̂[k, I, J] = ⟨E_k, X_IJ⟩: x (B, N, K) → (r, B·I, J). Differentiable in both."""
     if forward_mode():
-        return generic.encode(x, encoder)
+        return eager.encode(x, encoder)
     return Encode.apply(x, encoder)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def decode(encoded: Tensor, decoder: Tensor, batch: int, rows: int, columns: int) -> Tensor:
     """Y_IL = Σ_k Ŷ[k, I, L] D_k: encoded (r, B·I, L) → (batch, rows, columns). Differentiable in both tensors."""
     if forward_mode():
-        return generic.decode(encoded, decoder, batch, rows, columns)
+        return eager.decode(encoded, decoder, batch, rows, columns)
     return Decode.apply(encoded, decoder, batch, rows, columns)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def correlate(x: Tensor, encoded: Tensor, tile: tuple[int, int], per_column: bool) -> Tensor:
     """C_k = Σ_IJ X̂[k, I, J] X_IJ: (r, p, q), or (J, r, p, q) if per column tile. Differentiable in both tensors."""
     if forward_mode():
-        return generic.correlate(x, encoded, tile, per_column)
+        return eager.correlate(x, encoded, tile, per_column)
     return Correlate.apply(x, encoded, tuple(tile), per_column)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _leaves(args: Sequence[Any]) -> Iterator[Any]:
-    """The arguments, those in a list one by one."""
-    return chain.from_iterable(a if isinstance(a, list | tuple) else (a,) for a in args)
+def learns(*tensors: Tensor | None) -> bool:
+    """Whether a gradient of any of them may be asked for."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
-def differentiable(function: Callable[..., Any], operator: Any) -> Callable[..., Any]:
-    """What `operator` does under the Autograd key: a call through `torch.ops` has gradients and tangents too."""
+def below_autograd() -> contextlib.AbstractContextManager[object]:
+    """Inside, operators run without a look at gradients: the question has been answered. A graph being traced asks again."""
+    return contextlib.nullcontext() if torch.compiler.is_dynamo_compiling() else torch._C._AutoDispatchBelowAutograd()
 
-    def kernel(*args: Any) -> Any:
-        learns = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in _leaves(args))
-        if learns or forward_mode():
+
+def _differentiable(function: Callable[..., Tensor], operator: Any) -> Callable[..., Tensor]:
+    """What a primitive does under the Autograd key: a call through `torch.ops` has gradients and tangents too."""
+
+    def kernel(*args: Any) -> Tensor:
+        if forward_mode() or learns(*(a for a in args[:2])):
             return function(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*args)
+        with below_autograd():
+            return operator(*args)  # type: ignore[no-any-return]
 
     return kernel
 
 
-for _function, _operator in (
-    (encode, library.encode),
-    (decode, library.decode),
-    (correlate, library.correlate),
-):
-    library.register_kernel(_operator, differentiable(_function, _operator), "Autograd")
+for _function, _operator in ((encode, schemas.encode), (decode, schemas.decode), (correlate, schemas.correlate)):
+    schemas.register_kernel(_operator, _differentiable(_function, _operator), "Autograd")

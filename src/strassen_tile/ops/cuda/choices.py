@@ -18,7 +18,7 @@ import torch
 
 from strassen_tile.errors import ConfigError
 
-STEPS = ("encode", "norm_encode", "decode", "recode", "correlate")
+KERNELS = ("encode", "norm_encode", "decode", "decode_act_encode", "correlate")
 _SHIPPED = Path(__file__).with_name("choices.json")
 _trying: list[Choice] = []
 
@@ -46,7 +46,9 @@ def chosen(step: str, entries: int, ranks: int, dtype: torch.dtype, device: torc
 
 def guess(step: str, entries: int, ranks: int, itemsize: int) -> Choice:
     """What compiles to 128 registers or fewer and stores 16 bytes at a time, for lack of a measurement."""
-    large = entries > 16 or (step == "recode" and ranks > 32)  # two matrices of ranks and one of entries at once
+    large = entries > 16 or (
+        step == "decode_act_encode" and ranks > 32
+    )  # two matrices of ranks and one of entries at once
     tiles = 32 if large else 128 if itemsize == 1 else 64
     return Choice(1, tiles, 8 if itemsize == 4 else 4)
 

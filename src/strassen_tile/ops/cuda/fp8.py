@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from strassen_tile.errors import BackendError, ShapeError
-from strassen_tile.ops import fused, generic, library
-from strassen_tile.ops.autograd import forward_mode
+from strassen_tile.ops import eager, schemas
+from strassen_tile.ops.gradients import below_autograd, forward_mode, learns
 from strassen_tile.tiling import tile_count
 
 FP8, LARGEST = torch.float8_e4m3fn, 448.0
@@ -63,8 +63,8 @@ def scale_of_rows(x: Tensor, p: int) -> Tensor:
     """max|X_I| over the p rows of each tile row, (B·I,) float32. Not zero, so that it can be divided by."""
     largest = torch.linalg.vector_norm(x, float("inf"), dim=2) if x.shape[2] else x.new_zeros(x.shape[:2])
     beyond = -x.shape[1] % p
-    strips = F.pad(largest, (0, beyond)).view(-1, p) if largest.numel() else largest.view(0, p)
-    return strips.amax(dim=1).float().clamp_min(torch.finfo(torch.float32).tiny)
+    row_scale = F.pad(largest, (0, beyond)).view(-1, p) if largest.numel() else largest.view(0, p)
+    return row_scale.amax(dim=1).float().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def power_of(rows: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def scale_of_result(rows: Tensor, largest: Tensor) -> Tensor:
 def encode(x: Tensor, encoder: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
     """X̂/(scale·rows) in fp8 (r, B·I, J), J padded with zeros to a multiple of 16."""
     power, p = power_of(rows), encoder.shape[1]
-    encoded = generic.encode(x.float() / of_rows(power, x, p), encoder.float())
+    encoded = eager.encode(x.float() / of_rows(power, x, p), encoder.float())
     encoded = encoded / (rows / power)[:, None] / scale[:, None, None]
     r, total, tiles = encoded.shape
     values = empty_input(r, total, tiles, x)
@@ -88,10 +88,10 @@ def encode(x: Tensor, encoder: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
     return values
 
 
-def of_rows(strips: Tensor, x: Tensor, p: int) -> Tensor:
+def of_rows(row_scale: Tensor, x: Tensor, p: int) -> Tensor:
     """A number a tile row (B·I,) as one for each row of x (B, N, K): (B, N, 1)."""
     batch, n, _ = x.shape
-    return strips.view(batch, tile_count(n, p)).repeat_interleave(p, dim=1)[:, :n, None]
+    return row_scale.view(batch, tile_count(n, p)).repeat_interleave(p, dim=1)[:, :n, None]
 
 
 def empty_input(r: int, total: int, tiles: int, like: Tensor) -> Tensor:
@@ -135,14 +135,14 @@ def linear(
     bias: Tensor | None,
     columns: int,
 ) -> Tensor:
-    """`library.fp8_linear` where there are no kernels."""
+    """`schemas.fp8_linear` where there are no kernels."""
     batch, n, _ = x.shape
     p, s = decoder.shape[1:]
     rows = scale_of_rows(x, p)
     encoded = encode(x, encoder, encoder_scale, rows)
     made = products(encoded, Rounded(values, scale, largest, encoder_scale), tile_count(columns, s), x.dtype)
     back = of_rows(scale_of_result(rows, largest), x, p)
-    y = generic.decode(made.float(), decoder.float(), batch, n, columns) * back * back
+    y = eager.decode(made.float(), decoder.float(), batch, n, columns) * back * back
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -166,19 +166,19 @@ def fp8_linear(
         raise BackendError(f"products in fp8 need an NVIDIA GPU of compute capability 8.9 or later; this is {name}")
     if torch._C._are_functorch_transforms_active():
         raise BackendError("products in fp8 are for inference, not for torch.func")
-    return library.fp8_linear(x, *weight, encoder, decoder, bias, columns)  # type: ignore[no-any-return]
+    return schemas.fp8_linear(x, *weight, encoder, decoder, bias, columns)  # type: ignore[no-any-return]
 
 
 def _refusing(x: Tensor, *arguments: Any) -> Tensor:
     tensors = [a for a in (x, *arguments) if isinstance(a, Tensor)]
-    if fused.learns(*tensors):
+    if learns(*tensors):
         raise BackendError(
             "products in fp8 are for inference: call under torch.no_grad(), or undo the quantisation to train"
         )
     if forward_mode() and any(forward_ad.unpack_dual(a).tangent is not None for a in tensors):
         raise BackendError("products in fp8 are for inference and carry no tangents: undo the quantisation for jvp")
-    with torch._C._AutoDispatchBelowAutograd():
-        return library.fp8_linear(x, *arguments)  # type: ignore[no-any-return]
+    with below_autograd():
+        return schemas.fp8_linear(x, *arguments)  # type: ignore[no-any-return]
 
 
 def _scale(largest: Tensor) -> Tensor:
@@ -189,5 +189,5 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNED) * _ALIGNED
 
 
-library.register_kernel(library.fp8_linear, linear, "CompositeExplicitAutograd")
-library.register_kernel(library.fp8_linear, _refusing, "Autograd")
+schemas.register_kernel(schemas.fp8_linear, linear, "CompositeExplicitAutograd")
+schemas.register_kernel(schemas.fp8_linear, _refusing, "Autograd")

@@ -146,10 +146,10 @@ def channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i,
 
 
 @triton.jit
-def load_strips(strips, block_i, block_j, total, BI: tl.constexpr, BJ: tl.constexpr):
+def load_row_scale(row_scale, block_i, block_j, total, BI: tl.constexpr, BJ: tl.constexpr):
     """A number a tile row, (1, BI·BJ): that of each tile's."""
     i, _j = tile_positions(block_i, block_j, BI, BJ)
-    return tl.load(strips + i, mask=i < total, other=1.0)[None, :]
+    return tl.load(row_scale + i, mask=i < total, other=1.0)[None, :]
 
 
 @triton.jit

@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from strassen_tile.ops.triton import choices, launch
-from strassen_tile.ops.triton.choices import Choice
+from strassen_tile.ops.cuda import choices, launch
+from strassen_tile.ops.cuda.choices import Choice
 
 Clock = Callable[[Callable[[], object]], float]  # milliseconds a call takes
 _PATIENCE = 1.02  # a choice must beat the guess by more than noise
@@ -25,10 +25,10 @@ def cases(n: int, k: int, tile: tuple[int, int], rank: int, dtype: torch.dtype, 
     z = launch.encode(x, e, aligned=True)
     waiting = launch.Decoding(z, e, scale)
     yield "encode", lambda: launch.encode(x, e, aligned=True)
-    if launch.side_by_side(p, q, rank):
+    if launch.tiles_together(p, q, rank):
         yield "norm_encode", lambda: launch.norm_encode(x, scale, scale, 1e-5, e, centre=True, aligned=True)
     yield "decode", lambda: launch.decode(z, e, 1, n, k, scale)
-    yield "recode", lambda: launch.recode(waiting, None, e, 1, n, k, "gelu_tanh", aligned=True)
+    yield "decode_act_encode", lambda: launch.decode_act_encode(waiting, None, e, 1, n, k, "gelu_tanh", aligned=True)
     yield "correlate", lambda: launch.correlate(x, z, tile)
 
 
@@ -58,7 +58,7 @@ def tune(
     """
     timed = clock or (lambda run: float(triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")))
     for rank in ranks:
-        g = launch.side_by_side(*tile, rank) or 1
+        g = launch.tiles_together(*tile, rank) or 1
         entries, padded = launch.padded(tile[0] * tile[1] * g), launch.padded(rank, g) * g
         for step, run in cases(n, k, tile, rank, dtype, device):
             guess = choices.guess(step, entries, padded, dtype.itemsize)

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from strassen_tile.ops.triton import choices, kernels
+from strassen_tile.ops.cuda import choices, kernels
 from strassen_tile.tiling import tile_count
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -69,7 +69,7 @@ def norm_encode(
     centre: bool,
     aligned: bool = False,
 ) -> Tensor:
-    """X̂ of LayerNorm(x) if `centre`, of RMSNorm(x) otherwise; for tiles read in whole rows (`side_by_side`)."""
+    """X̂ of LayerNorm(x) if `centre`, of RMSNorm(x) otherwise; for tiles read in whole rows (`tiles_together`)."""
     r, p, q = encoder.shape
     total, tiles = x.shape[0] * tile_count(x.shape[1], p), tile_count(x.shape[2], q)
     encoded = empty_encoded(r, total, tiles, x, aligned)
@@ -94,12 +94,12 @@ def decode(
     columns: int,
     bias: Tensor | None = None,
     activation: str = "none",
-    strips: Tensor | None = None,
+    row_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """activation(Y + bias) (batch, rows, columns) of Ŷ (r, B·I, L), into `out` if given.
 
-    Tile row I of Y is multiplied by strips[I] twice, if those are given.
+    Tile row I of Y is multiplied by row_scale[I] twice, if those are given.
     """
     r, p, s = decoder.shape
     y = encoded.new_empty(batch, rows, columns) if out is None else out
@@ -109,8 +109,8 @@ def decode(
         shape = compile_time("decode", p, s, r, encoded)
         with torch.cuda.device_of(y):
             kernels.decode_kernel[_grid(total, tiles, shape)](
-                encoded, decoder.contiguous(), _dense(bias), strips, y, *_sizes(y, p, total, tiles, r), *encoded.stride()[:2],
-                *y.stride()[:2], BIAS=bias is not None, SCALED=strips is not None, ACTIVATION=activation, **shape,
+                encoded, decoder.contiguous(), _dense(bias), row_scale, y, *_sizes(y, p, total, tiles, r),
+                *encoded.stride()[:2], *y.stride()[:2], BIAS=bias is not None, SCALED=row_scale is not None, ACTIVATION=activation, **shape,
             )  # fmt: skip
     return y
 
@@ -123,7 +123,7 @@ class Decoding(NamedTuple):
     bias: Tensor | None
 
 
-def recode(
+def decode_act_encode(
     first: Decoding,
     up: Decoding | None,
     encoder: Tensor,
@@ -151,13 +151,13 @@ def recode(
         z, d, bias = _dense_last(first.products), first.decoder.contiguous(), _dense(first.bias)
         second = first if up is None else up
         z_up, d_up = _dense_last(second.products), second.decoder.contiguous()
-        shape = compile_time("recode", p, s, max(r, d_up.shape[0], next_rank), out)
+        shape = compile_time("decode_act_encode", p, s, max(r, d_up.shape[0], next_rank), out)
         del shape["FAST"]
         ranks = {"RANKS": r, "UP_RANKS": d_up.shape[0], "NEXT_RANKS": next_rank}
         shape |= {name: padded(rank, shape["G"]) for name, rank in ranks.items()}
         sizes = total, tile_count(rows, p), rows, columns, tiles, r, d_up.shape[0], next_rank
         with torch.cuda.device_of(out):
-            kernels.recode_kernel[_grid(total, tiles, shape)](
+            kernels.decode_act_encode_kernel[_grid(total, tiles, shape)](
                 z, d, bias, z_up, d_up, _dense(second.bias), encoder.contiguous(), out, *sizes,
                 *z.stride()[:2], *z_up.stride()[:2], *out.stride()[:2], BIAS=bias is not None,
                 UP_BIAS=second.bias is not None, GATED=up is not None, ACTIVATION=activation, **shape,
@@ -183,7 +183,7 @@ def correlate(x: Tensor, encoded: Tensor, tile: Sequence[int]) -> Tensor:
     return each.diagonal(dim1=1, dim2=3).sum(dim=-1).to(x.dtype)
 
 
-def side_by_side(p: int, q: int, rank: int) -> int:
+def tiles_together(p: int, q: int, rank: int) -> int:
     """G: how many tiles of p×q are taken as one; 0 if they are gathered entry by entry."""
     if p & (p - 1) or q & (q - 1):
         return 0
@@ -199,7 +199,7 @@ def empty_encoded(r: int, total: int, tiles: int, like: Tensor, aligned: bool) -
 
 def compile_time(step: str, p: int, q: int, rank: int, like: Tensor) -> dict[str, Any]:
     """The compile-time sizes of a kernel for tiles of p×q and up to `rank` channels, and its warps."""
-    beside = side_by_side(p, q, rank)
+    beside = tiles_together(p, q, rank)
     g = beside or 1
     entries, ranks = padded(p * q * g), padded(rank, g)
     tile_rows, tiles, warps = choices.chosen(step, entries, ranks * g, like.dtype, like.device)

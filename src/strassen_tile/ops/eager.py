@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from strassen_tile.ops import schemas
 from strassen_tile.tiling import from_tiles, tile_count, to_tiles
 
 
@@ -51,3 +52,7 @@ def correlate(x: Tensor, encoded: Tensor, tile: Sequence[int], per_column: bool)
         return (encoded.permute(2, 0, 1) @ flat).view(columns, r, p, q)
     flat = tiles.permute(3, 4, 0, 1, 2).reshape(p * q, rows * columns)
     return (encoded.reshape(r, rows * columns) @ flat.mT).view(r, p, q)
+
+
+for _operator, _kernel in ((schemas.encode, encode), (schemas.decode, decode), (schemas.correlate, correlate)):
+    schemas.register_kernel(_operator, _kernel, "CompositeExplicitAutograd")

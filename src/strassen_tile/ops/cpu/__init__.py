@@ -1,0 +1,1 @@
+"""The CPU: whole passes in panels of tile rows, on kernels compiled from C."""
