@@ -110,7 +110,8 @@ def decode(
         with torch.cuda.device_of(y):
             kernels.decode_kernel[_grid(total, tiles, shape)](
                 encoded, decoder.contiguous(), _dense(bias), row_scale, y, *_sizes(y, p, total, tiles, r),
-                *encoded.stride()[:2], *y.stride()[:2], BIAS=bias is not None, SCALED=row_scale is not None, ACTIVATION=activation, **shape,
+                *encoded.stride()[:2], *y.stride()[:2], BIAS=bias is not None, SCALED=row_scale is not None,
+                ACTIVATION=activation, **shape,
             )  # fmt: skip
     return y
 
