@@ -1,11 +1,10 @@
 """The page of `make gpu-check`: checks, speed, blocks, the split of a pass, fp8, block sizes; a plot where matplotlib is."""
 
-import io
-
 from strassen_tile.files import write_bytes
 from strassen_tile.records import environment_of
 from strassen_tile.report.bench import figure, page_columns
-from strassen_tile.report.page import Section, figure_svg, html_table, write_page
+from strassen_tile.report.figures import png
+from strassen_tile.report.page import Section, html_table, write_page
 from strassen_tile.report.table import Column, field, percent, ratio, seconds
 
 
@@ -72,10 +71,7 @@ def write(out, checks, parts, rows):
         print(f"no plot: {error}")
         drawn = None
     if drawn is not None:
-        buffer = io.BytesIO()
-        drawn.savefig(buffer, format="png", dpi=150)
-        write_bytes(out / "plot.png", buffer.getvalue())
-        sections.append(
-            Section("Against size", figure=figure_svg(drawn), caption="Dashed: the limit. Shaded: 20 to 80 %.")
-        )
+        plot = png(drawn)
+        write_bytes(out / "plot.png", plot)
+        sections.append(Section("Against size", figure=plot, caption="Dashed: the limit. Shaded: 20 to 80 %."))
     write_page(out / "report.html", "GPU check", sections, environment_of([*rows, *parts, *checks]))

@@ -1,63 +1,21 @@
 """If these fail, the comparison of methods states a wrong number, hides a run, or cannot be read."""
 
-import itertools
+import base64
 import math
-import random
 import statistics
 import struct
 import sys
+from pathlib import Path
 
 import pytest
+from training_rows import METHODS, sample
 
 from strassen_tile.errors import DataError
 from strassen_tile.records import read_rows
-from strassen_tile.report.compare import (
-    columns,
-    figure_accuracy_flops,
-    figure_curves,
-    plot,
-    summarise,
-    table_caption,
-    write_report,
-)
-from strassen_tile.report.labels import spread
-from strassen_tile.report.table import cells, markdown_table
+from strassen_tile.report.compare import columns, figure, summarise, table_caption, write_report
+from strassen_tile.report.table import filled
 
-METHODS = [
-    ("dense", None, 1.13e9, 88.0),
-    ("dense+token-mix", None, 1.15e9, 88.2),
-    ("2:4", None, 0.62e9, 87.4),
-    ("stl", 16, 0.45e9, 86.8),
-    ("stl", 32, 0.64e9, 87.8),
-    ("low-rank", 8, 0.6e9, 85.5),
-]
-
-
-def sample(methods=METHODS, seeds=2, epochs=12):
-    rng = random.Random(0)
-    return [
-        {
-            "method": method,
-            "rank": rank,
-            "seed": seed,
-            "epoch": epoch,
-            "top1": top - 50 * math.exp(-epoch / 2) + rng.gauss(0, 0.1),
-            "loss": 0.5 + math.exp(-epoch / 3),
-            "train_loss": 0.2 + 0.01 * (88 - top) + math.exp(-epoch / 3),
-            "params": 4_300_000,
-            "flops_per_image": flops,
-            "flop_ratio_products": 0.375,
-            "flop_ratio_all_in": 1 / 2.05,
-            "flop_ratio": flops / 1.13e9,
-            "share_converted": 0.83,
-            "train_seconds": 20.0 * epoch + seed,
-            "machine": "a machine",
-            "date": f"2026-01-01T00:00:{epoch:02d}Z",
-        }
-        for method, rank, flops, top in methods
-        for seed in range(seeds)
-        for epoch in range(1, epochs + 1)
-    ]
+ROOT = Path(__file__).parents[2]
 
 
 def test_summary_of_known_rows():
@@ -85,7 +43,8 @@ def test_summary_while_training_runs():
     assert dense["state"] == "seed 0: 12, seed 1: 7"
     assert (mixed["epoch"], mixed["complete"], dense["complete"]) == (3, False, False)
     assert "not finished" in table_caption([dense, mixed])
-    assert "seed 0: 12, seed 1: 7" in markdown_table(columns(state=True), [dense, mixed])
+    shown, lines = filled(columns(state=True), [dense, mixed])
+    assert (shown[-1].title, lines[0][-1]) == ("Epoch reached", "seed 0: 12, seed 1: 7")
     assert summarise([]) == []
 
 
@@ -113,92 +72,108 @@ def test_rows_of_different_models_are_refused():
 
 
 def test_table_states_both_counts_and_the_share():
-    titles = [column.title for column in columns()]
-    assert {"FLOPs fewer, products", "FLOPs fewer, all-in", "FLOPs fewer, whole model", "Conv. share"} <= set(titles)
-    line = dict(zip(titles, cells(columns(), summarise(sample()))[3], strict=True))
-    assert line["Method"] == "stl"
-    assert line["Rank"] == "16"
-    assert "±" in line["Top-1, %"]
-    assert line["Params"] == "4.3 M"
-    assert line["FLOPs per image"] == "450 M"
-    assert line["Conv. share"] == "83.0%"
-    assert [line[title] for title in titles if "fewer" in title] == ["2.67×", "2.05×", "2.51×"]
-    assert line["Time, s"] == "240"
+    shown, lines = filled(columns(), summarise(sample()))
+    line = dict(zip((column.title for column in shown), lines[3], strict=True))
+    assert "Variant" not in line  # no row has one
+    assert line.pop("Top-1, %").count("±") == 1
+    assert line == {
+        "Method": "stl", "Rank": "16", "Params": "4.3 M", "FLOPs per image": "450 M", "Conv. share": "83.0%",
+        "FLOPs fewer, products": "2.67×", "FLOPs fewer, all-in": "2.05×", "FLOPs fewer, whole model": "2.51×",
+        "Time, s": "240",
+    }  # fmt: skip
 
 
-def overlaps(figure):
-    """Pairs of labels that lie on each other, and labels that leave the figure."""
-    text = pytest.importorskip("matplotlib.text").Text
-    figure.draw_without_rendering()
-    renderer = figure.canvas.get_renderer()
-    boxes = [
-        (label.get_text(), text.get_window_extent(label, renderer)) for axes in figure.axes for label in axes.texts
-    ]
-    width, height = figure.bbox.size
-    out = [a for a, box in boxes if box.x0 < 0 or box.y0 < 0 or box.x1 > width or box.y1 > height]
-    return len(boxes), [(a, b) for (a, x), (b, y) in itertools.combinations(boxes, 2) if x.overlaps(y)], out
+DATA = {"train_images": 1198, "test_images": 599, "classes": 10, "image_size": 8, "stored_size": 8, "chance": 10.2}
 
 
-@pytest.mark.parametrize("epochs", [1, 12])
-def test_labels_name_every_run_and_never_overlap(epochs):
-    rows = sample(epochs=epochs)
-    assert overlaps(figure_accuracy_flops(rows)) == (len(METHODS), [], [])
-    assert overlaps(figure_curves(rows)) == (2 * len(METHODS), [], [])
+def captioned(top1, seeds=2, **data):
+    """The caption of a comparison whose methods have these last accuracies, on such data."""
+    methods = [(f"m{index}", None, 1e9, 50) for index in range(len(top1))]
+    accuracy = dict(zip((name for name, *_ in methods), top1, strict=True))
+    return table_caption(
+        summarise([{**row, "top1": accuracy[row["method"]], **data} for row in sample(methods, seeds, epochs=1)])
+    )
 
 
-def test_a_crowd_of_nearly_equal_methods_is_still_labelled():
-    crowd = [(f"method {index}", 4, 1e9 + 2e6 * index, 88 + 0.02 * index) for index in range(10)]
-    assert overlaps(figure_accuracy_flops(sample(crowd, epochs=2))) == (10, [], [])
-    assert overlaps(figure_curves(sample(crowd, epochs=2))) == (20, [], [])
+def test_caption_says_what_the_data_are():
+    text = captioned([80.0], **DATA)
+    assert "1 198 training and 599 test images of 10 classes." in text
+    assert "Images are 8 pixels a side. Chance, the largest class named always, is 10.2 %." in text
+    assert "8 pixels a side, scaled up from 4.5." in captioned([80.0], **{**DATA, "stored_size": 4.5})
+    assert "8 pixels a side, scaled down from 28." in captioned([80.0], **{**DATA, "stored_size": 28})
+    assert "8 pixels a side." in captioned([80.0], **{**DATA, "stored_size": None})
+    old = "Test top-1 at epoch 1: mean ± sample standard deviation over 2 seeds."
+    assert captioned([80.0]) == old  # rows that say nothing of their data
+    assert captioned([80.0], **dict.fromkeys(DATA)) == old
 
 
-def test_a_method_that_cannot_be_placed_is_named():
-    rows = [{**row, "flops_per_image": None} if row["method"] == "2:4" else row for row in sample(epochs=1)]
-    (axes,) = figure_accuracy_flops(rows).axes
-    assert axes.get_title(loc="right").endswith(": 2:4")
+def test_caption_says_how_far_seeds_and_test_images_can_be_trusted():
+    text = captioned([90.0, 80.0], seeds=1, **{**DATA, "test_images": 400})
+    assert "±" not in text
+    assert "of one seed: what another would change is not known" in text
+    # √(0.8 · 0.2 / 400) = 0.02, the larger of the two; one of 400 is a quarter of a per cent.
+    assert "standard error of up to 2 points. One image is 0.25 points." in text
+    assert "One image is" in captioned([90.0], **{**DATA, "test_images": 999})
+    assert "One image is" not in captioned([90.0], **{**DATA, "test_images": 1000})
 
 
-def test_spread_keeps_order_distance_and_bounds():
-    places = spread([1.0, 2.0, 50.0, 99.0, 100.0, 100.0], 5.0, 100.0)
-    assert all(b - a >= 5 - 1e-9 for a, b in itertools.pairwise(places))
-    assert places[0] >= 0
-    assert places[-1] <= 100
-    assert places[2] == 50.0  # Nothing is near: it stays where it wants to be.
+def test_caption_says_when_nothing_was_learned():
+    # One class of two, 100 images: the standard error is 5 points, and 60 % is not clearly above chance.
+    coin = {**DATA, "chance": 50.0, "test_images": 100, "classes": 2}
+    text = captioned([33.3, 60.0], **coin)
+    assert "No method is clearly above chance: none is more than two standard errors (10 points) above it." in text
+    text = captioned([33.3, 60.1], **coin)
+    assert "1 of 2 are not clearly above chance" in text
+    assert "No method" not in text
+    assert "clearly above" not in captioned([60.1, 70.0], **coin)
+    assert "clearly above" not in captioned([33.3], **{**coin, "chance": None})
 
 
-def png_size(path):
-    data = path.read_bytes()
+def png_size(data):
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert data[-8:-4] == b"IEND"
     return struct.unpack(">II", data[16:24])
 
 
 @pytest.mark.parametrize("rows", [[], [{"method": "dense", "rank": None, "seed": 0, "epoch": 1}]])
-def test_nothing_measured_yet_is_still_a_plot(tmp_path, rows):
+def test_nothing_measured_yet_is_still_a_report(tmp_path, rows):
     pytest.importorskip("matplotlib")
-    plot(rows, tmp_path / "plot.png")
-    assert png_size(tmp_path / "plot.png") == (2250, 900)
+    page = write_report(tmp_path, rows, "t")
+    assert png_size((tmp_path / "plot.png").read_bytes()) == (1800, 900)
+    assert "<table" in page.read_text(encoding="utf-8")
+    assert [[text.get_text() for text in axes.texts] for axes in figure(rows).axes] == [["nothing to show yet"]] * 3
 
 
 def test_report_leaves_rows_plot_and_page(tmp_path):
     settings = pytest.importorskip("matplotlib").rcParams
     before = settings.copy()  # Not dict(): reading the backend's name would import pyplot.
     had_pyplot = "matplotlib.pyplot" in sys.modules
-    rows = sample(epochs=3)
+    rows = [{**row, **DATA} for row in sample(epochs=3)]
     page = write_report(tmp_path / "out", rows, "A <title>", ["note & more"])
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["plot.png", "report.html", "rows.json"]
-    assert read_rows(tmp_path / "out" / "rows.json") == rows
-    assert png_size(tmp_path / "out" / "plot.png") == (2250, 900)
+    assert sorted(path.name for path in page.parent.iterdir()) == ["plot.png", "report.html", "rows.json"]
+    assert read_rows(page.parent / "rows.json") == rows
+    plot = (page.parent / "plot.png").read_bytes()
+    assert png_size(plot) == (1800, 900)
     text = page.read_text(encoding="utf-8")
-    for part in ("A &lt;title&gt;", "note &amp; more", "a machine", "00:00:01Z to 2026-01-01T00:00:03Z", "<svg"):
+    for part in ("A &lt;title&gt;", "note &amp; more", "a machine", "00:00:01Z to 2026-01-01T00:00:03Z", "599 test"):
         assert part in text
-    assert text.count("<svg") == 2
+    assert base64.b64encode(plot).decode() in text
     assert settings.copy() == before
     assert had_pyplot or "matplotlib.pyplot" not in sys.modules
 
 
 def test_without_matplotlib_the_rows_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.style", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "strassen-tile\[report\]"'):
         write_report(tmp_path, sample(epochs=1), "t")
     assert len(read_rows(tmp_path / "rows.json")) == 2 * len(METHODS)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*/rows.json")), ids=lambda path: path.parent.name)
+def test_published_rows_still_make_a_report(tmp_path, path):
+    pytest.importorskip("matplotlib")
+    rows = read_rows(path)
+    page = write_report(tmp_path, rows, path.parent.name)
+    assert (tmp_path / "rows.json").read_bytes() == path.read_bytes()
+    best = max(record["top1"] for record in summarise(rows))
+    assert f"{best:.2f}" in page.read_text(encoding="utf-8")

@@ -2,14 +2,13 @@
 
 import io
 import math
-import re
 import sys
 
 import pytest
 
 from strassen_tile.errors import DataError
 from strassen_tile.report import table
-from strassen_tile.report.table import Column, markdown_table, mean_sd, number, rich_table
+from strassen_tile.report.table import Column, filled, number, plus_minus, rich_table, sample_sd
 
 ROWS = [{"name": "[bold]a|b", "n": 1_130_000_000, "x": 0.5}, {"name": "c\nd <i>*", "n": None, "x": None}]
 COLUMNS = (
@@ -62,27 +61,24 @@ def test_what_is_missing_is_never_zero(form):
 
 def test_sd_is_the_sample_sd():
     # Of 1, 2, 3, 4 the population's is 1.118, the sample's sqrt(5/3) = 1.291.
-    assert mean_sd([1, 2, 3, 4], 3) == "2.500 ± 1.291"
-    assert mean_sd([88.41]) == "88.41"
-    assert mean_sd([]) == "–"
-    assert mean_sd(value for value in (1.0, 1.0)) == "1.00 ± 0.00"
-
-
-def test_markdown_keeps_its_shape_whatever_the_cells_hold():
-    lines = markdown_table(COLUMNS, [*ROWS, {"name": "ends in \\", "n": 1, "x": 2}]).splitlines()
-    assert lines[0] == r"| Name \| it | FLOPs per image | x |"
-    assert lines[1] == "| :--- | ---: | :---: |"
-    assert lines[2] == r"| [bold]a\|b | 1.13 G | 0.5 |"
-    assert lines[3] == r"| c d \<i>\* | – | – |"
-    assert lines[4] == r"| ends in \\ | 1 | 2 |"
-    for line in lines:  # A bar counts unless an odd number of backslashes stands before it.
-        assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 4
+    assert plus_minus(2.5, sample_sd([1, 2, 3, 4]), 3) == "2.500 ± 1.291"
+    assert plus_minus(88.41, sample_sd([88.41])) == "88.41"
+    assert plus_minus(1.0, sample_sd([1.0, 1.0])) == "1.00 ± 0.00"
+    assert plus_minus(None, None) == "–"
 
 
 def test_a_misspelt_field_is_no_empty_column():
     with pytest.raises(DataError, match=r"'nmae'.*name, n, x"):
-        markdown_table((Column("Name", "nmae"),), ROWS)
-    assert markdown_table((Column("Name", "nmae"),), []).count("\n") == 2
+        filled((Column("Name", "nmae"),), ROWS)
+    assert filled((Column("Name", "nmae"),), []) == ([Column("Name", "nmae")], [])
+
+
+def test_an_optional_column_is_there_when_a_row_has_something_in_it():
+    name, extra = Column("Name", "name"), Column("Perplexity", "perplexity", optional=True)
+    assert filled((name, extra), [{"name": "a"}, {"name": "b", "perplexity": None}]) == ([name], [["a"], ["b"]])
+    assert filled((name, extra), [{"name": "a", "perplexity": ""}]) == ([name], [["a"]])
+    rows = [{"name": "a"}, {"name": "b", "perplexity": 12.5}]
+    assert filled((name, extra), rows) == ([name, extra], [["a", "–"], ["b", "12.5"]])
 
 
 def test_number_refuses_text():

@@ -6,15 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strassen_tile.files import write_bytes
-from strassen_tile.records import Value, environment_of, write_rows
-from strassen_tile.report.page import Section, figure_svg, html_table, write_page
-from strassen_tile.report.table import Column, field, number, ratio, report_extra, seconds
+from strassen_tile.records import Value
+from strassen_tile.report import page
+from strassen_tile.report.figures import COLORS, MARKERS, add_legend, drawing, new_figure, png
+from strassen_tile.report.table import Column, field, number, ratio, seconds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def columns() -> tuple[Column, ...]:
@@ -61,14 +59,15 @@ def decisions(rows: Iterable[Mapping[str, Value]]) -> tuple[int, int]:
     return sum(guess == truth for guess, truth in pairs), len(pairs)
 
 
+@drawing()
 def figure(rows: Sequence[Mapping[str, Value]]) -> Figure:
     """Speed-up over dense against (NKM)^⅓: a panel for each dtype and pass, a line and a limit for each method and rank."""
-    with report_extra():
-        from matplotlib.figure import Figure
     panels = list(dict.fromkeys((str(row["dtype"]), str(row["pass"])) for row in rows)) or [("", "")]
-    made = Figure(figsize=(6.2 * len(panels), 4.6), layout="constrained")
+    across = min(len(panels), 2)
+    down = -(-len(panels) // across)
+    made = new_figure(6 * across, 4.4 * down)
     series = list(dict.fromkeys((str(row["method"]), row["rank"]) for row in rows))
-    for axes, (dtype, name) in zip(made.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for axes, (dtype, name) in zip(made.subplots(down, across, squeeze=False).flat, panels, strict=False):
         for index, (method, rank) in enumerate(series):
             chosen = [r for r in rows if (r["dtype"], r["pass"], r["method"], r["rank"]) == (dtype, name, method, rank)]
             _line(axes, chosen, f"{method} r={rank}" if rank else method, index, method)
@@ -78,33 +77,29 @@ def figure(rows: Sequence[Mapping[str, Value]]) -> Figure:
         axes.set_xlabel("size, (N·K·M)^⅓")
         axes.set_ylabel("times faster than dense")
         axes.set_title(f"{dtype}, {name}")
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize="small")
+    for axes in made.axes[len(panels) :]:
+        axes.remove()
+    add_legend(made)
     return made
 
 
 def write_report(folder: Path, rows: Sequence[Mapping[str, Value]], title: str, notes: Sequence[str] = ()) -> Path:
-    """Write rows.json, plot.png and report.html; returns the page's path."""
-    import io
-
-    write_rows(folder / "rows.json", rows)
-    drawn = figure(rows)
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=150)
-    write_bytes(folder / "plot.png", buffer.getvalue())
-    page = folder / "report.html"
+    """Write `rows.json`, `plot.png` and `report.html`, see `page.write_report`; `notes` stand above the table."""
     caption = (
         "Speed-up: median over alternating pairs of runs of dense time over this one. Limit: arithmetic of the products "
         "alone. Error: relative, against float64. Predicted: from the machine's measured rates."
     )
-    sections = [
-        Section("Speed", tuple(notes), table=html_table(page_columns(), rows), caption=caption),
-        Section(
-            "Against size", figure=figure_svg(drawn), caption="Dashed: the limit. Shaded: 20 to 80 % of the pairs."
-        ),
-    ]
-    write_page(page, title, sections, environment_of(rows))
-    return page
+    return page.write_report(
+        folder,
+        rows,
+        title,
+        lambda: [
+            page.Section("Speed", tuple(notes), page.html_table(page_columns(), rows), caption=caption),
+            page.Section(
+                "Against size", figure=png(figure(rows)), caption="Dashed: the limit. Shaded: 20 to 80 % of the pairs."
+            ),
+        ],
+    )
 
 
 def _line(axes: Any, rows: Sequence[Mapping[str, Value]], label: str, index: int, method: str) -> None:
@@ -118,11 +113,11 @@ def _line(axes: Any, rows: Sequence[Mapping[str, Value]], label: str, index: int
     if not points:
         return
     x, y, low, high, limit = zip(*points, strict=True)
-    colour, style = _COLOURS[index % len(_COLOURS)], "-" if method == "stl" else ":"
-    axes.plot(x, y, style, marker="o", color=colour, label=label)
-    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    color, style = COLORS[(index + 1) % len(COLORS)], "-" if method == "stl" else ":"
+    axes.plot(x, y, style, marker=MARKERS[index % len(MARKERS)], color=color, label=label)
+    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
     if method != "low-rank":
-        axes.plot(x, limit, "--", color=colour, linewidth=1, alpha=0.7)
+        axes.plot(x, limit, "--", color=color, linewidth=1, alpha=0.7)
 
 
 def _what(row: Mapping[str, Value]) -> str:

@@ -1,251 +1,161 @@
-"""The figures of `strassen-tile compare`: accuracy against FLOPs, and the course of training.
+"""How figures look, and what reports of training draw: results against cost, and the course of training.
 
-Drawn through matplotlib's objects, never pyplot: the caller's plotting state stays. matplotlib is imported when the
-first figure is made. A method has a colour (the palette of Okabe and Ito, told apart by colour-blind readers as well)
-and a marker, its ranks have line styles, and every point and line is labelled where it is.
+Drawn through matplotlib's objects, never pyplot, and in one style whatever the user's matplotlibrc says; the caller's
+plotting state stays as it was. matplotlib is imported when the first figure is made.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
-import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from strassen_tile.files import write_bytes
 from strassen_tile.records import Value
-from strassen_tile.report.labels import SIZE, Box, label_ends, label_points, measure
-from strassen_tile.report.runs import Group, group_rows
-from strassen_tile.report.table import number, report_extra, sample_sd
+from strassen_tile.report.runs import Group
+from strassen_tile.report.table import number, report_extra
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import Figure
 
-DPI = 150
-_INK = "#24292f"
-_GRID = "#dfe3e8"
-# Colour of lines and points; the same darkened, for text, which needs more contrast on white; marker.
-_STYLES = (
-    ("#24292f", "#24292f", "o"),
-    ("#0072b2", "#005a8c", "s"),
-    ("#d55e00", "#a84a00", "^"),
-    ("#009e73", "#00704f", "D"),
-    ("#cc79a7", "#994371", "v"),
-    ("#e69f00", "#8f6200", "P"),
-    ("#56b4e9", "#1f75a8", "X"),
-)
+# The palette of Okabe and Ito, which colour-blind readers can tell apart too.
+COLORS = ("#24292f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _LINES = ("solid", (0, (5, 1.5)), (0, (2, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
+MARKERS = "os^DvPX<>*ph"
+_STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "font.size": 9,
+    "grid.color": "#dfe3e8",
+}
 
 
-@dataclass(frozen=True)
-class _Series:
+class Curve(NamedTuple):
+    """One group of runs, its record of `runs.summarise`, and how it is drawn (matplotlib's keywords)."""
+
     group: Group
-    color: str
-    ink: str
-    marker: str
-    line: Any
+    record: Mapping[str, Value]
+    style: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Point:
-    series: _Series
-    label: str
-    cost: float
-    mean: float
-    sd: float
-
-
-def figure_accuracy_flops(rows: Iterable[Mapping[str, Value]]) -> Figure:
-    """Test top-1 at the last epoch (mean, sample standard deviation over seeds) against FLOPs per image."""
-    figure = _new_figure(7.5, 5.6)
-    _draw_accuracy_flops(figure, _series(rows))
-    return figure
-
-
-def figure_curves(rows: Iterable[Mapping[str, Value]]) -> Figure:
-    """Test top-1 above training loss against the epoch: mean over seeds, and the band from lowest to highest."""
-    figure = _new_figure(7.5, 6.4)
-    _draw_curves(figure, _series(rows))
-    return figure
-
-
-def plot(rows: Iterable[Mapping[str, Value]], path: str | Path) -> None:
-    """Both figures side by side as a PNG of 2250 × 900 pixels, written atomically."""
-    series = _series(rows)
-    figure = _new_figure(15, 6)
-    grid = figure.add_gridspec(1, 2)
-    _draw_accuracy_flops(figure.add_subfigure(grid[0]), series)
-    _draw_curves(figure.add_subfigure(grid[1]), series)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    write_bytes(path, buffer.getvalue())
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    """An empty figure, sizes in inches, on an Agg canvas: labels are measured before anything is saved."""
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """Around everything that makes or saves a figure, also as a decorator: matplotlib is there, in our style."""
     with report_extra():
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
+        import matplotlib.style
+    with matplotlib.style.context(["default", _STYLE]):
+        yield
 
 
-def _series(rows: Iterable[Mapping[str, Value]]) -> list[_Series]:
-    groups = group_rows(rows)
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, sizes in inches, whose parts make room for each other."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+@drawing()
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file of 150 dots an inch, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def curves_of(groups: Sequence[Group], summary: Sequence[Mapping[str, Value]]) -> list[Curve]:
+    """Groups with their records and looks: a colour for each method (of one alone, each group), a marker for each group."""
     methods = list(dict.fromkeys(group.method for group in groups))
-    series = []
-    for group in groups:
-        index = methods.index(group.method)
-        ranks = [other.rank for other in groups if other.method == group.method]
-        color, ink, marker = _STYLES[index % len(_STYLES)]
-        # Past the palette's end the colours come again, with the next line style.
-        line = _LINES[(ranks.index(group.rank) + index // len(_STYLES)) % len(_LINES)]
-        series.append(_Series(group, color, ink, marker, line))
-    return series
+    curves = []
+    for index, (group, record) in enumerate(zip(groups, summary, strict=True)):
+        of_method = [other for other in groups if other.method == group.method]
+        style = {
+            "color": COLORS[(methods.index(group.method) if methods[1:] else index) % len(COLORS)],
+            "linestyle": _LINES[of_method.index(group) % len(_LINES)],
+            "marker": MARKERS[index % len(MARKERS)],
+        }
+        curves.append(Curve(group, record, style))
+    return curves
 
 
-def _points(series: Sequence[_Series]) -> tuple[list[_Point], list[str]]:
-    """What can be drawn at its last epoch, and the labels of what cannot, for want of its cost or its accuracy."""
-    points, missing = [], []
-    furthest = max((one.group.epochs[-1] for one in series), default=0)
-    for one in series:
-        last = one.group.epochs[-1]
-        # A method still training beside finished ones is not to be taken for one of them.
-        label = one.group.label if last == furthest else f"{one.group.label} (epoch {last})"
-        top1 = one.group.values("top1", last)
-        known = [value for value in top1 if value is not None]
-        cost = number(one.group.shared(), "flops_per_image")
-        if cost is None or len(known) < len(top1):
-            missing.append(label)
-        else:
-            points.append(_Point(one, label, cost, statistics.fmean(known), sample_sd(known) or 0.0))
-    return points, missing
+def draw_results(axes: Any, curves: Sequence[Curve], *, cost: str, result: str) -> None:
+    """Field `result` at the last epoch against field `cost`, with bars of a standard deviation; labelled for a legend."""
+    from matplotlib.ticker import EngFormatter
+
+    furthest = max((number(curve.record, "epoch") or 0 for curve in curves), default=0)
+    for group, record, style in curves:
+        # A run still in training is not to be taken for a finished one.
+        label = group.label if record["epoch"] == furthest else f"{group.label} (epoch {record['epoch']})"
+        x, y, sd = (number(record, key) for key in (cost, result, f"{result}_sd"))
+        if x is None or y is None:
+            axes.plot([], [], label=f"{label} (no point: cost or result unknown)", **style)
+            continue
+        axes.plot(x, y, markersize=8, label=label, **style)
+        if sd:
+            axes.errorbar(x, y, sd, fmt="none", ecolor=style["color"], capsize=3)
+    axes.margins(y=0.15)
+    # From zero: the distance to the left edge is then the cost itself.
+    axes.set_xlim(0, 1.06 * max((number(curve.record, cost) or 0 for curve in curves), default=0) or 1)
+    axes.xaxis.set_major_formatter(EngFormatter())
+    _say_if_empty(axes)
 
 
-def _draw_accuracy_flops(figure: Figure | SubFigure, series: Sequence[_Series]) -> None:
-    axes = figure.subplots()
-    figure.subplots_adjust(left=0.11, right=0.97, bottom=0.12, top=0.91)
-    _dress(axes, "Test top-1 against FLOPs")
-    points, missing = _points(series)
-    scale, unit = _unit(max((point.cost for point in points), default=1e9))
-    axes.set_ylabel("test top-1, %", color=_INK)
-    axes.set_xlabel(f"{unit}FLOPs per image (whole model, encoding and decoding included)", color=_INK)
-    if missing:
-        told = "not shown, cost or accuracy unknown: " + ", ".join(missing)
-        axes.set_title(told, loc="right", fontsize=8, color=_INK, parse_math=False)
-    if not points:
-        _say_nothing(axes)
-        return
-    # From zero: the distance to the left edge is then the cost itself. On the right, room for the last point's label.
-    widest = max(measure(axes, point.label, SIZE)[0] for point in points) / axes.bbox.width
-    axes.set_xlim(0, max(point.cost for point in points) / scale / (1 - min(widest + 0.04, 0.4)))
-    low = min(point.mean - point.sd for point in points)
-    high = max(point.mean + point.sd for point in points)
-    pad = max(0.15 * (high - low), 0.25)
-    axes.set_ylim(low - pad, high + pad)
-    sweeps: dict[str, list[_Point]] = {}
-    for point in points:
-        x, style = point.cost / scale, point.series
-        axes.plot(x, point.mean, color=style.color, marker=style.marker, markersize=8, zorder=3)
-        if point.sd:
-            axes.errorbar(x, point.mean, point.sd, fmt="none", ecolor=style.color, capsize=3, elinewidth=1.2, zorder=3)
-        sweeps.setdefault(style.group.method, []).append(point)
-    obstacles: list[Box] = []
-    for sweep in sweeps.values():
-        line = sorted((point.cost / scale, point.mean) for point in sweep)
-        axes.plot(*zip(*line, strict=True), color=sweep[0].series.color, linewidth=1, alpha=0.5, zorder=2)
-        obstacles += _along(axes, line)
-    spots = [(point.cost / scale, point.mean, point.sd, point.label, point.series.ink) for point in points]
-    label_points(axes, spots, obstacles)
+def draw_course(axes: Any, curves: Sequence[Curve], field: str) -> None:
+    """Field `field` against the epoch: the mean over seeds, and a band from the lowest to the highest of them."""
+    from matplotlib.ticker import MaxNLocator
+
+    last = max((curve.group.epochs[-1] for curve in curves), default=1)
+    # Long runs begin so far off that on a scale for all of it the differences at the end cannot be seen: the height
+    # fits what comes after the first quarter, and the ends of runs that stopped before.
+    start = min([1 + last // 4 if last >= 8 else 1, *(curve.group.epochs[-1] for curve in curves)])
+    seen = []
+    for group, _, style in curves:
+        epochs = group.epochs
+        mean, low, high = zip(*(_spread(group.values(field, epoch)) for epoch in epochs), strict=True)
+        axes.fill_between(epochs, low, high, color=style["color"], alpha=min(0.15, 0.9 / len(curves)), linewidth=0)
+        axes.plot(epochs, mean, markersize=5, markevery=[-1], **style)
+        seen += [value for epoch, *ends in zip(epochs, low, high, strict=True) if epoch >= start for value in ends]
+    finite = [value for value in seen if math.isfinite(value)]
+    if finite:
+        margin = 0.05 * (max(finite) - min(finite)) or 0.5
+        axes.set_ylim(min(finite) - margin, max(finite) + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _say_if_empty(axes)
 
 
-def _draw_curves(figure: Figure | SubFigure, series: Sequence[_Series]) -> None:
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    figure.subplots_adjust(left=0.11, right=0.97, bottom=0.11, top=0.92, hspace=0.22)
-    lower.set_xlabel("epoch", color=_INK)
-    reached = [epoch for one in series for epoch in one.group.epochs] or [1]
-    edge = 0.02 * (max(reached) - min(reached)) or 1
-    lower.set_xlim(min(reached) - edge, max(reached) + edge)
-    lower.xaxis.get_major_locator().set_params(integer=True)
-    for axes, key, title in ((upper, "top1", "Test top-1, %"), (lower, "train_loss", "Training loss")):
-        _dress(axes, title)
-        ends = []
-        for one in series:
-            epochs = one.group.epochs
-            mean, low, high = zip(*(_spread_at(one.group, key, epoch) for epoch in epochs), strict=True)
-            axes.fill_between(epochs, low, high, color=one.color, alpha=min(0.15, 0.9 / len(series)), linewidth=0)
-            axes.plot(epochs, mean, color=one.color, linestyle=one.line, linewidth=1.6, zorder=3)
-            finite = [(epoch, value) for epoch, value in zip(epochs, mean, strict=True) if value == value]
-            if finite:
-                epoch, value = finite[-1]
-                axes.plot(epoch, value, color=one.color, marker=one.marker, markersize=5, zorder=4)
-                ends.append((epoch, value, one.group.label, one.color, one.ink))
-        if ends:
-            _close_in(axes, [epoch for epoch, *_ in ends])
-            label_ends(figure, axes, ends)
-        else:
-            _say_nothing(axes)
+def mark_level(axes: Any, level: float | None, label: str) -> None:
+    """A dotted line at `level` if that is within the limits of the axes."""
+    low, high = axes.get_ylim()
+    if level is not None and low <= level <= high:
+        axes.axhline(level, color="0.4", linestyle=":", linewidth=1.2, label=label)
 
 
-def _spread_at(group: Group, key: str, epoch: int) -> tuple[float, float, float]:
-    """Mean, lowest and highest over seeds; NaN, which interrupts a line, where a seed's value is unknown."""
-    values = group.values(key, epoch)
+def add_legend(figure: Figure) -> None:
+    """One legend for the whole figure, below it, of what is labelled in any of its axes."""
+    named = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if named:
+        # At this size an inch holds 12 letters or more, and line, marker and gaps take the place of 11.
+        columns = max(1, min(len(named), int(12 * figure.get_figwidth()) // (11 + max(map(len, named)))))
+        legend = figure.legend(
+            named.values(), named, loc="outside lower center", ncols=columns, handlelength=4, frameon=False
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a dollar in a name is a dollar
+
+
+def _spread(values: Sequence[float | None]) -> tuple[float, float, float]:
+    """Mean, lowest and highest; NaN, which interrupts a line, where one is unknown."""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
-        return (math.nan, math.nan, math.nan)
+        return math.nan, math.nan, math.nan
     return statistics.fmean(known), min(known), max(known)
 
 
-def _dress(axes: Any, title: str) -> None:
-    """The look of all axes, set outright: a dark style in the user's matplotlibrc would hide dark ink."""
-    axes.set_facecolor("white")
-    axes.set_title(title, loc="left", fontsize=11, color=_INK)
-    axes.grid(True, color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, labelsize=9)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color("#8c959f")
-
-
-def _say_nothing(axes: Any) -> None:
-    axes.set_yticks([])
-    axes.text(0.5, 0.5, "nothing to show yet", transform=axes.transAxes, ha="center", va="center", color="#57606a")
-
-
-def _close_in(axes: Any, ends: Sequence[float]) -> None:
-    """Fit the height to what comes after the first quarter of training, where the methods part.
-
-    Long runs begin so far off that on a scale for all of it the differences at the end cannot be seen. Lines that end
-    earlier (at the epochs `ends`) stay in sight.
-    """
-    start = min(1 + max(ends) // 4 if max(ends) >= 8 else 1, *ends)
-    drawn = [line.get_xydata() for line in axes.lines]
-    drawn += [path.vertices for band in axes.collections for path in band.get_paths()]
-    later = [float(y) for vertices in drawn for x, y in vertices if x >= start and y == y]
-    pad = 0.05 * (max(later) - min(later)) or 0.5
-    axes.set_ylim(min(later) - pad, max(later) + pad)
-
-
-def _unit(n: float) -> tuple[float, str]:
-    for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        # A little under the unit still reads better in it: 0.3 GFLOPs.
-        if n >= 0.2 * scale:
-            return scale, unit
-    return 1.0, ""
-
-
-def _along(axes: Any, sweep: Sequence[tuple[float, float]]) -> list[Box]:
-    """A drawn line as small boxes, in pixels, for labels to keep off."""
-    corners = [tuple(corner) for corner in axes.transData.transform(sweep)]
-    steps = [step / 40 for step in range(41)]
-    spots = [
-        (x0 + (x1 - x0) * t, y0 + (y1 - y0) * t) for (x0, y0), (x1, y1) in itertools.pairwise(corners) for t in steps
-    ]
-    return [(x - 1, y - 1, x + 1, y + 1) for x, y in spots]
+def _say_if_empty(axes: Any) -> None:
+    if not any(math.isfinite(y) for line in axes.lines for y in line.get_ydata()):
+        axes.text(0.5, 0.5, "nothing to show yet", transform=axes.transAxes, ha="center", va="center", color="0.4")

@@ -1,27 +1,20 @@
-"""Sections, tables and figures as one HTML page that opens from disk.
+"""What a command leaves: its rows, a plot, and a page of sections, tables and figures that opens from disk.
 
 The page holds its style and its figures, and its content security policy forbids every load: no network, now or
-later. All text is escaped; only `Section.table` and `Section.figure` are HTML, made by `html_table` and `figure_svg`.
-Figures keep a white ground in the dark scheme, for their ink is dark.
+later. All text is escaped; only `Section.table` is HTML, made by `html_table`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import base64
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from strassen_tile.files import write_text
-from strassen_tile.records import Value
-from strassen_tile.report.table import Column, cells, plain, report_extra
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from strassen_tile.files import write_bytes, write_text
+from strassen_tile.records import Value, environment_of, write_rows
+from strassen_tile.report.table import Column, filled, plain
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --ground: #ffffff; --line: #d0d7de; --head: #f3f5f7 }
@@ -41,9 +34,8 @@ th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem; white-spac
 thead th { background: var(--head); white-space: normal; vertical-align: bottom }
 tbody th { font-weight: 600 }
 .left { text-align: left } .center { text-align: center } .right { text-align: right }
-figure { margin: 1rem 0; max-width: 50rem }
-.plot { background: #ffffff; border: 1px solid var(--line); border-radius: 4px; padding: .25rem }
-.plot svg { display: block; width: 100%; height: auto }
+figure { margin: 1rem 0 }
+img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: 4px }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; font-size: .9rem }
 dd { margin: 0; min-width: 0; overflow-wrap: anywhere }
 """
@@ -57,26 +49,25 @@ class Section:
         heading: its title.
         paragraphs: plain text, escaped by the page.
         table: HTML from `html_table`.
-        figure: SVG from `figure_svg`.
-        caption: says what the figure shows; of a section without a figure, the table.
+        figure: a PNG file, from `figures.png`.
+        caption: says what the figure shows, also to those who hear the page; of a section without a figure, the table.
     """
 
     heading: str
     paragraphs: tuple[str, ...] = ()
     table: str | None = None
-    figure: str | None = None
+    figure: bytes | None = None
     caption: str = ""
 
 
 def html_table(columns: Sequence[Column], rows: Iterable[Mapping[str, Value]], caption: str = "") -> str:
     """The rows as an HTML table; the first column heads its row. Without a `caption` the page adds one."""
-    head = "".join(
-        f'<th scope="col" class="{escape(column.justify)}">{escape(column.title)}</th>' for column in columns
-    )
+    shown, lines = filled(columns, rows)
+    head = "".join(f'<th scope="col" class="{escape(column.justify)}">{escape(column.title)}</th>' for column in shown)
     body = []
-    for line in cells(columns, rows):
+    for line in lines:
         marked = []
-        for index, (column, cell) in enumerate(zip(columns, line, strict=True)):
+        for index, (column, cell) in enumerate(zip(shown, line, strict=True)):
             tag, scope = ("td", "") if index else ("th", ' scope="row"')
             marked.append(f'<{tag}{scope} class="{escape(column.justify)}">{escape(cell)}</{tag}>')
         body.append(f"<tr>{''.join(marked)}</tr>\n")
@@ -84,25 +75,31 @@ def html_table(columns: Sequence[Column], rows: Iterable[Mapping[str, Value]], c
     return f"<table>\n{named}<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(body)}</tbody>\n</table>"
 
 
-def figure_svg(figure: Figure) -> str:
-    """A matplotlib figure as inline SVG: no prolog, no fixed size, the same text for the same figure."""
-    with report_extra():
-        import matplotlib
+def write_report(
+    folder: str | Path,
+    rows: Sequence[Mapping[str, Value]],
+    title: str,
+    sections: Callable[[], Iterable[Section]],
+) -> Path:
+    """Write `rows.json`, `plot.png` and `report.html` into `folder`, each atomically.
 
-    buffer = io.StringIO()
-    # Letters as outlines: the labels were placed by this font's widths, which the reader may not have.
-    with matplotlib.rc_context({"svg.hashsalt": "strassen-tile", "svg.fonttype": "path"}):
-        # No metadata: it carries the date and addresses that this page has no use for.
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=nothing)
-    text: str = buffer.getvalue()
-    text = re.sub(r"<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
-    opening, rest = text.split(">", 1)
-    opening = re.sub(r'\s(?:width|height)="[^"]*"', "", opening)
-    # Every figure numbers its parts from one; on a page with several the names must differ.
-    prefix = "f" + hashlib.sha256(rest.encode()).hexdigest()[:8] + "-"
-    rest = re.sub(r'(\bid="|href="#|url\(#)', lambda match: match[1] + prefix, rest)
-    return f"{opening}>{rest}".strip()
+    Args:
+        folder: made if missing.
+        rows: what was measured.
+        title: of the page.
+        sections: makes the page's parts; the first figure among them is the plot. Called once the rows are written:
+            whatever goes wrong in tables and figures, what was measured is kept.
+
+    Returns:
+        The path of `report.html`.
+    """
+    folder = Path(folder)
+    write_rows(folder / "rows.json", rows)
+    made = list(sections())
+    for figure in [section.figure for section in made if section.figure is not None][:1]:
+        write_bytes(folder / "plot.png", figure)
+    write_page(folder / "report.html", title, made, environment_of(rows))
+    return folder / "report.html"
 
 
 def write_page(path: str | Path, title: str, sections: Iterable[Section], environment: Mapping[str, Value]) -> None:
@@ -112,7 +109,7 @@ def write_page(path: str | Path, title: str, sections: Iterable[Section], enviro
         path: the file; folders are made.
         title: of the page.
         sections: its parts, in order.
-        environment: what made the rows, see `rows.environment`; shown last. Empty: left out.
+        environment: what made the rows, see `records.environment`; shown last. Empty: left out.
     """
     parts = [_section(section) for section in sections]
     if environment:
@@ -145,8 +142,7 @@ def _section(section: Section) -> str:
         name = escape(section.heading)
         parts.append(f'<div class="wide" role="region" aria-label="{name}" tabindex="0">\n{table}\n</div>\n')
     if section.figure is not None:
-        parts.append(f'<figure>\n<div class="plot" role="img" aria-label="{label}">\n{section.figure}\n</div>\n')
-        if section.caption:
-            parts.append(f"<figcaption>{label}</figcaption>\n")
-        parts.append("</figure>\n")
+        data = base64.b64encode(section.figure).decode("ascii")
+        said = f"<figcaption>{label}</figcaption>\n" if section.caption else ""
+        parts.append(f'<figure>\n<img src="data:image/png;base64,{data}" alt="{label}">\n{said}</figure>\n')
     return f"<section>\n{''.join(parts)}</section>\n"

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from strassen_tile.files import write_bytes
-from strassen_tile.records import Row, Value, environment_of, write_rows
-from strassen_tile.report.page import Section, figure_svg, html_table, write_page
-from strassen_tile.report.table import Column, field, number, ratio, report_extra
+from strassen_tile.records import Row, Value
+from strassen_tile.report import page
+from strassen_tile.report.figures import COLORS, drawing, new_figure, png
+from strassen_tile.report.table import Column, field, number, ratio
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLOURS = {"convert": "#0072B2", "leave": "#b0b7bf"}
+_COLORS = {"convert": COLORS[1], "leave": "#b0b7bf"}
 _SHOWN = 60  # bars
 
 
@@ -50,19 +49,18 @@ def totals(rows: Sequence[Mapping[str, Value]]) -> tuple[float, float]:
     return dense, sum(number(row, key) or 0.0 for row, key in zip(rows, keys, strict=True))
 
 
+@drawing()
 def figure(rows: Sequence[Mapping[str, Value]]) -> Figure:
     """Predicted speed-up of each kind of layer; grey where it is left as it is."""
-    with report_extra():
-        from matplotlib.figure import Figure
     lines = grouped(rows)
     shown = lines[:_SHOWN]
-    made = Figure(figsize=(7, 1.2 + 0.26 * len(shown)), layout="constrained")
+    made = new_figure(9, 1.2 + 0.26 * len(shown))
     axes = made.subplots()
     places = range(len(shown))
     axes.barh(
         list(places),
         [number(row, "predicted_speedup") or 0.0 for row in shown],
-        color=[_COLOURS[str(row["decision"])] for row in shown],
+        color=[_COLORS[str(row["decision"])] for row in shown],
     )
     axes.set_yticks(
         list(places),
@@ -73,19 +71,18 @@ def figure(rows: Sequence[Mapping[str, Value]]) -> Figure:
     axes.axvline(1.0, color="0.3", linewidth=1)
     left_out = f" (first {_SHOWN} of {len(lines)} kinds of layers)" if len(lines) > _SHOWN else ""
     axes.set_xlabel(f"predicted times faster than dense{left_out}")
-    axes.grid(alpha=0.25, axis="x")
+    axes.grid(visible=False, axis="y")
     return made
 
 
 def write_report(folder: Path, rows: Sequence[Mapping[str, Value]], title: str, notes: Sequence[str]) -> Path:
-    """Write rows.json, plot.png and report.html; returns the page's path."""
-    write_rows(folder / "rows.json", rows)
-    drawn = figure(rows)
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=150)
-    write_bytes(folder / "plot.png", buffer.getvalue())
-    page = folder / "report.html"
+    """Write `rows.json`, `plot.png` and `report.html`, see `page.write_report`; `notes` stand above the table."""
     caption = "Blue: worth converting. Grey: left as it is, for the reason given."
-    sections = [Section("Layers", tuple(notes), html_table(columns(), grouped(rows)), figure_svg(drawn), caption)]
-    write_page(page, title, sections, environment_of(rows))
-    return page
+    return page.write_report(
+        folder,
+        rows,
+        title,
+        lambda: [
+            page.Section("Layers", tuple(notes), page.html_table(columns(), grouped(rows)), png(figure(rows)), caption)
+        ],
+    )

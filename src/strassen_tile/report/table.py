@@ -1,4 +1,4 @@
-"""Rows as a table: in the terminal (rich), in Markdown, and the formatters that both share with the HTML page.
+"""Rows as a table in the terminal (rich), and the columns and formatters that it shares with the HTML page.
 
 A `Column` is a title and either a field's name or a function from a row to text. Only `rich_table` needs rich, and
 imports it when called. A value that is not there is shown as "–", never as 0.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,11 +44,13 @@ class Column:
         title: the heading.
         value: a field's name, shown as it is; or a function from a row to text, see `field`.
         justify: "left", "center" or "right".
+        optional: left out of a table in which no row has anything in it.
     """
 
     title: str
     value: str | Callable[[Mapping[str, Value]], str]
     justify: Literal["left", "center", "right"] = "right"
+    optional: bool = False
 
     def text(self, row: Mapping[str, Value]) -> str:
         """This column's cell for `row`."""
@@ -69,20 +70,25 @@ def number(row: Mapping[str, Value], key: str) -> float | None:
     return value
 
 
-def cells(columns: Sequence[Column], rows: Iterable[Mapping[str, Value]]) -> list[list[str]]:
-    """The text of every cell, row by row.
+def filled(columns: Sequence[Column], rows: Iterable[Mapping[str, Value]]) -> tuple[list[Column], list[list[str]]]:
+    """The columns to be shown, and the text of their cells, row by row.
 
     Raises:
         DataError: a column names a field that no row has: a misspelt name, not an empty column.
     """
     rows = list(rows)
-    for column in columns:
+    shown = [
+        column
+        for column in columns
+        if not column.optional or any(column.text(row) not in ("", MISSING) for row in rows)
+    ]
+    for column in shown:
         if isinstance(column.value, str) and rows and not any(column.value in row for row in rows):
             raise DataError(
                 f"column {column.title!r} shows the field {column.value!r}, which no row has; "
                 f"the first row has {', '.join(rows[0])}"
             )
-    return [[column.text(row) for column in columns] for row in rows]
+    return shown, [[column.text(row) for column in shown] for row in rows]
 
 
 def rich_table(
@@ -103,8 +109,8 @@ def rich_table(
         padding=0,
         pad_edge=False,
     )
-    lines = cells(columns, rows)
-    for index, column in enumerate(columns):
+    shown, lines = filled(columns, rows)
+    for index, column in enumerate(shown):
         if column.justify == "left":
             table.add_column(Text(column.title), justify="left", overflow="fold")
             continue
@@ -115,17 +121,6 @@ def rich_table(
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))
     return table
-
-
-def markdown_table(columns: Sequence[Column], rows: Iterable[Mapping[str, Value]]) -> str:
-    """The rows as a GitHub Markdown table, one line a row, ending in a newline."""
-    rules = {"left": ":---", "center": ":---:", "right": "---:"}
-    lines = [
-        [_markdown(column.title) for column in columns],
-        [rules[column.justify] for column in columns],
-        *([_markdown(cell) for cell in line] for line in cells(columns, rows)),
-    ]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def plain(value: Value) -> str:
@@ -179,16 +174,8 @@ def seconds(s: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def mean_sd(values: Iterable[float], digits: int = 2) -> str:
-    """Mean and sample standard deviation (n − 1): 88.41 ± 0.12. One value alone shows no ±."""
-    values = list(values)
-    if not values:
-        return MISSING
-    return plus_minus(statistics.fmean(values), sample_sd(values), digits)
-
-
 def plus_minus(mean: float | None, sd: float | None, digits: int = 2) -> str:
-    """What `mean_sd` shows, from a mean and a standard deviation already known."""
+    """A mean and a standard deviation: 88.41 ± 0.12; without the ± where there is none, as of one value."""
     if mean is None:
         return MISSING
     return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
@@ -212,8 +199,3 @@ def _scaled(n: float | None, form: Callable[[float], str]) -> str:
     while units and abs(float(form(scaled))) >= 1000:
         scaled, unit = scaled / 1000, units.pop(0)
     return f"{form(scaled)} {unit}"
-
-
-def _markdown(text: str) -> str:
-    # The backslash with the rest, or a cell that ends in one would swallow the bar after it.
-    return re.sub(r"([\\|`*<])", r"\\\1", " ".join(text.split()))
