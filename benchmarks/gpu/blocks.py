@@ -97,6 +97,7 @@ def blocks(tiny):
             pixels = torch.randn(2, 3, side, side)
             keep = lambda _, name: name.startswith("blocks.")  # noqa: E731
             stl.convert(model, stl.STLConfig(rank=rank), example_inputs=pixels, filter_fn=keep)
+            stl.fuse_mlps(model)
             return model
 
         yield "t2t_vit_14", rank, vision, converted, (2 if tiny else 128, 3, side, side)

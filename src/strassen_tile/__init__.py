@@ -4,7 +4,8 @@ from strassen_tile import bases, cost, models, reference
 from strassen_tile._version import __version__
 from strassen_tile.basis import Basis
 from strassen_tile.convert import Conversion, MixingReport, check_mixing, convert, quantize_fp8
-from strassen_tile.nn import STLMLP, PaddingMask, STLConfig, STLLinear, STLLinearFP8, param_groups
+from strassen_tile.integrations.mlps import Fusion, fuse_mlps
+from strassen_tile.nn import STLMLP, PaddingMask, Roles, STLConfig, STLLinear, STLLinearFP8, param_groups
 from strassen_tile.nn.base import padding
 from strassen_tile.ops import register_backend, stl_linear, stl_matmul
 
@@ -15,8 +16,10 @@ __all__ = [
     "STLMLP",
     "Basis",
     "Conversion",
+    "Fusion",
     "MixingReport",
     "PaddingMask",
+    "Roles",
     "STLConfig",
     "STLLinear",
     "STLLinearFP8",
@@ -25,6 +28,7 @@ __all__ = [
     "check_mixing",
     "convert",
     "cost",
+    "fuse_mlps",
     "models",
     "padding",
     "param_groups",

@@ -1,5 +1,7 @@
 """STLMLP against the dense MLP it stands for, and against its own layers run one by one."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -34,24 +36,49 @@ def test_an_exact_basis_gives_the_dense_mlp(activation: str, gated: bool, bias: 
         assert mlp(x).dtype == torch.float64
 
 
+@pytest.fixture
+def fusions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one each time an MLP runs as one operator."""
+    done, original = [], mlp_module._fused
+    monkeypatch.setattr(mlp_module, "_fused", lambda *a: done.append(1) or original(*a))
+    return done
+
+
 @pytest.mark.parametrize("gated", [False, True])
-def test_one_step_is_the_layers_one_by_one(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_operator_is_the_layers_one_by_one(gated: bool, fusions: list[int]) -> None:
     mlp = stl.STLMLP(16, 24, 12, gated=gated, activation="silu", config=stl.STLConfig(rank=16))
     x = torch.randn(2, 9, 16)
-    steps, original = [], mlp_module.one_step
-    monkeypatch.setattr(mlp_module, "one_step", lambda *a: steps.append(1) or original(*a))
     with torch.no_grad():
         together = mlp(x)
-    assert steps
+    assert fusions
     torch.testing.assert_close(together, mlp(x))
-    assert len(steps) == 1, "with a gradient to come the layers run one by one"
-    dtype, steps[:] = torch.bfloat16, []
+    assert len(fusions) == 1, "with a gradient to come the layers run one by one"
+    dtype, fusions[:] = torch.bfloat16, []
     with torch.autocast("cpu", dtype=dtype):
         with torch.no_grad():
             together = mlp(x)
-        assert steps
+        assert fusions
         assert together.dtype == dtype
         torch.testing.assert_close(together, mlp(x), rtol=0.05, atol=0.05)
+
+
+def test_the_layers_of_an_mlp_go_by_the_names_of_their_roles(fusions: list[int]) -> None:
+    """The very layers, in the order given; gate and up are told apart by their roles, not by their order."""
+    roles = stl.Roles(up="fc1", down="fc2", gate="0", activation="relu")
+    config = stl.STLConfig(rank=16)
+    layers = {name: stl.STLLinear(*size, config=config) for name, size in {"fc2": (24, 12), "0": (16, 24)}.items()}
+    layers["fc1"] = stl.STLLinear(16, 24, config=config)
+    mlp, x = stl.STLMLP.from_layers(layers, roles, norm=nn.LayerNorm(16)), torch.randn(2, 9, 16)
+    assert all(getattr(mlp, name) is layer for name, layer in layers.items())
+    assert [name for name, _ in mlp.named_children()] == ["norm", "fc2", "0", "fc1"]
+    given = mlp.norm(x)
+    expected = layers["fc2"](torch.relu(layers["0"](given)) * layers["fc1"](given))
+    torch.testing.assert_close(mlp(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), expected)
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(mlp, fullgraph=True)(x), expected)
+    assert len(fusions) >= 1
 
 
 @pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
@@ -148,7 +175,29 @@ def test_the_eps_of_an_rms_norm_that_names_none(dtype: torch.dtype) -> None:
         assert float((one - apart).double().norm() / apart.double().norm()) < 0.02
 
 
+@pytest.mark.parametrize(
+    ("roles", "names", "message"),
+    [
+        (stl.Roles(activation="swish"), {}, "gelu_tanh"),
+        (stl.Roles(down="up"), {"down": None}, "each once"),
+        (stl.Roles(), {"other": (8, 8)}, "each once; got up, down, other"),
+        (stl.Roles(gate="gate"), {}, "each once"),
+        (stl.Roles(up="mlp.up"), {"up": None, "mlp.up": (8, 12)}, "cannot be called 'mlp.up'"),
+        (stl.Roles(up="forward"), {"up": None, "forward": (8, 12)}, "cannot be called 'forward'"),
+        (stl.Roles(up="norm"), {"up": None, "norm": (8, 12)}, "cannot be called 'norm'"),
+        (stl.Roles(gate="gate"), {"gate": (8, 11)}, "gate and up must be alike; got 8→11 and 8→12"),
+        (stl.Roles(), {"down": (13, 8)}, "up makes 12 features, but down takes 13"),
+    ],
+)
+def test_roles_and_layers_that_do_not_go_together(roles, names, message) -> None:
+    sizes = {"up": (8, 12), "down": (12, 8), **names}
+    with pytest.raises((ConfigError, ShapeError), match=re.escape(message)):
+        stl.STLMLP.from_layers({name: stl.STLLinear(*size) for name, size in sizes.items() if size}, roles)
+
+
 def test_what_is_refused() -> None:
+    with pytest.raises(ConfigError, match="up must be an STLLinear; got Linear: convert it first"):
+        stl.STLMLP.from_layers({"up": nn.Linear(8, 8), "down": stl.STLLinear(8, 8)}, stl.Roles())
     with pytest.raises(ConfigError, match="gelu_tanh"):
         stl.STLMLP(8, 8, activation="swish")
     with pytest.raises(ShapeError, match="down takes 9"):

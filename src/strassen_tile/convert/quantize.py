@@ -9,7 +9,7 @@ from torch import nn
 from strassen_tile.convert.swap import Conversion
 from strassen_tile.errors import ConversionError
 from strassen_tile.nn import STLLinear, STLLinearFP8
-from strassen_tile.nn.steps import has_own_hooks
+from strassen_tile.nn.fusion import has_own_hooks
 
 
 def quantize_fp8(model: nn.Module) -> Conversion:

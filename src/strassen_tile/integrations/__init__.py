@@ -1,1 +1,1 @@
-"""Glue to other libraries. Nothing here is imported by `import strassen_tile`."""
+"""Glue to other libraries; `import strassen_tile` imports none of them."""

@@ -3,8 +3,8 @@
 from strassen_tile.nn.config import STLConfig
 from strassen_tile.nn.fp8 import STLLinearFP8
 from strassen_tile.nn.linear import STLLinear
-from strassen_tile.nn.mlp import STLMLP
+from strassen_tile.nn.mlp import STLMLP, Roles
 from strassen_tile.nn.optim import param_groups
 from strassen_tile.nn.padding import PaddingMask
 
-__all__ = ["STLMLP", "PaddingMask", "STLConfig", "STLLinear", "STLLinearFP8", "param_groups"]
+__all__ = ["STLMLP", "PaddingMask", "Roles", "STLConfig", "STLLinear", "STLLinearFP8", "param_groups"]

@@ -11,8 +11,8 @@ from strassen_tile.errors import ShapeError, shape_text
 from strassen_tile.nn import fit, init
 from strassen_tile.nn.base import TileLayer, only
 from strassen_tile.nn.config import STLConfig
+from strassen_tile.nn.fusion import check_norm, norm_of, undisturbed
 from strassen_tile.nn.stand_in import dense_weight
-from strassen_tile.nn.steps import check_norm, norm_of, undisturbed
 from strassen_tile.ops import stl_linear
 from strassen_tile.ops.functional import autocasting, autocasts, check
 from strassen_tile.ops.fused import Weights, norm_linear

@@ -1,16 +1,18 @@
-"""STLMLP: two or three STL layers with an activation between, run as one step where nothing has to be kept for a gradient."""
+"""STLMLP: two or three STL layers with an activation between, run as one operator where no gradient is needed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from strassen_tile.errors import ConfigError, ShapeError
+from strassen_tile.nn.base import TileLayer
 from strassen_tile.nn.config import STLConfig
+from strassen_tile.nn.fusion import check_norm, norm_of, undisturbed
 from strassen_tile.nn.linear import STLLinear
-from strassen_tile.nn.steps import check_norm, norm_of, undisturbed
 from strassen_tile.ops.functional import autocasts, check
 from strassen_tile.ops.fused import mlp
 from strassen_tile.ops.linear import ACTIVATIONS
@@ -18,12 +20,23 @@ from strassen_tile.tiling import as_samples
 
 
 class Roles(NamedTuple):
-    """Which child does what in down(act(up(x))) or down(act(gate(x))·up(x))."""
+    """Which child of a block does what in down(act(up(x))), or in down(act(gate(x))·up(x)).
 
-    up: str
-    down: str
-    gate: str | None
-    activation: str
+    Attributes:
+        up, down, gate: names of the layers; gate is None where the block has none.
+        activation: "relu", "gelu", "gelu_tanh", "silu" or "none". In a table of blocks (`fuse_mlps`) it may also be the
+            name of the block's attribute that holds the activation.
+    """
+
+    up: str = "up"
+    down: str = "down"
+    gate: str | None = None
+    activation: str = "gelu"
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of up, down and, if there is one, gate."""
+        return (self.up, self.down) if self.gate is None else (self.up, self.down, self.gate)
 
 
 class STLMLP(nn.Module):
@@ -39,6 +52,7 @@ class STLMLP(nn.Module):
         up, down: `STLLinear` to the hidden features and from them.
         gate: `STLLinear` as `up`; only if gated.
         norm: of the input, or None.
+        roles: the names of the layers, which are other than these after `from_layers`, and the activation.
 
     Args:
         in_features: K.
@@ -55,7 +69,8 @@ class STLMLP(nn.Module):
         ConfigError: an unknown activation, another norm.
     """
 
-    _roles: Roles
+    norm: nn.Module | None
+    roles: Roles
 
     def __init__(
         self,
@@ -72,16 +87,33 @@ class STLMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-        self._roles = Roles("up", "down", "gate" if gated else None, activation)
-        check_norm(norm, in_features)
-        self.norm = norm
         out = in_features if out_features is None else out_features
-        for name in ("gate", "up") if gated else ("up",):
-            layer = STLLinear(in_features, hidden_features, bias, config=config, device=device, dtype=dtype)
-            self.add_module(name, layer)
-        self.down = STLLinear(hidden_features, out, bias, config=config, device=device, dtype=dtype)
+        sizes = {"gate": (in_features, hidden_features)} if gated else {}
+        sizes |= {"up": (in_features, hidden_features), "down": (hidden_features, out)}
+        layers = {
+            name: STLLinear(*size, bias, config=config, device=device, dtype=dtype) for name, size in sizes.items()
+        }
+        self._assemble(layers, Roles(gate="gate" if gated else None, activation=activation), norm)
+
+    @classmethod
+    def from_layers(cls, layers: Mapping[str, nn.Module], roles: Roles, *, norm: nn.Module | None = None) -> STLMLP:
+        """The MLP of existing STL layers. They become its children under the names given, so a state dict keeps its keys.
+
+        Args:
+            layers: name → layer, of all names in `roles` and no other.
+            roles: which of them does what, and the activation.
+            norm: as in the constructor.
+
+        Raises:
+            ConfigError: an unknown activation, another norm, names that are not those of the roles or cannot be taken, or
+                a layer that is no STL layer.
+            ShapeError: layers that do not follow each other.
+        """
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._assemble(layers, roles, norm)
+        made.training = layers[roles.up].training
+        return made
 
     @classmethod
     def from_linears(
@@ -100,26 +132,40 @@ class STLMLP(nn.Module):
             ConfigError: an unknown activation, another norm.
             ShapeError: layers that do not follow each other, or a gate unlike `up`.
         """
-        if up.out_features != down.in_features:
-            raise ShapeError(f"up makes {up.out_features} features, but down takes {down.in_features}")
-        if gate is not None and gate.weight.shape != up.weight.shape:
-            raise ShapeError(
-                f"gate and up must be alike; got weights {tuple(gate.weight.shape)} and {tuple(up.weight.shape)}"
-            )
-        check_norm(norm, up.in_features)
-        made = cls(0, 0, activation=activation, gated=gate is not None, config=config)
-        made.norm = norm
-        for name, linear in (("gate", gate), ("up", up), ("down", down)):
-            if linear is not None:
-                setattr(made, name, STLLinear.from_linear(linear, config))
-        return made.train(up.training)
+        linears = {"up": up, "down": down} if gate is None else {"gate": gate, "up": up, "down": down}
+        layers = {name: STLLinear.from_linear(linear, config) for name, linear in linears.items()}
+        roles = Roles(gate=None if gate is None else "gate", activation=activation)
+        return cls.from_layers(layers, roles, norm=norm).train(up.training)
+
+    def _assemble(self, layers: Mapping[str, nn.Module], roles: Roles, norm: nn.Module | None) -> None:
+        if roles.activation not in ACTIVATIONS:
+            raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {roles.activation!r}")
+        if len(set(roles.layers)) < len(roles.layers) or set(layers) != set(roles.layers):
+            raise ConfigError(f"layers must be named as in {roles}, each once; got {', '.join(layers) or 'none'}")
+        sizes: dict[str, tuple[int, int]] = {}
+        for name, layer in layers.items():
+            if not isinstance(layer, TileLayer):
+                raise ConfigError(f"{name} must be an STLLinear; got {type(layer).__name__}: convert it first")
+            if "." in name or name in ("norm", "roles") or hasattr(self, name):
+                raise ConfigError(f"a layer cannot be called {name!r}: it must be the name of a child, and a free one")
+            sizes[name] = layer.in_features, layer.out_features
+        (features, hidden), (taken, _), *gate = (sizes[name] for name in roles.layers)
+        if hidden != taken:
+            raise ShapeError(f"{roles.up} makes {hidden} features, but {roles.down} takes {taken}")
+        if gate and gate[0] != (features, hidden):
+            made = f"{gate[0][0]}→{gate[0][1]} and {features}→{hidden}"
+            raise ShapeError(f"{roles.gate} and {roles.up} must be alike; got {made}")
+        check_norm(norm, features)
+        self.norm, self.roles = norm, roles
+        for name, layer in layers.items():
+            self.add_module(name, layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, N, K) → (…, N, M). Raises ShapeError for a 2-D input if rows mix."""
-        norm, roles = self.norm, self._roles
-        up, down, *gate = layers = layers_of(self, roles)
-        if can_be_one_step(x, layers, norm):
-            return one_step(x, layers, norm, roles.activation)
+        norm, roles = self.norm, self.roles
+        up, down, *gate = layers = [getattr(self, name) for name in roles.layers]
+        if _can_fuse(x, layers, norm):
+            return _fused(x, layers, norm, roles.activation)
         x = x if norm is None else norm(x)
         activate = ACTIVATIONS[roles.activation]
         y: Tensor = down(activate(gate[0](x)) * up(x) if gate else activate(up(x)))
@@ -127,25 +173,31 @@ class STLMLP(nn.Module):
 
     def extra_repr(self) -> str:
         """The activation, and whether it is gated."""
-        return f"activation={self._roles.activation!r}, gated={self._roles.gate is not None}"
+        return f"activation={self.roles.activation!r}, gated={self.roles.gate is not None}"
 
 
-def layers_of(module: nn.Module, roles: Roles) -> list[Any]:
-    """up, down and, if there is one, gate."""
-    return [getattr(module, name) for name in roles[:3] if name is not None]
-
-
-def can_be_one_step(x: Tensor, layers: list[Any], norm: nn.Module | None) -> bool:
-    """Whether the layers follow each other as one operator would run them, and nothing would be lost."""
-    if not all(type(layer) is STLLinear and layer.norm is None for layer in layers):
-        return False
+def why_apart(layers: list[Any]) -> str | None:
+    """Why layers (up, down, and gate if there is one) can never run as one operator; None if they can."""
     up, down, *gate = layers
+    for layer in layers:
+        if type(layer) is not STLLinear:
+            return f"a layer is not an STLLinear but of class {type(layer).__name__}"
+        if layer.norm is not None:
+            return "a layer has a norm of its own"
+        if layer.config is not up.config and layer.config != up.config:
+            return "its layers have different configs"
+    if up.config.backend != "auto":
+        return f"backend={up.config.backend!r} runs layers one by one"
     fit = all(layer.out_features == down.in_features and layer.in_features == up.in_features for layer in (up, *gate))
-    alike = fit and all(layer.config == up.config and layer.can_join(x) for layer in layers)
-    return alike and undisturbed(x, layers, norm)
+    return None if fit else "its layers do not follow each other"
 
 
-def one_step(x: Tensor, layers: list[Any], norm: nn.Module | None, activation: str) -> Tensor:
+def _can_fuse(x: Tensor, layers: list[Any], norm: nn.Module | None) -> bool:
+    """Whether the layers can run as one operator on x, and nothing is lost."""
+    return why_apart(layers) is None and all(layer.can_join(x) for layer in layers) and undisturbed(x, layers, norm)
+
+
+def _fused(x: Tensor, layers: list[Any], norm: nn.Module | None, activation: str) -> Tensor:
     """The layers (up, down, and gate if there is one), the norm and the activation as one operator on x."""
     up, down, *gate = layers
     up.check_input(x)

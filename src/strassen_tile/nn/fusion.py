@@ -1,4 +1,4 @@
-"""When several layers may run as one step, and what that step is given."""
+"""When several layers may run as one operator, and what that operator is told of their norm."""
 
 from __future__ import annotations
 
@@ -42,19 +42,16 @@ def norm_of(module: nn.Module | None, x: Tensor) -> Norm:
 
 
 def undisturbed(x: Tensor, layers: Sequence[nn.Module], norm: nn.Module | None) -> bool:
-    """Whether nothing would be lost if the layers ran as one: no gradient to come, and no hook that waits for their calls.
+    """Whether the layers can run as one operator and nothing is lost: no gradient is needed, no hook waits for their calls.
 
-    A norm under autocast is worked out in float32, so that it is a step of its own.
+    A norm under autocast is computed in float32, so it runs on its own.
     """
     modules = [*layers, *([] if norm is None else [norm])]
-    if norm is not None and (autocasts(x) or type(norm) not in _NORMS):  # a class of somebody else's may do more
+    if norm is not None and (autocasts(x) or type(norm) not in _NORMS):  # another class may do more
         return False
-    return not any(map(has_hooks, modules)) and not learns(x, *(p for m in modules for p in m.parameters()))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches this module's calls, or those of all modules, or has put a forward of their own on it."""
-    return any(_GLOBAL_HOOKS) or has_own_hooks(module)
+    if any(_GLOBAL_HOOKS) or any(map(has_own_hooks, modules)):
+        return False
+    return not torch.is_grad_enabled() or not learns(x, *(p for m in modules for p in m.parameters()))
 
 
 def has_own_hooks(module: nn.Module) -> bool:
