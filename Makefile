@@ -4,6 +4,8 @@ VENV   ?= .venv
 OUT    ?= out
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# A process a core, one thread each: most tests are many small calls.
+TEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 .PHONY: demo test test-slow lint bench gpu-check clean
 
@@ -11,10 +13,10 @@ demo: $(STAMP)  ## train dense, 2:4 and STL on real images and compare them (abo
 	$(BIN)/strassen-tile compare --out $(OUT)/demo
 
 test: $(STAMP)  ## the whole fast test suite
-	$(BIN)/python -m pytest -m "not slow"
+	$(TEST) -m "not slow"
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(TEST) -m slow
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff format --check .

@@ -87,7 +87,7 @@ BAD_TILES += [(4, 4, 0), (4, -4, 4), (4, True, 4), (4.0, 4, 4), (4, 4, None), ("
 BAD_TILES += [{4, 2, 1}, {4: 1, 2: 1, 1: 1}, torch.tensor(4), torch.tensor([4, 4, 4]), object()]
 
 
-@pytest.mark.parametrize("bad", BAD_TILES, ids=repr)
+@pytest.mark.parametrize("bad", BAD_TILES, ids=lambda bad: type(bad).__name__)
 def test_as_tile_refuses(bad: object) -> None:
     """Nonsense accepted (a set has no order, True is not 1), or refused with an error that is not ours."""
     with pytest.raises(ShapeError, match="tile must be") as raised:

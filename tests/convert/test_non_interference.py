@@ -382,7 +382,7 @@ def test_names_of_children_may_hold_dots():
         ({"filter_fn": "block"}, "filter_fn must be a function"),
         ({"force_mixing": "blok.*"}, r"force_mixing: 'blok\.\*' matches no linear layer"),
     ],
-    ids=str,
+    ids=["config", "model", "filter_fn", "force_mixing"],
 )
 def test_bad_arguments_are_said(arguments, says):
     with pytest.raises(ConversionError, match=says):
