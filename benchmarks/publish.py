@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent
 
 def latest(rows):
     """The last row of each measurement; dense is measured anew beside every other."""
-    keys = ("device", "dtype", "n", "k", "m", "pass", "method", "rank")
+    keys = ("device", "dtype", "n", "k", "m", "tile", "pass", "method", "rank")
     return list({tuple(row[key] for key in keys): row for row in rows}.values())
 
 

@@ -74,6 +74,15 @@ def test_figures_that_the_documentation_quotes(n: int, k: int, m: int, speed: fl
     assert counted == cost.linear(n, k, m, (4, 4, 4), 24)
 
 
+@pytest.mark.parametrize(("rank", "products"), [(64, 1.0), (96, 1.5), (256, 4.0)])
+def test_from_rank_pqs_on_a_layer_costs_more_than_dense(rank: int, products: float) -> None:
+    """A ratio cut off at 1 would hide that nothing is saved."""
+    counted = cost.linear(4096, 4096, 4096, 4, rank)
+    assert counted.product_flop_ratio == products
+    assert counted.flop_ratio == pytest.approx(products + 2 * rank / 4096, rel=1e-12)
+    assert counted.param_ratio == pytest.approx(4 * products, rel=1e-3)
+
+
 def test_dense_is_its_own_counterpart() -> None:
     """The yardstick: 2NKM FLOPs, each operand and the result moved once."""
     counted = cost.dense(3, 5, 7, itemsize=2)

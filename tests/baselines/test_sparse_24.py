@@ -8,7 +8,6 @@ from torch import nn
 
 from strassen_tile import baselines
 from strassen_tile.baselines import Sparse24Linear, mask_24
-from strassen_tile.baselines.sparse24 import SR_STE_DECAY
 from strassen_tile.errors import ConversionError, ShapeError
 
 X = torch.randn(4, 3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
@@ -77,7 +76,7 @@ def test_forward_uses_the_masked_weight():
     assert layer.bias is linear.bias
 
 
-@pytest.mark.parametrize("decay", [SR_STE_DECAY, 0.0, 0.3])
+@pytest.mark.parametrize("decay", [2e-4, 0.0, 0.3])
 def test_gradient_is_straight_through_plus_decay_on_the_pruned(decay):
     layer = Sparse24Linear(16, 6, decay=decay, dtype=torch.float64)
     mask = best_pairs(layer.weight.detach().abs())
@@ -89,8 +88,11 @@ def test_gradient_is_straight_through_plus_decay_on_the_pruned(decay):
     torch.testing.assert_close(x.grad, seed @ (layer.weight * mask))
 
 
-def test_decay_is_zhous_by_default():
-    assert Sparse24Linear(8, 8).decay == SR_STE_DECAY == 2e-4
+def test_what_is_pruned_decays_at_zhous_rate_by_default():
+    layer = Sparse24Linear(16, 6, dtype=torch.float64)
+    (0.0 * layer(X)).sum().backward()
+    expected = 2e-4 * layer.weight * ~best_pairs(layer.weight.detach().abs())
+    torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-12, atol=0)
 
 
 def test_mask_follows_the_weights_in_training():

@@ -15,7 +15,7 @@ ROOM = sys.modules["strassen_tile.convert.stl"]
 
 def machine(copy: float) -> cost.Machine:
     flat = ((128, 1e11), (2048, 1e11))
-    return cost.Machine("cpu", "float32", 2, gemm=flat, batched=flat, coding=1e11, copy=copy, fresh=1e12, call=0.0)
+    return cost.Machine("cpu", "float32", 2, gemm=flat, batched=flat, transform=1e11, copy=copy, fresh=1e12, call=0.0)
 
 
 @pytest.fixture(autouse=True)

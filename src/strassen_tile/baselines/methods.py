@@ -1,6 +1,6 @@
-"""One interface for everything that is compared: a method is a name and a way to convert a model.
+"""The roster of methods for models: a product, and how layers that compute it come into a model; what the model then costs.
 
-Exact multiplication is just another method of the roster; every conversion is priced by what its layers really do.
+To add one: a function that returns a `Method`, exported by `baselines`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from strassen_tile import cost
-from strassen_tile.baselines.dense import LowRankLinear, TokenMixLinear
+from strassen_tile import bases, cost
+from strassen_tile.baselines import products
+from strassen_tile.baselines.layers import LowRankLinear, TokenMixLinear
+from strassen_tile.baselines.products import Product
 from strassen_tile.baselines.sparse24 import Sparse24Linear
 from strassen_tile.convert import Conversion, convert, swap
 from strassen_tile.convert.influence import Mixing
@@ -24,7 +26,6 @@ from strassen_tile.convert.swap import Replace
 from strassen_tile.cost import Cost
 from strassen_tile.errors import ConfigError
 from strassen_tile.nn import STLConfig
-from strassen_tile.nn.base import TileLayer
 
 # What a CPU runs for F.scaled_dot_product_attention, and FlopCounterMode takes for free.
 _UNCOUNTED = {
@@ -32,39 +33,32 @@ _UNCOUNTED = {
 }
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way to make a network cheaper (or not).
+@dataclass(frozen=True, kw_only=True)
+class Method(Product):
+    """A product, and how layers that compute it come into a model. `apply`: (model, example_inputs, filter_fn), in place."""
 
-    Attributes:
-        name: "dense", "stl", "2:4", "low-rank", "dense+mix".
-        rank: of the tile basis; None for the others.
-        apply: (model, example_inputs, filter_fn) → Conversion, in place.
-    """
-
-    name: str
-    rank: int | None
     apply: Callable[[nn.Module, object, Filter | None], Conversion]
 
-    @property
-    def label(self) -> str:
-        """Name and rank, as tables and plots show it."""
-        return self.name if self.rank is None else f"{self.name} r={self.rank}"
+
+def _replacing(product: Product, replace: Replace, mixing: Mixing | None = None) -> Method:
+    def apply(model: nn.Module, inputs: object, keep: Filter | None) -> Conversion:
+        return swap(model, replace, example_inputs=inputs, filter_fn=keep, mixing=mixing)
+
+    return Method(**vars(product), apply=apply)
 
 
 def dense() -> Method:
     """The network as it is. Its conversion lists the layers the others replace, so that costs line up."""
-    return Method(
-        "dense",
-        None,
-        lambda model, inputs, keep: swap(model, lambda linear: linear, example_inputs=inputs, filter_fn=keep),
-    )
+    return _replacing(products.dense(), lambda linear: linear)
 
 
 def stl(config: STLConfig) -> Method:
     """Strassen-Tile with this configuration."""
+    basis = config.load_basis()
+    own, basis = basis is None, basis or bases.random(config.pqs, config.rank)
     return Method(
-        "stl", config.rank, lambda model, inputs, keep: convert(model, config, example_inputs=inputs, filter_fn=keep)
+        **vars(products.stl(basis, own=own, encoder_scope=config.encoder_scope)),
+        apply=lambda model, inputs, keep: convert(model, config, example_inputs=inputs, filter_fn=keep),
     )
 
 
@@ -76,30 +70,18 @@ def sparse_24() -> Method:
             return f"in_features {linear.in_features} is not a multiple of 4"
         return Sparse24Linear.from_linear(linear)
 
-    return _swapped("2:4", replace)
+    return _replacing(products.sparse_24(), replace)
 
 
 def low_rank(flop_ratio: float) -> Method:
     """Two thin dense layers with this fraction of the FLOPs, from the SVD of the start."""
-
-    def replace(linear: nn.Linear) -> nn.Module:
-        return LowRankLinear.from_linear(linear, flop_ratio)
-
-    return Method(
-        "low-rank", None, lambda model, inputs, keep: swap(model, replace, example_inputs=inputs, filter_fn=keep)
-    )
+    return _replacing(products.low_rank(flop_ratio), lambda linear: LowRankLinear.from_linear(linear, flop_ratio))
 
 
 def token_mix(rows_mixed: int = 4) -> Method:
     """Dense layers that first mix the rows of a tile: the control for row mixing."""
-    return _swapped("dense+mix", lambda linear: TokenMixLinear(linear, rows_mixed), Mixing(rows_mixed, causal=False))
-
-
-def _swapped(name: str, replace: Replace, mixing: Mixing | None = None) -> Method:
-    def apply(model: nn.Module, inputs: object, keep: Filter | None) -> Conversion:
-        return swap(model, replace, example_inputs=inputs, filter_fn=keep, mixing=mixing)
-
-    return Method(name, None, apply)
+    mixing = Mixing(rows_mixed, causal=False)
+    return _replacing(products.token_mix(rows_mixed), lambda linear: TokenMixLinear(linear, rows_mixed), mixing)
 
 
 @dataclass(frozen=True)
@@ -133,7 +115,7 @@ def model_cost(model: nn.Module, conversion: Conversion, example_inputs: object)
     """Count a forward pass on `example_inputs`.
 
     What lies outside the converted layers is counted by PyTorch's FlopCounterMode; converted layers by their own
-    `cost`, since the counter sees a masked weight as a dense one.
+    `cost(rows, batch)`, since the counter sees a masked weight as a dense one.
 
     Raises:
         ConfigError: a converted layer of a class that has no `cost`.
@@ -167,8 +149,8 @@ def model_cost(model: nn.Module, conversion: Conversion, example_inputs: object)
 
 def _cost(layer: nn.Module, shape: tuple[int, ...]) -> Cost:
     rows, batch = shape[-2] if len(shape) > 1 else 1, math.prod(shape[:-2])
-    if isinstance(layer, nn.Linear) and not isinstance(layer, Sparse24Linear):
+    if callable(own := getattr(layer, "cost", None)):
+        return own(rows, batch)  # type: ignore[no-any-return]
+    if isinstance(layer, nn.Linear):
         return cost.dense(rows * batch, layer.in_features, layer.out_features, itemsize=layer.weight.element_size())
-    if isinstance(layer, TileLayer | Sparse24Linear | LowRankLinear | TokenMixLinear):
-        return layer.cost(rows, batch)
     raise ConfigError(f"{type(layer).__name__} has no cost")

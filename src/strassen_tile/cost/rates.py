@@ -12,6 +12,7 @@ E and D; fresh are Y, dX, the weight's gradient and, for STL, Ŷ (`ops/panels.py
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -21,16 +22,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from strassen_tile import files
 from strassen_tile.cost.counts import linear
 from strassen_tile.errors import ConfigError
 from strassen_tile.tiling import as_tile
 
 _SIDES = {"gemm": (128, 256, 512, 1024), "batched": (32, 64, 128, 256, 512)}
 _BATCH = 24
-_CODING_SIDE = 512
+_TRANSFORM_SIDE = 512
+_MAX_BYTES = 1 << 16  # of the cache file, which takes less than 1 KiB
 _SLOW = 0.25  # seconds
 _FRESH_FROM = 32 << 20  # bytes: the most that glibc's allocator keeps
 _FORWARD_CALLS, _STEP_CALLS = 6, 20  # operator calls beside the products: of panels, factors, and Python between them
@@ -43,7 +47,7 @@ class Machine:
     Attributes:
         gemm: (side, FLOP/s) of square products, ascending.
         batched: (side, FLOP/s) of a batch of them, as the r channels are.
-        coding: FLOP/s of encoding and decoding, done in float32 whatever the dtype: that of a float32 product.
+        transform: FLOP/s of encoding and decoding, done in float32 whatever the dtype: that of a float32 product.
         copy: bytes/s read and written over memory in use.
         fresh: bytes/s written to memory just allocated.
         call: seconds an operator call costs before it does anything.
@@ -54,40 +58,40 @@ class Machine:
     threads: int
     gemm: tuple[tuple[int, float], ...]
     batched: tuple[tuple[int, float], ...]
-    coding: float
+    transform: float
     copy: float
     fresh: float
     call: float
 
     def linear(
-        self, n: int, k: int, m: int, tile: int | Sequence[int], rank: int | None, name: str = "forward"
+        self, n: int, k: int, m: int, tile: int | Sequence[int], rank: int, name: str = "forward"
     ) -> tuple[float, float]:
         """Predicted (dense, STL) seconds for (n, k) → (n, m); `name` is "forward" or "step"."""
         itemsize = torch.empty((), dtype=getattr(torch, self.dtype)).element_size()
-        counted = linear(n, k, m, tile, rank or 1, itemsize=itemsize)
+        counted = linear(n, k, m, tile, rank, itemsize=itemsize)
         p, q, s = as_tile(tile)
         dense_s = counted.dense_flops / self._rate(self.gemm, (n * k * m) ** (1 / 3)) + self.call
         products = counted.product_flops / self._rate(self.batched, (n * k * m / (p * q * s)) ** (1 / 3))
         x, y = itemsize * n * k, itemsize * n * m
-        coding = (counted.flops - counted.product_flops) / self.coding  # their arithmetic; their traffic follows
+        transform = (counted.flops - counted.product_flops) / self.transform  # their traffic is added below
         if name != "step":
-            dense = dense_s + self._made(y)
-            coding += (counted.bytes - y) / self.copy + self._made(y)
-            return dense, products + coding + _FORWARD_CALLS * self.call
-        encoded, products_bytes = ((rank or 1) * size / (p * edge) for size, edge in ((x, q), (y, s)))
-        weight = itemsize * (rank or 1) * k * m / (q * s)
+            dense = dense_s + self._write(y)
+            transform += (counted.bytes - y) / self.copy + self._write(y)
+            return dense, products + transform + _FORWARD_CALLS * self.call
+        encoded, products_bytes = (rank * size / (p * edge) for size, edge in ((x, q), (y, s)))
+        weight = itemsize * rank * k * m / (q * s)
         # forward: X, X̂ twice, Ŷ read; dD: dY, Ŷ; dŶ: dY, written and read twice; X̂ again; dX̂: written, read twice; dE: X
         traffic = 3 * x + 7 * encoded + 2 * y + 5 * products_bytes
-        dense = 3 * dense_s + self._made(y, x, itemsize * k * m)
-        coding = 3.5 * coding + traffic / self.copy + self._made(y, x, weight, products_bytes)
-        return dense, 3 * products + coding + _STEP_CALLS * self.call
+        dense = 3 * dense_s + self._write(y, x, itemsize * k * m)
+        transform = 3.5 * transform + traffic / self.copy + self._write(y, x, weight, products_bytes)
+        return dense, 3 * products + transform + _STEP_CALLS * self.call
 
     def speedup(self, n: int, k: int, m: int, tile: int | Sequence[int], rank: int, name: str = "forward") -> float:
         """Predicted dense over STL time."""
         dense, stl = self.linear(n, k, m, tile, rank, name)
         return dense / stl
 
-    def _made(self, *sizes: float) -> float:
+    def _write(self, *sizes: float) -> float:
         """Seconds to write results of so many bytes: an allocator keeps small ones for reuse, large ones are fresh."""
         return sum(size / (self.fresh if size >= _FRESH_FROM else self.copy) for size in sizes)
 
@@ -112,25 +116,18 @@ def machine(device: str = "cpu", dtype: torch.dtype = torch.float32, *, refresh:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' was asked for, but torch sees none")
     path = _cache_path(device, dtype)
-    if path.exists() and not refresh:
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+    if not refresh:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none yet, or of another version: measure
+            record: Any = files.read_json(path, _MAX_BYTES)
             for table in _SIDES:
                 record[table] = tuple((int(side), float(rate)) for side, rate in record[table])
-            kept = Machine(**record)
-            rates = [rate for _, rate in kept.gemm + kept.batched]
-            if kept.gemm and kept.batched and min(*rates, kept.coding, kept.copy, kept.fresh) > 0:
-                return kept
-        except (OSError, ValueError, TypeError, KeyError):
-            pass  # a cache of another version: measure again
+            cached = Machine(**record)
+            rates = [rate for _, rate in cached.gemm + cached.batched]
+            if cached.gemm and cached.batched and min(*rates, cached.transform, cached.copy, cached.fresh) > 0:
+                return cached
     found = measure(device, dtype)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(found)), encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        pass  # a read-only home costs three seconds a run, no more
+    with contextlib.suppress(OSError):  # a read-only home costs three seconds a run, no more
+        files.write_text(path, json.dumps(asdict(found)))
     return found
 
 
@@ -150,8 +147,8 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
         for table, sides in _SIDES.items()
         for side in sides
     }
-    a = torch.randn(_CODING_SIDE, _CODING_SIDE, device=device)
-    tasks["coding"] = lambda: torch.mm(a, a)
+    a = torch.randn(_TRANSFORM_SIDE, _TRANSFORM_SIDE, device=device)
+    tasks["transform"] = lambda: torch.mm(a, a)
     tasks["copy"] = lambda: y.copy_(x)
     tasks["fresh"] = lambda: torch.empty_like(x).fill_(1.0)
     tasks["call"] = lambda: tiny.add_(1.0)
@@ -161,19 +158,17 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
         for name, run in tasks.items():
             if best[name] < _SLOW:
                 best[name] = min(best[name], _seconds(run, device))
-    tables = {
-        table: tuple(
-            (side * scale, 2 * batch * (side * scale) ** 3 / best[table, side * scale]) for side in _SIDES[table]
-        )
-        for table, batch in (("gemm", 1), ("batched", _BATCH))
+    rates = {
+        key: [(n * scale, 2 * batch * (n * scale) ** 3 / best[key, n * scale]) for n in _SIDES[key]]
+        for key, batch in (("gemm", 1), ("batched", _BATCH))
     }
     return Machine(
         device=device,
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        gemm=tables["gemm"],
-        batched=tables["batched"],
-        coding=2 * _CODING_SIDE**3 / best["coding"],
+        gemm=tuple(rates["gemm"]),
+        batched=tuple(rates["batched"]),
+        transform=2 * _TRANSFORM_SIDE**3 / best["transform"],
         copy=2 * x.numel() * 4 / best["copy"],
         fresh=x.numel() * 4 / best["fresh"],
         call=5 * best["call"],

@@ -17,7 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from strassen_tile.cost import machine
 from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import planning, speed, vision
-from strassen_tile.experiments.candidates import left_out, row_count
 from strassen_tile.experiments.recipe import Recipe, fastest_precision
 from strassen_tile.files import make_folder
 from strassen_tile.integrations.ranks import RankError, ranks
@@ -134,7 +133,7 @@ def run_bench(options: argparse.Namespace) -> int:
     ]
     _make_writable(options.out)
     rows: list[Row] = []
-    each = sum(row_count(name, options.methods, options.ranks) for name in options.passes)
+    each = sum(speed.row_count(name, options.methods, options.ranks, options.tile) for name in options.passes)
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )
@@ -147,7 +146,7 @@ def run_bench(options: argparse.Namespace) -> int:
             live.update(Group(rich_table(title, bench_report.columns(), rows), bars))
         live.update("")
     console.print(rich_table(title, bench_report.columns(), rows))
-    notes = left_out(options.passes, options.methods)
+    notes = speed.left_out(options.passes, options.methods)
     if (missed := bench_report.prediction_error(rows)) is not None:
         alike, of = bench_report.decisions(rows)
         notes.append(

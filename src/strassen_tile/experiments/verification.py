@@ -2,69 +2,61 @@
 
 from __future__ import annotations
 
-import torch
+import math
 
+import torch
+from torch import Tensor
+
+from strassen_tile.baselines.products import Prepared, Product
 from strassen_tile.errors import STLError
-from strassen_tile.experiments.candidates import Candidate
 
 FULLY_VERIFIED = 4096**3  # N·K·M
+_ROWS = 64  # compared at a time
+# Root mean square rounding error of the storage, relative.
+_ROUNDING = {torch.float32: 2.6e-8, torch.bfloat16: 1.66e-3, torch.float16: 2.1e-4}
 
 
 class VerificationError(STLError):
     """An implementation disagrees with the float64 reference; it is not timed."""
 
 
-def verified(candidate: Candidate, n: int, name: str) -> float:
-    """The error of `verify`, after its gradients have been looked at too if they are to be timed."""
-    error = verify(candidate, n)
-    if name == "step":
-        verify_gradients(candidate, n)
-    return error
+def verify(product: Product, prepared: Prepared, x: Tensor, w: Tensor, *, gradients: bool = False) -> float:
+    """The relative error on the first, middle and last rows: of an exact product against x @ w, else by its definition.
 
-
-def verify(candidate: Candidate, n: int) -> float:
-    """Relative error against the float64 reference, on the first, a middle and the last rows; what is wrong raises."""
-    step = candidate.height
-    height = max(step, 64 // step * step)
-    with torch.no_grad():
-        y = candidate.forward()
-        errors = []
-        for start in {0, max(0, n - height) // 2 // step * step, max(0, n - height) // step * step}:
-            rows = slice(start, n if start + height + step > n else start + height)
-            expected = candidate.exact(rows)
-            errors.append(float((y[rows].double() - expected).norm() / expected.norm()))
-    error = max(errors)
-    if not error < candidate.allowed:
-        raise VerificationError(
-            f"{candidate.method} r={candidate.rank} differs from the float64 reference by {error:.3g}, more than "
-            f"{candidate.allowed:.3g}: it is not timed"
-        )
-    return error
-
-
-def verify_gradients(candidate: Candidate, n: int) -> None:
-    """Gradients in every leaf, against those of the definition in float64; what is wrong raises.
-
-    Of all rows, or beyond 4096³, where the reference would take minutes, of a random weighting of the first and the last.
+    With `gradients` those in x and all parameters are compared too: of a random weighting of all rows, or beyond 4096³,
+    where the reference would take minutes, of the first and the last. Raises VerificationError for more than rounding.
     """
-    for leaf in candidate.leaves:
-        leaf.requires_grad_(True)
-    y = candidate.forward()
-    weights = torch.randn_like(y)
-    height = max(candidate.height, 64 // candidate.height * candidate.height)
-    last = max(0, n - height) // candidate.height * candidate.height
-    if n * y.shape[1] * candidate.leaves[0].shape[1] <= FULLY_VERIFIED or last <= height:
-        parts = [slice(0, n)]
-    else:
-        parts = [slice(0, height), slice(last, n)]
-        weights[height:last] = 0
-    found = torch.autograd.grad(y, candidate.leaves, weights)
-    exact = torch.stack([(candidate.exact(rows) * weights[rows].double()).sum() for rows in parts])
-    expected = torch.autograd.grad(exact.sum(), candidate.leaves)
-    for index, (got, wanted) in enumerate(zip(found, expected, strict=True)):
-        error = float((got.double() - wanted.double()).norm() / wanted.double().norm())
-        if not error < 8 * candidate.allowed:
+    (n, k), p, q = x.shape, *(product.tile or (1, 1, 1))[:2]
+    # Four times what three roundings (of X̂, Ŷ and Y) make, and in float32 the sums, which 16 bits do not limit.
+    roundings = 3 + (k / q if x.dtype == torch.float32 else 0)
+    allowed = 4 * _ROUNDING[x.dtype] * math.sqrt(max(1.0, product.kappa or 1.0) * roundings)
+
+    def check(what: str, found: Tensor, expected: Tensor, allowed: float) -> float:
+        error = float((found.double() - expected).norm() / expected.norm())
+        if not error < allowed:
             raise VerificationError(
-                f"{candidate.method} r={candidate.rank}: gradient {index} differs from the float64 reference by {error:.3g}: "
-                "it is not timed"
+                f"{product.label}: {what} differs from the float64 reference by {error:.3g}, more than {allowed:.3g}: it is "
+                "not timed"
             )
+        return error
+
+    height = max(p, _ROWS // p * p)  # whole tiles
+    last = max(0, n - height) // p * p
+    with torch.no_grad():
+        y, errors = prepared.call(x), []
+        for rows in (slice(0, height), slice(last // 2 // p * p, last // 2 // p * p + height), slice(last, n)):
+            part = x[rows].double()
+            expected = part @ w.double() if product.exactness == "exact" else prepared.reference(part)
+            errors.append(check("the result", y[rows], expected, allowed))
+    if gradients:
+        leaves = [leaf.requires_grad_(True) for leaf in (x, *prepared.parameters)]
+        y = prepared.call(x)
+        weights, parts = torch.randn_like(y), [slice(0, n)]
+        if n * k * y.shape[1] > FULLY_VERIFIED and last > height:
+            parts = [slice(0, height), slice(last, n)]
+            weights[height:last] = 0
+        exact = torch.stack([(prepared.reference(x[rows].double()) * weights[rows].double()).sum() for rows in parts])
+        wanted = torch.autograd.grad(exact.sum(), leaves)
+        for index, found in enumerate(torch.autograd.grad(y, leaves, weights)):
+            check(f"gradient {index}", found, wanted[index].double(), 8 * allowed)
+    return max(errors)

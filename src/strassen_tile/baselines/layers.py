@@ -1,4 +1,4 @@
-"""Baselines made of dense products: low rank, and a dense layer with a cheap mix of neighbouring rows.
+"""Layers made of dense products: low rank, and a dense layer with a cheap mix of neighbouring rows.
 
 The second is a control. Part of what a row-mixing STL layer gains comes from the mixing, not from the encoding; a dense
 layer that may mix the p rows of a tile for a few FLOPs more shows how much.
@@ -6,6 +6,7 @@ layer that may mix the p rows of a tile for a few FLOPs more shows how much.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,17 @@ from torch import Tensor, nn
 from strassen_tile import cost
 from strassen_tile.errors import ConfigError, ShapeError, shape_text
 from strassen_tile.tiling import tile_count
+
+
+def inner_rank(flop_ratio: float, k: int, m: int) -> int:
+    """The rank at which x (N, K) times (K, rank) times (rank, M) takes about `flop_ratio` of the FLOPs of x @ w.
+
+    Raises:
+        ConfigError: flop_ratio is not positive and finite.
+    """
+    if not 0 < flop_ratio < math.inf:
+        raise ConfigError(f"flop_ratio must be positive and finite; got {flop_ratio}")
+    return max(1, min(int(flop_ratio * k * m / max(1, k + m)), k, m))
 
 
 class LowRankLinear(nn.Module):
@@ -46,22 +58,24 @@ class LowRankLinear(nn.Module):
         """The best approximation of `linear` (truncated SVD, split evenly) with about `flop_ratio` of its FLOPs.
 
         Raises:
-            ConfigError: flop_ratio is not positive.
+            ConfigError: flop_ratio is not positive and finite.
         """
-        if not flop_ratio > 0:
-            raise ConfigError(f"flop_ratio must be positive; got {flop_ratio}")
-        k, m = linear.in_features, linear.out_features
-        rank = max(1, min(int(flop_ratio * k * m / max(1, k + m)), k, m))
-        weight = linear.weight
+        k, m, weight = linear.in_features, linear.out_features, linear.weight
+        rank = inner_rank(flop_ratio, k, m)
         layer = cls(k, m, linear.bias is not None, rank=rank, device=weight.device, dtype=weight.dtype)
-        with torch.no_grad():
-            u, sigma, vt = torch.linalg.svd(weight.double(), full_matrices=False)
-            root = sigma[:rank].sqrt()
-            layer.first.weight.zero_()[: len(root)] = root[:, None] * vt[:rank]
-            layer.second.weight.zero_()[:, : len(root)] = u[:, :rank] * root
-            if linear.bias is not None:
+        layer.fit(weight)
+        if linear.bias is not None:
+            with torch.no_grad():
                 layer.second.bias.copy_(linear.bias)
         return layer.train(linear.training)
+
+    @torch.no_grad()
+    def fit(self, weight: Tensor) -> None:
+        """Take the truncated SVD of a weight (M, K) as `nn.Linear` stores it: no product of this rank is closer."""
+        u, sigma, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+        root = sigma[: self.rank].sqrt()
+        self.first.weight.zero_()[: len(root)] = root[:, None] * vt[: self.rank]
+        self.second.weight.zero_()[:, : len(root)] = u[:, : self.rank] * root
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, K) → (…, M)."""
@@ -72,16 +86,21 @@ class LowRankLinear(nn.Module):
         n, k, m, size = rows * batch, self.in_features, self.out_features, self.first.weight.element_size()
         flops, params = 2 * n * self.rank * (k + m), self.rank * (k + m)
         traffic = size * (n * (k + m + 2 * self.rank) + params)
-        return replace(
-            cost.dense(n, k, m, itemsize=size), flops=flops, product_flops=flops, bytes=traffic, params=params
-        )
+        dense = cost.dense(n, k, m, itemsize=size)
+        return replace(dense, flops=flops, product_flops=flops, bytes=traffic, params=params)
+
+
+def mix_rows(x: Tensor, mix: Tensor) -> Tensor:
+    """Mix the rows of x (…, N, K) in tiles of p: x[I, a, k] + Σ_b mix[k, a, b] x[I, b, k] for mix (K, p, p)."""
+    n, p = x.shape[-2], mix.shape[-1]
+    tiles = F.pad(x, (0, 0, 0, -n % p)).unflatten(-2, (-1, p))
+    return x + torch.einsum("...ibk,kab->...iak", tiles, mix).flatten(-3, -2)[..., :n, :]
 
 
 class TokenMixLinear(nn.Module):
     """A dense layer after a learned p×p mix of the rows of each tile, its own for every input feature.
 
-    x[I, a, k] gains Σ_b mix[k, a, b] x[I, b, k]; `mix` (K, p, p) starts at zero, so the layer starts dense, and weight
-    decay pulls it there.
+    `mix` (K, p, p) of `mix_rows` starts at zero, so the layer starts dense, and weight decay pulls it there.
     """
 
     def __init__(self, linear: nn.Linear, rows_mixed: int = 4) -> None:
@@ -96,10 +115,7 @@ class TokenMixLinear(nn.Module):
         """(…, N, K) → (…, N, M). Raises ShapeError for a 2-D input: its rows are a batch."""
         if x.ndim < 3:
             raise ShapeError(f"a 2-D input {shape_text(x.shape)} is a batch of rows, which this layer would mix")
-        n, p = x.shape[-2], self.mix.shape[-1]
-        tiles = F.pad(x, (0, 0, 0, -n % p)).unflatten(-2, (-1, p))
-        mixed = torch.einsum("...ibk,kab->...iak", tiles, self.mix).flatten(-3, -2)[..., :n, :]
-        return self.linear(x + mixed)  # type: ignore[no-any-return]
+        return self.linear(mix_rows(x, self.mix))  # type: ignore[no-any-return]
 
     def cost(self, rows: int, batch: int = 1) -> cost.Cost:
         """The dense FLOPs and 2NKp for the mix."""
