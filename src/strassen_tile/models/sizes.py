@@ -138,9 +138,9 @@ class T2TConfig:
         if not self.splits:
             raise ConfigError("T2TConfig(splits=()): expected at least one soft split.")
         if self.grid_sizes[-1] < 1:
-            least = _least_image(self.splits)
+            smallest = _least_image(self.splits)
             raise ShapeError(
-                f"T2TConfig(image_size={self.image_size}): expected images of at least {shape_text((least, least))} "
+                f"T2TConfig(image_size={self.image_size}): expected images of at least {shape_text((smallest, smallest))} "
                 f"pixels for the splits {[tuple(split) for split in self.splits]}, got "
                 f"{shape_text((self.image_size, self.image_size))}; t2t_vit_mini and t2t_vit_micro take small images."
             )

@@ -126,7 +126,7 @@ def autocasting(x: Tensor) -> bool:
 
 
 def _choose(backend: str, x: Tensor, encoder: Tensor, decoder: Tensor) -> Linear | None:
-    """The registered backend of that name; None for the operators of this room."""
+    """The registered backend of that name; None for the operators of `ops`."""
     if backend == "auto":
         return None
     if backend == "cpu":

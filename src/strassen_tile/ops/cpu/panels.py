@@ -239,7 +239,7 @@ def _panels(
         return
     bytes_a_row = numbers * x.element_size()
     samples, height = panel_rows(batch, a_sample * bytes_a_row, most), panel_rows(a_sample, bytes_a_row, most)
-    room = _workspace(r * samples * height * (j + l), x)
+    space = _workspace(r * samples * height * (j + l), x)
     for sample in range(0, batch, samples):
         some = min(samples, batch - sample)
         for i in range(0, a_sample, height):
@@ -249,8 +249,8 @@ def _panels(
                 slice(i * p, min((i + height) * p, rows)),
                 sample * a_sample + i * some,
                 count,
-                room[: r * count * j].view(r, count, j),
-                room[r * count * j :][: r * count * l].view(r, count, l),
+                space[: r * count * j].view(r, count, j),
+                space[r * count * j :][: r * count * l].view(r, count, l),
             )
 
 

@@ -159,8 +159,8 @@ def fp8_linear(
         return fp8.linear(x, *weight, encoder, decoder, bias, columns)
     (r, p, q), (batch, rows, k), s = encoder.shape, x.shape, decoder.shape[2]
     row_scale = fp8.scale_of_rows(x, p)
-    room = fp8.empty_input(r, batch * tile_count(rows, p), tile_count(k, q), x)
-    encoded = launch.encode(x, encoder, out=room, scales=(encoder_scale, row_scale))
+    space = fp8.empty_input(r, batch * tile_count(rows, p), tile_count(k, q), x)
+    encoded = launch.encode(x, encoder, out=space, scales=(encoder_scale, row_scale))
     products = fp8.products(encoded, weight, tile_count(columns, s), x.dtype)
     y = x.new_empty(batch, rows, columns)
     back = fp8.scale_of_result(row_scale, largest)
