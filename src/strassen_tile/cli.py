@@ -6,18 +6,20 @@ import argparse
 import importlib.util
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from strassen_tile import __version__
-from strassen_tile.errors import ShapeError, STLError
+from strassen_tile.errors import STLError
+from strassen_tile.experiments import settings
+from strassen_tile.experiments.recipe import Recipe
 from strassen_tile.files import parse_json
-from strassen_tile.tiling import as_tile
 
 _REPORT = ("matplotlib", "numpy", "rich")
 _NEEDS = {"report": _REPORT, "vision": (*_REPORT, "accelerate", "safetensors", "transformers")}
-_MOST_SEEDS = 1000
+_OUT = "folder for rows.json, report.html and plot.png"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     for argument in given:  # bytes that are no text (in a path) could not be written to the rows and the page
         if "\0" in argument or argument != argument.encode(errors="replace").decode():
-            parser.error(f"arguments must be text in UTF-8; got {_short(argument)}")
+            parser.error(f"arguments must be text in UTF-8; got {settings.short(argument)}")
     options = parser.parse_args(given)
     try:
         _need(options.extra)
@@ -75,28 +77,21 @@ def _need(extra: str) -> None:
             )
 
 
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:60]}…")
+def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse` for argparse, which shows the messages of its own error alone."""
+
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except STLError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed
 
 
-def _integer(text: str) -> int:
-    if not re.fullmatch("[+-]?[0-9]{1,18}", text):  # int() also takes other scripts' digits, and thousands of digits
-        raise argparse.ArgumentTypeError(f"a whole number of at most 18 digits is wanted; got {_short(text)}")
-    return int(text)
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(_integer(part.strip()) for part in text.split(","))
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"whole numbers joined by commas are wanted: {error}") from error
-
-
-def _real(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"a number is wanted; got {_short(text)}") from error
+_integer, _integers, _real, _names, _tile = map(
+    _argument, (settings.integer, settings.integers, settings.real, settings.listed, settings.tile)
+)
 
 
 def _folder(text: str) -> Path:
@@ -104,7 +99,7 @@ def _folder(text: str) -> Path:
         if text.strip():
             return Path(text).expanduser()
     except RuntimeError as error:  # a home that nobody has
-        raise argparse.ArgumentTypeError(f"{error}; got {_short(text)}") from error
+        raise argparse.ArgumentTypeError(f"{error}; got {settings.short(text)}") from error
     raise argparse.ArgumentTypeError("the path of a folder is wanted, '.' for this one; got an empty one")
 
 
@@ -112,31 +107,31 @@ def _object(text: str) -> dict[str, object]:
     try:
         found = parse_json(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"a JSON object is wanted; got {_short(text)}: {error}") from error
+        raise argparse.ArgumentTypeError(f"a JSON object is wanted; got {settings.short(text)}: {error}") from error
     if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f'a JSON object such as {{"image_size": 224}} is wanted; got {_short(text)}')
+        raise argparse.ArgumentTypeError(
+            f'a JSON object such as {{"image_size": 224}} is wanted; got {settings.short(text)}'
+        )
     return found
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
+def _add_settings(command: _Parser, record: type) -> None:
+    """An option for each field of the dataclass. One that is not given leaves no attribute: a recipe may say it."""
+    for setting in settings.settings_of(record).values():
+        default = "by recipe" if setting.default is MISSING else _shown(setting.default)
+        more: dict[str, Any] = {"type": _argument(setting.parse), "metavar": "|".join(setting.choices) or None}
+        if setting.is_switch:
+            more = {"action": argparse.BooleanOptionalAction}
+        command.add_argument(
+            f"--{setting.name.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            help=f"{setting.help} (default: {default})".replace("%", "%%"),
+            **more,
+        )
 
 
-def _seeds(text: str) -> tuple[int, ...]:
-    numbers = _integers(text)
-    if len(numbers) > 1 or numbers[0] < 1:
-        return numbers
-    if numbers[0] > _MOST_SEEDS:
-        raise argparse.ArgumentTypeError(f"at most {_MOST_SEEDS} seeds are run, from 0 on; got {text!r}")
-    return tuple(range(numbers[0]))
-
-
-def _tile(text: str) -> tuple[int, int, int]:
-    numbers = _integers(text.replace("x", ","))
-    try:
-        return as_tile(numbers[0] if len(numbers) == 1 else numbers)
-    except ShapeError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+def _shown(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
 
 
 def _add_compare(commands: _Commands) -> None:
@@ -144,37 +139,17 @@ def _add_compare(commands: _Commands) -> None:
         "compare",
         help="train the same network dense, 2:4 and STL on images",
         description="Train the same network, with the same recipe and seeds, dense, 2:4 sparse and Strassen-Tile; show "
-        "accuracy beside FLOPs. An interrupted command goes on when it is repeated.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "accuracy beside FLOPs. An interrupted command goes on when it is repeated. Defaults are those of recipes that "
+        "do not say otherwise.",
     )
     add = command.add_argument
-    add("--data", default="digits", help="digits (bundled), or a folder: IDX files, or images by class")
-    add("--model", default=None, help="T2T-ViT size (default: by image size)")
-    add("--image-size", type=_integer, default=None, help="side in pixels (default: the data's)")
-    add("--methods", type=_names, default=("dense", "2:4", "stl"), help="of dense, 2:4, stl, low-rank, dense+mix")
-    add("--ranks", type=_integers, default=(16, 24, 32), help="of the STL runs")
-    add("--seeds", type=_seeds, default=(0, 1), help="how many seeds, or a list of them")
-    add("--epochs", type=_integer, default=None, help="(default: by data)")
-    add("--batch-size", type=_integer, default=None, help="(default: by data)")
-    add("--lr", type=_real, default=1e-3, help="peak learning rate of AdamW")
-    add("--init", choices=("random", "approximate"), default="random", help="where STL starts")
     add(
-        "--mixing",
-        choices=("sequence", "none", "causal"),
-        default="sequence",
-        help="which rows of a tile see each other",
+        "--recipe",
+        help="digits, fashion-mnist, imagefolder, or a TOML file with the options below (default: by data)",
     )
-    add("--encoder-scope", choices=("layer", "tile"), default="layer", help="one encoder a layer, or one a column tile")
-    add("--tile", type=_tile, default=(4, 4, 4), help="side, or p,q,s")
-    add(
-        "--augment",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="shift and flip images (default: by data)",
-    )
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU with it")
-    add("--limit", type=_integer, default=None, help="train on that many images only")
-    add("--out", type=_folder, default=Path("out/compare"), help="folder for rows.json, report.html and plot.png")
+    add("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
+    _add_settings(command, Recipe)
+    add("--out", type=_folder, default=Path("out/compare"), help=f"{_OUT} (default: out/compare)")
     command.set_defaults(run="run_compare", extra="vision")
 
 
@@ -195,7 +170,7 @@ def _add_bench(commands: _Commands) -> None:
     add("--tile", type=_tile, default=(4, 4, 4), help="side, or p,q,s")
     add("--seconds", type=_real, default=4.0, help="for each pair")
     add("--threads", type=_integer, default=None, help="(default: torch's)")
-    add("--out", type=_folder, default=Path("out/bench"), help="folder for rows.json, report.html and plot.png")
+    add("--out", type=_folder, default=Path("out/bench"), help=_OUT)
     command.set_defaults(run="run_bench", extra="report")
 
 
@@ -224,7 +199,7 @@ def _add_plan(commands: _Commands) -> None:
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
     add("--min-speedup", type=_real, default=1.05, help="convert from here on")
     add("--refresh", action="store_true", help="measure the machine again")
-    add("--out", type=_folder, default=Path("out/plan"), help="folder for rows.json, report.html and plot.png")
+    add("--out", type=_folder, default=Path("out/plan"), help=_OUT)
     command.set_defaults(run="run_plan", extra="report")
 
 

@@ -41,11 +41,28 @@ def test_round_trip(tmp_path: Path, held: str) -> None:
             torch.testing.assert_close(pixels_of(data, i), torch.full((3, 9, 9), 40.0 * (label + 1)), atol=0.01, rtol=0)
 
 
-def test_val_before_test_and_224_by_default(tmp_path: Path) -> None:
+def test_val_before_test(tmp_path: Path) -> None:
     splits = load_images(write_image_folder(tmp_path / "x", {"train": 2, "val": 1, "test": 5}))
     assert len(splits.test) == 3
-    assert splits.image_size == 224
-    assert splits.test[0]["pixel_values"].shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "stored", "size"),
+    [
+        ([(28, 40), (50, 28), (90, 30), (28, 28)], 28, 28),  # small images are not scaled up
+        ([(300, 280), (260, 400), (250, 250), (20, 20)], 250, 224),  # large ones are scaled down; one odd one out
+        ([(224, 224)] * 4, 224, 224),
+    ],
+)
+def test_by_default_the_size_is_as_stored_and_at_most_224(tmp_path: Path, shapes, stored, size) -> None:
+    for part in ("train", "val"):
+        for i, (height, width) in enumerate(shapes):
+            write_png(tmp_path / part / f"class {i % 2}" / f"{i}.png", np.zeros((height, width, 3), np.uint8))
+    splits = load_images(tmp_path)
+    assert (splits.stored_size, splits.image_size, splits.lazy) == (stored, size, True)
+    assert splits.test[0]["pixel_values"].shape == (3, size, size)
+    asked = load_images(tmp_path, image_size=32)
+    assert (asked.stored_size, asked.image_size) == (stored, 32)
 
 
 def test_split_without_train(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_files import write_idx, write_idx_folder
+from image_files import write_idx, write_idx_folder, write_image_folder
 from torch import Tensor, nn
 
 from strassen_tile.data import ImageSplits, collate, load_images
@@ -227,3 +227,18 @@ def test_options_of_another_type_or_range(option: dict[str, object]) -> None:
 
 def test_integers_of_numpy_are_integers() -> None:
     assert load_images(image_size=np.int64(8), limit=np.int32(20), seed=np.int64(1)).image_size == 8
+
+
+def test_chance_is_the_share_of_the_largest_class_of_the_test_set(tmp_path: Path) -> None:
+    for part, counts in (("train", {"a": 3, "b": 3}), ("val", {"a": 1, "b": 7})):
+        write_image_folder(tmp_path / part, counts, classes=("",))
+    splits = load_images(tmp_path, image_size=8)
+    assert splits.chance == 7 / 8
+    labels = load_images("digits").test.labels.tolist()
+    assert load_images("digits").chance == max(labels.count(digit) for digit in range(10)) / len(labels)
+
+
+def test_stored_size_is_that_before_resizing(tmp_path: Path) -> None:
+    assert load_images(image_size=16).stored_size == load_images().stored_size == 8
+    folder = write_idx_folder(tmp_path / "x", size=(6, 10))
+    assert load_images(folder, image_size=12).stored_size == 6

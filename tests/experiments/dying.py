@@ -15,7 +15,7 @@ from pathlib import Path
 
 from strassen_tile.cli import main
 from strassen_tile.experiments import commands  # noqa: F401  the seconds of importing are no part of the moments
-from strassen_tile.integrations import trainer  # noqa: F401
+from strassen_tile.integrations import images  # noqa: F401
 
 CHANGES = {"os.rename": 1, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0, "shutil.rmtree": 0}  # where the path stands
 

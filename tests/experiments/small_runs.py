@@ -1,7 +1,8 @@
 """A network and a recipe without random draws, for runs that must agree however many processes share them."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,13 +11,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from strassen_tile import STLConfig, convert
 from strassen_tile.data import ImageSplits, collate, load_images
-from strassen_tile.integrations.trainer import train_images
+from strassen_tile.integrations.images import train_images
+from strassen_tile.integrations.training import Training
 from strassen_tile.models import t2t_vit
 
-HOW = {
-    "epochs": 2, "batch_size": 16, "lr": 3e-3, "weight_decay": 0.05, "warmup": 0.25, "label_smoothing": 0.1,
-    "precision": "float32", "seed": 3, "recorded": 0,
-}  # fmt: skip
+TRAINING = Training(epochs=2, batch_size=16, lr=3e-3, warmup=0.25, precision="float32")
 
 
 def splits(limit: int) -> ImageSplits:
@@ -35,11 +34,20 @@ def network() -> nn.Module:
     return model
 
 
-def train(model: nn.Module, data: ImageSplits, folder: Path, **changes: object) -> list[dict]:
+def train(
+    model: nn.Module,
+    data: ImageSplits,
+    folder: Path,
+    *,
+    seed: int = 3,
+    recorded: int = 0,
+    on_step: Callable[[int, int], None] = lambda *_: None,
+    **changes: object,
+) -> list[dict]:
     """The records of the first process; those of others are none."""
     records: list[dict] = []
-    callbacks = {"on_step": lambda *_: None, "on_epoch": records.append}
-    train_images(model, data, folder, **{**HOW, **callbacks, **changes})
+    how = replace(TRAINING, **changes)
+    train_images(model, data, folder, how, seed=seed, recorded=recorded, on_step=on_step, on_epoch=records.append)
     return records
 
 

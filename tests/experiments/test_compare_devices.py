@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import HOW, measure, network, rates_kept, splits, train
+from small_runs import TRAINING, measure, network, rates_kept, splits, train
 from test_compare import RECIPE, command
 from transformers import TrainingArguments
 
 from strassen_tile.cli import main
 from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import vision
-from strassen_tile.experiments.recipe import check_precision
+from strassen_tile.integrations.training import resolved_precision
 
 distributed = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
@@ -104,10 +104,10 @@ def test_warm_up_and_decay_count_the_steps_of_all_devices(tmp_path) -> None:
     with rates_kept() as rates:
         train(network(), splits(64), tmp_path)
     assert len(rates) == 8
-    assert rates[:3] == [0, HOW["lr"] / 2, HOW["lr"]]
-    assert rates[5] == pytest.approx(HOW["lr"] / 2)
+    assert rates[:3] == [0, TRAINING.lr / 2, TRAINING.lr]
+    assert rates[5] == pytest.approx(TRAINING.lr / 2)
     assert all(before > after > 0 for before, after in pairwise(rates[2:]))
-    for warmup, expected in ((0.0, [HOW["lr"]]), (1.0, [0.0])):
+    for warmup, expected in ((0.0, [TRAINING.lr]), (1.0, [0.0])):
         with rates_kept() as rates:
             train(network(), splits(16), tmp_path, epochs=1, warmup=warmup)
         assert rates == expected
@@ -160,18 +160,22 @@ def test_bfloat16_is_computed_in_when_it_is_asked_for(tmp_path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_a_folder_from_before_recipes_had_a_precision_goes_on(tmp_path) -> None:
-    """Then the hardware decided: what auto finds is what the folder's runs were."""
+def test_a_folder_from_before_recipes_had_a_precision_and_rows_a_variant_goes_on(tmp_path) -> None:
+    """Then the hardware decided: what auto finds is what the folder's runs were. And ranks told runs apart."""
     precision = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else "float32"
-    recipe = replace(RECIPE, methods=("dense",), precision=precision, epochs=1)
+    recipe = replace(RECIPE, precision=precision, epochs=1)
     before = vision.compare(recipe, tmp_path)
-    old = {key: value for key, value in asdict(recipe).items() if key != "precision"}
+    new = {"precision", "workers", "train_encoder", "train_decoder"}
+    old = {**{key: value for key, value in asdict(recipe).items() if key not in new}, "image_size": None}
     (tmp_path / "recipe.json").write_text(json.dumps(old))
+    facts = ["train_images", "test_images", "classes", "image_size", "stored_size", "chance"]
     for row in before:
-        for key in ("precision", "device", "world_size"):
+        for key in ("precision", "device", "world_size", "variant", *facts):
             del row[key]
     (tmp_path / "rows.json").write_text(json.dumps(before))
     assert vision.compare(recipe, tmp_path) == before
+    more = vision.compare(replace(recipe, methods=("dense", "stl", "stl[encoder_scope=tile]"), workers=1), tmp_path)
+    assert more[:2] == before and [row["variant"] for row in more[2:]] == ["r=8, scope tile"]
     with pytest.raises(ConfigError, match="other precision"):
         other = {"float32": "bfloat16", "bfloat16": "float32"}[precision]
         (tmp_path / "recipe.json").write_text(json.dumps(old))
@@ -184,5 +188,5 @@ def test_a_precision_nobody_computes_in_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: False)
     with pytest.raises(ConfigError, match="GPU"):
-        check_precision("bfloat16")
-    check_precision("float32")
+        resolved_precision("bfloat16")
+    resolved_precision("float32")

@@ -16,8 +16,9 @@ from transformers import TrainerState
 
 from strassen_tile.cli import main
 from strassen_tile.errors import ConfigError
-from strassen_tile.experiments import vision
+from strassen_tile.experiments import runner, vision
 from strassen_tile.experiments.log import locked
+from strassen_tile.experiments.recipe import Recipe
 from strassen_tile.integrations import checkpoints, trainer
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, limits and locks of POSIX")
@@ -30,7 +31,7 @@ def command(out: Path, *more: str) -> list[str]:
     return ["compare", *fixed, "--limit", "40", "--batch-size", "16", "--epochs", "3", "--out", str(out), *more]
 
 
-RECIPE = vision.Recipe(
+RECIPE = Recipe(
     data="digits", model="t2t_vit_micro", image_size=None, methods=("dense",), ranks=(8,), seeds=(0,),
     tile=(4, 4, 4), mixing="sequence", encoder_scope="layer", init="random", epochs=3, batch_size=16, lr=1e-3, limit=40,
 )  # fmt: skip
@@ -175,19 +176,19 @@ def test_a_disk_that_is_full_at_each_file_in_turn(tmp_path, whole, monkeypatch, 
 
 def test_a_second_comparison_in_the_folder_is_refused_and_loses_nothing(tmp_path, whole, monkeypatch, capsys) -> None:
     found = []
-    compare = vision.compare
+    run = runner.run
 
-    def meddled(recipe, folder, **callbacks):
-        def on_progress(progress: vision.Progress) -> None:
+    def meddled(comparison, folder, **callbacks):
+        def on_progress(progress: runner.Progress) -> None:
             if progress.run == 2 and not found:
                 found.append(None)  # the second comparison makes progress too, where it is let in
                 before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
                 found[0] = main(command(tmp_path, "--methods", "2:4"))
                 assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
-        return compare(recipe, folder, **{**callbacks, "on_progress": on_progress})
+        return run(comparison, folder, **{**callbacks, "on_progress": on_progress})
 
-    monkeypatch.setattr(vision, "compare", meddled)
+    monkeypatch.setattr(runner, "run", meddled)
     assert main(command(tmp_path)) == 0
     assert found == [1]
     error = capsys.readouterr().err

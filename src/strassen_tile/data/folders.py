@@ -6,9 +6,11 @@ Crop and resize are one bicubic resampling of a box of the decoded image.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +87,27 @@ def read_pixels(path: str, size: int, *, augment: bool, max_bytes: int = MAX_BYT
         DataError: the file is missing, is not an image, is cut short, is not 8 bits a channel, or takes more than
             `max_bytes`, of which nothing is then decoded.
     """
-    image_module = need("PIL.Image")
     # Drawn before decoding, and as many whatever the image is: one bad or odd file does not change the others' crops.
     draws = torch.rand(2 * _CROP_TRIES + 3).tolist() if augment else []
+    with _image(path, max_bytes) as image:
+        if (needed := _bytes_a_pixel(image) * image.width * image.height) > max_bytes:
+            raise DataError(f"{path}: decoded, it {too_large(needed, max_bytes)}")
+        if image.mode.startswith(("I", "F")):
+            raise DataError(f"{path}: is of Pillow mode {image.mode}; expected 8 bits a channel")
+        box = random_box(image.width, image.height, size, draws) if augment else central_box(*image.size)
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        resized = rgb.resize((size, size), need("PIL.Image").Resampling.BICUBIC, box=box)
+    pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(size, size, 3).movedim(-1, 0)
+    return pixels.flip(-1) if augment and draws[-1] < 0.5 else pixels
+
+
+@contextlib.contextmanager
+def _image(path: str, max_bytes: int) -> Iterator[Any]:
+    """The file as Pillow has it, its header read; what goes wrong within is a DataError that names the file."""
+    image_module = need("PIL.Image")
     try:
         with opened(path, max_bytes) as file, image_module.open(file, formats=_FORMATS) as image:
-            if (needed := _bytes_a_pixel(image) * image.width * image.height) > max_bytes:
-                raise DataError(f"{path}: decoded, it {too_large(needed, max_bytes)}")
-            if image.mode.startswith(("I", "F")):
-                raise DataError(f"{path}: is of Pillow mode {image.mode}; expected 8 bits a channel")
-            box = random_box(image.width, image.height, size, draws) if augment else central_box(*image.size)
-            rgb = image if image.mode == "RGB" else image.convert("RGB")
-            resized = rgb.resize((size, size), image_module.Resampling.BICUBIC, box=box)
+            yield image
     except (DataError, ConfigError):
         raise
     except image_module.UnidentifiedImageError as error:
@@ -108,8 +119,6 @@ def read_pixels(path: str, size: int, *, augment: bool, max_bytes: int = MAX_BYT
     # Pillow's decoders raise anything at malformed bytes: OSError, SyntaxError, ValueError, struct.error and others.
     except Exception as error:
         raise DataError(f"{path}: cannot be decoded ({error}); expected an image that Pillow reads") from error
-    pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(size, size, 3).movedim(-1, 0)
-    return pixels.flip(-1) if augment and draws[-1] < 0.5 else pixels
 
 
 def _bytes_a_pixel(image: Any) -> int:
@@ -149,12 +158,24 @@ def random_box(width: int, height: int, size: int, draws: Sequence[float]) -> Bo
 
 def folder_statistics(paths: Sequence[str], size: int, *, max_bytes: int = MAX_BYTES) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (3,) of pixels scaled to 0..1, over up to 256 images spread over `paths`."""
-    count = min(len(paths), _STATISTICS_IMAGES)
     histogram = torch.zeros(3, 256, dtype=torch.int64)
-    for i in range(count):
-        one = read_pixels(paths[i * len(paths) // count], size, augment=False, max_bytes=max_bytes)
-        histogram += byte_histogram(one[None])
+    for path in _sample(paths):
+        histogram += byte_histogram(read_pixels(path, size, augment=False, max_bytes=max_bytes)[None])
     return channel_statistics(histogram)
+
+
+def stored_size(paths: Sequence[str], *, max_bytes: int = MAX_BYTES) -> int:
+    """The median of the shorter sides, in pixels, over up to 256 images spread over `paths`; they are not decoded."""
+    sides: list[int] = []
+    for path in _sample(paths):
+        with _image(path, max_bytes) as image:
+            sides.append(min(image.size))
+    return statistics.median_low(sides)
+
+
+def _sample(paths: Sequence[str]) -> list[str]:
+    count = min(len(paths), _STATISTICS_IMAGES)
+    return [paths[i * len(paths) // count] for i in range(count)]
 
 
 def list_classes(folder: Path) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from strassen_tile.data import folders, idx
-from strassen_tile.data.folders import FolderImages, folder_statistics, list_classes, subfolders
+from strassen_tile.data.folders import FolderImages, folder_statistics, list_classes, stored_size, subfolders
 from strassen_tile.data.idx import idx_paths, is_idx_folder, need, read_idx_part
 from strassen_tile.data.images import (
     InMemoryImages,
@@ -26,7 +26,7 @@ from strassen_tile.files import too_large
 from strassen_tile.tiling import as_integer
 
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-_FOLDER_SIZE = 224
+_LARGEST_FOLDER_SIZE = 224
 _LARGEST_SIDE = 1 << 12
 _DIGITS_PARTS = 3
 _FOLDER_PARTS = 5
@@ -43,7 +43,8 @@ class ImageSplits:
     """A training and a test set that agree on classes, channels and size.
 
     Both are torch Datasets of {"pixel_values": float32 (channels, image_size, image_size), "labels": int64 ()}.
-    Labels are 0..num_classes − 1 and index `class_names`. `name` is "digits" or the folder's.
+    Labels are 0..num_classes − 1 and index `class_names`. `name` is "digits" or the folder's. `stored_size` is the shorter
+    side of the images as they are stored, in pixels; where it varies, the median over a sample.
     """
 
     train: ImageDataset
@@ -53,6 +54,27 @@ class ImageSplits:
     class_names: tuple[str, ...]
     channels: int
     image_size: int
+    stored_size: int
+
+    @property
+    def lazy(self) -> bool:
+        """Whether images are read from files of their own as they are fetched."""
+        return isinstance(self.train, FolderImages)
+
+    @property
+    def chance(self) -> float:
+        """The part of the test set that is of its largest class: the top-1 of naming that class always."""
+        return float(self.test.labels.bincount().max()) / len(self.test)
+
+    @property
+    def preparation(self) -> str:
+        """What is done to images before a model sees them, as half a sentence."""
+        train = self.train
+        if isinstance(train, FolderImages):
+            changed = "random crops, scaled, and flips in training" if train.augment else "the same in training"
+            return f"the central 7/8 of the shorter side, scaled, in tests; {changed}"
+        flips = " and flips" if train.flip else ""
+        return f"shifts by up to {train.max_shift} pixels{flips} in training" if train.max_shift else "no augmentation"
 
 
 @dataclass(frozen=True)
@@ -90,8 +112,9 @@ def load_images(
               which a fifth of each class is held out (always the same fifth). Decoded when fetched; three channels.
 
             A folder that is itself called digits is "./digits".
-        image_size: side in pixels. None: as stored for digits and IDX, 224 for image folders. Digits and IDX images
-            are resized once, in memory (bilinear, antialiased); folders when read (bicubic).
+        image_size: side in pixels. None: as stored for digits and IDX; for image folders the shorter side of the images,
+            but at most 224: the median over up to 256 of them. Digits and IDX images are resized once, in memory
+            (bilinear, antialiased); folders when read (bicubic).
         limit: train on this many only, as evenly over the classes as they allow. None or more than there are: all.
         seed: which ones `limit` keeps. It changes neither the split nor the augmentation.
         augment: augment the training set, from torch's global RNG. Digits and IDX: shifts by up to
@@ -203,6 +226,7 @@ def _in_memory(
         class_names=class_names,
         channels=1,
         image_size=size,
+        stored_size=min(train[0].shape[1:]),
     )
 
 
@@ -210,10 +234,11 @@ def _image_folder(folder: Path, options: _Options) -> ImageSplits:
     train, test, names = _list_parts(folder)
     if len(names) < 2:
         raise DataError(f"{folder}: holds one class only ({names[0]}); expected a folder for each of several classes")
-    size = options.image_size or _FOLDER_SIZE
     kept = options.kept(train[1])
     paths = [train[0][i] for i in kept.tolist()]
     most = folders.MAX_BYTES if options.max_bytes is None else options.max_bytes
+    stored = stored_size(paths, max_bytes=most)
+    size = options.image_size or min(stored, _LARGEST_FOLDER_SIZE)
     mean, std = folder_statistics(paths, size, max_bytes=most)
     made = partial(FolderImages, image_size=size, mean=mean, std=std, max_bytes=most)
     return ImageSplits(
@@ -224,6 +249,7 @@ def _image_folder(folder: Path, options: _Options) -> ImageSplits:
         class_names=names,
         channels=3,
         image_size=size,
+        stored_size=stored,
     )
 
 

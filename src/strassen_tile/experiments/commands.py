@@ -16,8 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from strassen_tile.cost import machine
 from strassen_tile.errors import ConfigError
-from strassen_tile.experiments import planning, speed, vision
-from strassen_tile.experiments.recipe import Recipe, fastest_precision
+from strassen_tile.experiments import planning, runner, speed, vision
+from strassen_tile.experiments.recipe import Recipe, recipe_of
+from strassen_tile.experiments.settings import settings_of
 from strassen_tile.files import make_folder
 from strassen_tile.integrations.ranks import RankError, ranks
 from strassen_tile.nn import STLConfig
@@ -25,63 +26,28 @@ from strassen_tile.records import Row, environment, write_rows
 from strassen_tile.report import bench as bench_report
 from strassen_tile.report import plan as plan_report
 from strassen_tile.report.compare import columns, summarise, table_caption, write_report
+from strassen_tile.report.runs import progress_note
 from strassen_tile.report.table import ratio, rich_table, seconds
-
-# A comparison's recipe where the command does not say: (model, epochs, batch size, augment) by data. Three epochs of
-# 60 000 images are too few to overfit, and augmentation only slows them.
-_DIGITS = ("t2t_vit_nano", 8, 32, True)
-_SMALL = ("t2t_vit_micro", 3, 128, False)
-_LARGE = ("t2t_vit_7", 100, 128, True)
-
-
-def recipe_of(options: argparse.Namespace) -> Recipe:
-    """The options of `strassen-tile compare`, defaults filled in by the data.
-
-    Raises:
-        ConfigError: an option that no recipe could have.
-    """
-    if not math.isfinite(options.lr):
-        raise ConfigError(f"--lr must be a finite number; got {options.lr}")
-    if options.data == "digits":
-        model, epochs, batch_size, augment = _DIGITS
-    elif (options.image_size or 0) > 32 or not any(Path(options.data).glob("*ubyte*")):
-        model, epochs, batch_size, augment = _LARGE
-    else:
-        model, epochs, batch_size, augment = _SMALL
-    return Recipe(
-        data=options.data,
-        model=options.model or model,
-        image_size=options.image_size,
-        methods=options.methods,
-        ranks=options.ranks,
-        seeds=options.seeds,
-        tile=options.tile,
-        mixing=options.mixing,
-        encoder_scope=options.encoder_scope,
-        init=options.init,
-        epochs=options.epochs if options.epochs is not None else epochs,
-        batch_size=options.batch_size if options.batch_size is not None else batch_size,
-        lr=options.lr,
-        augment=options.augment if options.augment is not None else augment,
-        limit=options.limit,
-        precision=fastest_precision() if options.precision == "auto" else options.precision,
-    )
 
 
 def run_compare(options: argparse.Namespace) -> int:
     """`strassen-tile compare`. Of several processes the first shows what there is to see."""
-    recipe = recipe_of(options)
+    given = {key: value for key, value in vars(options).items() if key in settings_of(Recipe)}
+    recipe = recipe_of(options.recipe, options.changes, given)
     world = ranks()
     try:
-        _compare(recipe, options.out, Console(markup=False, emoji=False, quiet=not world.is_main_process))
+        console = Console(markup=False, emoji=False, quiet=not world.is_main_process)
+        _show(vision.comparison(recipe), "Dense, 2:4 and Strassen-Tile", options.out, console)
     except RankError:
         return 1  # the first process has said why
     world.destroy_process_group()  # not after an error: others may be waiting in the group
     return 0
 
 
-def _compare(recipe: Recipe, out: Path, console: Console) -> None:
-    title = f"{recipe.model} on {recipe.data}, {recipe.epochs} epochs"
+def _show(comparison: runner.Comparison, heading: str, out: Path, console: Console) -> None:
+    """Run a comparison, with what a person sees of it."""
+    for remark in comparison.remarks:
+        console.print(remark, soft_wrap=True)
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
         console=console,
@@ -89,20 +55,23 @@ def _compare(recipe: Recipe, out: Path, console: Console) -> None:
     runs, steps = bars.add_task("runs", total=None), bars.add_task("steps", total=None)
     with Live(bars, console=console, refresh_per_second=4) as live:
 
-        def on_progress(at: vision.Progress) -> None:
+        def on_progress(at: runner.Progress) -> None:
             bars.update(runs, completed=at.run - 1, total=at.runs)
             bars.update(steps, description=at.label, completed=at.step, total=at.steps)
 
         def on_rows(rows: list[Row]) -> None:
-            live.update(Group(rich_table(title, columns(state=True), summarise(rows)), bars))
+            live.update(Group(rich_table(comparison.title, columns(state=True), summarise(rows)), bars))
 
         def on_end(rows: list[Row]) -> None:
             live.update("")
-            write_report(out, rows, f"Dense, 2:4 and Strassen-Tile: {title}", _notes(recipe))
+            notes = [*comparison.notes, *comparison.remarks, *filter(None, [progress_note(rows)])]
+            write_report(out, rows, f"{heading}: {comparison.title}", notes)
 
-        rows = vision.compare(recipe, out, on_rows=on_rows, on_progress=on_progress, on_end=on_end)
+        rows = runner.run(comparison, out, on_rows=on_rows, on_progress=on_progress, on_end=on_end)
     summary = summarise(rows)
-    console.print(rich_table(title, columns(), summary, table_caption(summary)))
+    console.print(rich_table(comparison.title, columns(), summary, table_caption(summary)))
+    if note := progress_note(rows):
+        console.print(note, soft_wrap=True)
     console.print(f"{out / 'report.html'}\n{out / 'plot.png'}\n{out / 'rows.json'}", soft_wrap=True)
 
 
@@ -204,18 +173,3 @@ def _make_writable(folder: Path) -> None:
     """The folder, made if missing; what keeps it from being written to is said before any work is done."""
     make_folder(folder)
     tempfile.TemporaryFile(dir=folder).close()
-
-
-def _notes(recipe: Recipe) -> list[str]:
-    schedule = (
-        f"Every method trains the same {recipe.model} from the same start with the same recipe: AdamW at {recipe.lr:g}, "
-        f"weight decay {recipe.weight_decay:g} (none on encoders, decoders, biases and norms), {recipe.warmup:.0%} "
-        f"warm-up, cosine decay, label smoothing {recipe.label_smoothing:g}, batches of {recipe.batch_size} on all "
-        f"devices together, {recipe.precision}, {recipe.epochs} epochs, {'' if recipe.augment else 'no '}augmentation, "
-        f"seeds {', '.join(map(str, recipe.seeds))}."
-    )
-    converted = (
-        "The linear layers of the transformer blocks are converted; the token module and the head are not. STL: tile "
-        f"{'×'.join(map(str, recipe.tile))}, mixing {recipe.mixing}, encoder scope {recipe.encoder_scope}, start {recipe.init}."
-    )
-    return [schedule, converted]

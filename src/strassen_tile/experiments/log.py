@@ -1,4 +1,4 @@
-"""The folder a long comparison works in: whose it is, and the rows it has so far."""
+"""The folder a comparison works in: the lock on it, the recipe it is of, and the rows it has so far."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from strassen_tile.errors import ConfigError, DataError
 from strassen_tile.files import make_folder, write_text
 from strassen_tile.records import Row, read_rows, write_rows
-from strassen_tile.report.runs import group_rows
+from strassen_tile.report.runs import group_rows, run_of
 from strassen_tile.report.table import number
 
 
@@ -34,8 +34,8 @@ class RunLog:
             raise DataError(f"{path}: {error}") from error
 
     def of(self, run: Row) -> list[Row]:
-        """The rows of one method, rank and seed."""
-        return [row for row in self.rows if run.items() <= row.items()]
+        """The rows of one run, told by method, variant and seed."""
+        return [row for row in self.rows if run_of(row) == run_of(run)]
 
     def recorded(self, run: Row) -> int:
         """How many epochs of the run, from the first on without a gap, have their row."""
@@ -53,7 +53,7 @@ class RunLog:
         earlier = [row for row in self.of(run) if _real(row, "epoch") < at]
         spent = _real(earlier[-1], "train_seconds") if earlier else 0.0
         del record["seconds"]
-        others = [row for row in self.rows if not run.items() <= row.items()]
+        others = [row for row in self.rows if run_of(row) != run_of(run)]
         rows = [*others, *earlier, {**fixed, **record, "train_seconds": round(spent + seconds, 3)}]
         write_rows(self.path, rows)
         self.rows = rows
@@ -98,29 +98,31 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def claim(
-    folder: Path, settings: Mapping[str, object], additive: AbstractSet[str], unsaid: Mapping[str, object]
+def keep_recipe(
+    folder: Path, recipe: Mapping[str, object], earlier: Mapping[str, object], may_change: AbstractSet[str]
 ) -> None:
-    """Make the folder this comparison's, or refuse to mix two in one.
+    """Write `recipe.json`, or refuse to mix two comparisons in one folder.
 
     Args:
         folder: made if missing.
-        settings: what decides the results; kept in `recipe.json`.
-        additive: settings that only say which runs there are: they may change.
-        unsaid: what a setting was where an older `recipe.json` does not know it.
+        recipe: what decides the results.
+        earlier: what a setting was where an older `recipe.json` has none, or null.
+        may_change: settings that only say which runs there are, or that change no result.
 
     Raises:
         ConfigError: the folder holds a comparison with other settings; the message names them.
         DataError: its `recipe.json` is not one.
     """
-    plain = json.loads(json.dumps(settings))
+    plain = json.loads(json.dumps(recipe))
     path = folder / "recipe.json"
     if path.exists():
-        before = {**json.loads(json.dumps(unsaid)), **_read_recipe(path)}
-        changed = sorted(key for key in plain if key not in additive and before.get(key) != plain[key])
+        said = {key: value for key, value in _read_recipe(path).items() if value is not None}
+        before = {**json.loads(json.dumps(earlier)), **said}
+        changed = [key for key in sorted(plain) if key not in may_change and before.get(key) != plain[key]]
         if changed:
+            values = ", ".join(f"{key} ({before.get(key)} there, {plain[key]} now)" for key in changed)
             raise ConfigError(
-                f"{folder} holds a comparison with other {', '.join(changed)}; give another --out, or delete it to start over"
+                f"{folder} holds a comparison with other {values}; give another --out, or delete it to start over"
             )
     write_text(path, json.dumps(plain, indent=1) + "\n")
 

@@ -1,18 +1,15 @@
 """The same network and recipe, dense and made cheaper in several ways, trained from scratch on images.
 
 Every method starts from the same dense network (same seed), which is then converted; the linear layers of the blocks
-are, the token module and the head are not. An interrupted comparison goes on where it stopped, from the last
-checkpoint of the run it was in.
+are, the token module and the head are not.
 """
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,24 +17,16 @@ from torch import nn
 from strassen_tile import baselines
 from strassen_tile.convert import Conversion
 from strassen_tile.data import ImageSplits, load_images
-from strassen_tile.errors import ConfigError
-from strassen_tile.experiments.log import RunLog, claim, locked
-from strassen_tile.experiments.recipe import Recipe, fastest_precision
-from strassen_tile.files import remove_unfinished
-from strassen_tile.integrations.ranks import first, ranks
+from strassen_tile.experiments import runner
+from strassen_tile.experiments.methods import Compared
+from strassen_tile.experiments.recipe import Recipe
+from strassen_tile.experiments.settings import settings_of
+from strassen_tile.integrations.ranks import share
+from strassen_tile.integrations.training import resolved_precision
 from strassen_tile.models import t2t_vit
-from strassen_tile.records import Row, environment
+from strassen_tile.records import Row
 
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a comparison is: run `run` of `runs`, and `step` of `steps` in it."""
-
-    label: str
-    run: int
-    runs: int
-    step: int
-    steps: int
+_EARLIER_FOLDER_SIZE = 224  # of image folders, where a recipe said nothing, whatever size the images had
 
 
 def in_blocks(module: nn.Module, name: str) -> bool:
@@ -45,111 +34,58 @@ def in_blocks(module: nn.Module, name: str) -> bool:
     return name.startswith("blocks.")
 
 
-def compare(
-    recipe: Recipe,
-    folder: Path,
-    *,
-    on_rows: Callable[[list[Row]], None] = lambda rows: None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-    on_end: Callable[[list[Row]], None] = lambda rows: None,
-) -> list[Row]:
-    """Train every method with every seed; the rows, one an epoch, are in `folder`/rows.json from the moment they exist.
+def compare(recipe: Recipe, folder: Path, **callbacks: Any) -> list[Row]:
+    """`runner.run` of `comparison(recipe)`."""
+    return runner.run(comparison(recipe), folder, **callbacks)
 
-    Processes that torchrun started share every batch; the first of them alone writes, and calls `on_rows` and `on_end`.
 
-    Args:
-        recipe: what to compare.
-        folder: for rows and checkpoints. Runs already there, of the same recipe, are not run again.
-        on_rows: called with all rows so far after every epoch.
-        on_progress: called after every training step.
-        on_end: called with all rows while the folder is still held against other comparisons.
+def comparison(recipe: Recipe) -> runner.Comparison:
+    """Every method of the recipe with every seed.
 
     Raises:
-        ConfigError: the folder holds a comparison with another recipe, or another process works in it; or the batch
-            cannot be shared by the processes there are.
-        DataError: the data, or what is in the folder, cannot be read.
-        RankError: in processes other than the first, what stopped the first.
+        ConfigError: the recipe's batch cannot be shared by the processes there are.
+        DataError: the data cannot be read.
     """
-    world = ranks()
-    if recipe.batch_size % world.num_processes:
-        raise ConfigError(
-            f"batch_size={recipe.batch_size} is of all {world.num_processes} processes together"
-            " and does not divide among them"
-        )
+    share(recipe.batch_size)
     splits = load_images(recipe.data, image_size=recipe.image_size, limit=recipe.limit, augment=recipe.augment)
-    # Before anything is written: a folder under version control would make the commit look dirty.
-    where: Row = {**environment(device=world.device.type, world_size=world.num_processes)}
-    with contextlib.ExitStack() as held:
-        # The first process has the log; the others a copy, which they do not look at.
-        log = first(partial(_opened, recipe, folder, held))
-        todo = [(method, seed) for seed in recipe.seeds for method in recipe.roster()]
-        for index, (method, seed) in enumerate(todo):
-            label = f"{method.label}, seed {seed}"
-
-            def on_step(step: int, steps: int, label: str = label, index: int = index) -> None:
-                on_progress(Progress(label, index + 1, len(todo), step, steps))
-
-            _run(recipe, splits, method, seed, log, where, on_step, on_rows)
-        first(lambda: on_end(log.rows))
-        return first(lambda: log.rows)
-
-
-def _opened(recipe: Recipe, folder: Path, held: contextlib.ExitStack) -> RunLog:
-    """The rows in `folder`, which is this recipe's and this process's until `held` is left."""
-    held.enter_context(locked(folder))
-    remove_unfinished(folder)
+    recipe = recipe.fitted(splits)
     # More seeds, ranks or methods only add runs. Low rank takes its FLOPs from the ranks: with it they may not change.
-    additive = {"seeds", "methods"} | ({"ranks"} if "low-rank" not in recipe.methods else set())
-    # Before recipes had a precision, the hardware decided.
-    claim(folder, asdict(recipe), additive, unsaid={"precision": fastest_precision()})
-    return RunLog(folder / "rows.json")
+    may_change = {"seeds", "methods", "workers"} | ({"ranks"} if "low-rank" not in recipe.methods else set())
+    defaults = {name: one.default for name, one in settings_of(Recipe).items() if one.default not in (None, MISSING)}
+    size_before = _EARLIER_FOLDER_SIZE if splits.lazy else splits.image_size
+    return runner.Comparison(
+        title=f"{recipe.model} on {recipe.data}, {_epochs(recipe)}",
+        runs=[_run(recipe, splits, one, seed) for seed in recipe.seeds for one in recipe.roster()],
+        recipe=asdict(recipe),
+        # Before recipes had a precision, the hardware decided.
+        earlier={**defaults, "precision": resolved_precision("auto"), "image_size": size_before},
+        may_change=frozenset(may_change),
+        facts={**facts(splits), "precision": recipe.precision},
+        notes=_notes(recipe, splits),
+        remarks=_remarks(splits),
+    )
 
 
-def _run(
-    recipe: Recipe,
-    splits: ImageSplits,
-    method: baselines.Method,
-    seed: int,
-    log: RunLog,
-    where: Row,
-    on_step: Callable[[int, int], None],
-    on_rows: Callable[[list[Row]], None],
+def _run(recipe: Recipe, splits: ImageSplits, one: Compared, seed: int) -> runner.Run:
+    return runner.Run(
+        method=one.method.name,
+        rank=one.method.rank,
+        variant=one.variant,
+        seed=seed,
+        epochs=recipe.epochs,
+        build=partial(build, recipe, splits, one.method, seed),
+        cost=partial(cost_fields, splits=splits),
+        train=partial(_train, recipe, splits, seed),
+    )
+
+
+def _train(
+    recipe: Recipe, splits: ImageSplits, seed: int, model: nn.Module, folder: Path, **recorded_and_callbacks: Any
 ) -> None:
-    """Train one method with one seed, from where it is; nothing if it is finished."""
-    run: Row = {"method": method.name, "rank": method.rank, "seed": seed}
-    # A folder of its own: that of a finished run is removed with all that is in it.
-    work = log.path.parent / "runs" / f"{method.label.replace(' ', '-').replace(':', '')}-{seed}"
-    recorded = first(lambda: log.recorded(run))
-    if recorded < recipe.epochs:
-        # Imported late: transformers takes seconds, and options are checked before it is wanted.
-        from strassen_tile.integrations.trainer import train_images
+    # Imported late: transformers takes seconds, and options are checked before it is wanted.
+    from strassen_tile.integrations.images import train_images
 
-        model, conversion = build(recipe, splits, method, seed)
-        fixed = {**run, **cost_fields(model, conversion, splits), "precision": recipe.precision, **where}
-        first(partial(_prepare, work))
-        train_images(
-            model,
-            splits,
-            work,
-            epochs=recipe.epochs,
-            batch_size=recipe.batch_size,
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            warmup=recipe.warmup,
-            label_smoothing=recipe.label_smoothing,
-            precision=recipe.precision,
-            seed=seed,
-            recorded=recorded,
-            on_step=on_step,
-            on_epoch=lambda record: on_rows(log.add(run, fixed, record)),
-        )
-    first(lambda: shutil.rmtree(work, ignore_errors=True))
-
-
-def _prepare(work: Path) -> None:
-    """Make the folder of a run, so that one that cannot be made is said now, or clear up after a run that was killed."""
-    work.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(work)
+    train_images(model, splits, folder, recipe, seed=seed, **recorded_and_callbacks)
 
 
 def build(recipe: Recipe, splits: ImageSplits, method: baselines.Method, seed: int) -> tuple[nn.Module, Conversion]:
@@ -181,3 +117,43 @@ def cost_fields(model: nn.Module, conversion: Conversion, splits: ImageSplits) -
         "share_converted": cost.share,
         "layers_converted": len(conversion.converted),
     }
+
+
+def facts(splits: ImageSplits) -> Row:
+    """What numbers of a comparison are measured by: image counts, sides in pixels, chance in per cent."""
+    return {
+        "train_images": len(splits.train),
+        "test_images": len(splits.test),
+        "classes": splits.num_classes,
+        "image_size": splits.image_size,
+        "stored_size": splits.stored_size,
+        "chance": 100 * splits.chance,
+    }
+
+
+def _remarks(splits: ImageSplits) -> list[str]:
+    size, stored = splits.image_size, splits.stored_size
+    if size > stored:
+        return [f"Images of {stored} pixels are scaled up to {size}."]
+    return [f"Images of {stored} pixels are scaled down to {size}."] if size < stored else []
+
+
+def _epochs(recipe: Recipe) -> str:
+    return "1 epoch" if recipe.epochs == 1 else f"{recipe.epochs} epochs"
+
+
+def _notes(recipe: Recipe, splits: ImageSplits) -> list[str]:
+    schedule = (
+        f"Every method trains the same {recipe.model} from the same start with the same recipe: AdamW at {recipe.lr:g}, "
+        f"weight decay {recipe.weight_decay:g} (none on encoders, decoders, biases and norms), {recipe.warmup:.0%} "
+        f"warm-up, cosine decay, label smoothing {recipe.label_smoothing:g}, drop path {recipe.drop_path:g}, batches of "
+        f"{recipe.batch_size} on all devices together, {recipe.precision}, {_epochs(recipe)}, seeds "
+        f"{', '.join(map(str, recipe.seeds))}."
+    )
+    converted = (
+        "The linear layers of the transformer blocks are converted; the token module and the head are not. STL, where its "
+        f"variant says nothing else: tile {'×'.join(map(str, recipe.tile))}, mixing {recipe.mixing}, encoder scope "
+        f"{recipe.encoder_scope}, start {recipe.init}"
+        f"{'' if recipe.train_encoder else ', encoders fixed'}{'' if recipe.train_decoder else ', decoders fixed'}."
+    )
+    return [schedule, f"Images: {splits.preparation}.", converted]

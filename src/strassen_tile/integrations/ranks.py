@@ -41,6 +41,20 @@ def ranks() -> PartialState:
     return PartialState(cpu=not cuda)
 
 
+def share(batch_size: int) -> int:
+    """How many samples of a batch fall to each process.
+
+    Raises:
+        ConfigError: the batch does not divide among them.
+    """
+    processes: int = ranks().num_processes
+    if batch_size % processes:
+        raise ConfigError(
+            f"batch_size={batch_size} is of all {processes} processes together and does not divide among them"
+        )
+    return batch_size // processes
+
+
 def first(action: Callable[[], T]) -> T:
     """Run `action` in the first process only; all processes get its result, which must be picklable.
 

@@ -1,47 +1,71 @@
-"""Image classification through transformers' Trainer: the recipe every method of a comparison shares.
+"""What training has in common, whatever is trained: transformers' Trainer, made to do what a `Training` says.
 
-What a run comes to depends on the recipe alone, not on how many processes share its batches, nor on where it was
-stopped. Only draws (augmentation, drop path) differ with the number of processes, and start anew in a run that goes on
-with another number.
+What a run comes to depends on that record and the seed, not on how many processes share its batches, how many load its
+data, nor on where it was stopped. Only draws (augmentation, dropout) differ with the number of processes that train, and
+start anew in a run that goes on with another number.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object, set_seed
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from strassen_tile.data import ImageSplits, collate
+from strassen_tile.errors import DataError
 from strassen_tile.integrations.checkpoints import resumable, seal
-from strassen_tile.integrations.ranks import first, ranks
+from strassen_tile.integrations.ranks import first, share
+from strassen_tile.integrations.training import Training
 from strassen_tile.nn import param_groups
 from strassen_tile.records import Row
 
-_IGNORED = -100  # the label of what counts for nothing, to Trainer and to cross_entropy
+IGNORED = -100  # the label of what counts for nothing, to Trainer and to cross_entropy
 
 
-class ImageClassifier(nn.Module):
-    """What Trainer drives: pixels (B, C, H, W) → {"logits"}."""
+class SeededDraws(Dataset[Any]):
+    """A data set whose random draws (augmentation) are a batch's own: they depend on seed, epoch and the batch's indices.
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+    Else they would come from the state of the process that happens to load the batch, and depend on how many there are.
 
-    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Trainer takes outputs by name."""
-        return {"logits": self.model(pixel_values)}
+    Args:
+        data: draws from torch's global generator and from nothing else.
+        seed: of the run.
+    """
+
+    def __init__(self, data: Dataset[Any], seed: int) -> None:
+        self.data, self.seed, self.epoch = data, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's loader as an epoch begins, before its workers start."""
+        self.epoch = epoch
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        """The samples of a batch."""
+        generator = torch.default_generator  # the CPU's alone: on GPUs, dropout goes on drawing where it was
+        before = generator.get_state()
+        try:
+            # Batches of an epoch share no index, so that the first one stands for all.
+            batch = f"{self.seed} {self.epoch} {int(indices[0])}".encode()
+            generator.manual_seed(int.from_bytes(hashlib.sha256(batch).digest()[:4]))
+            fetch = getattr(self.data, "__getitems__", None)
+            return fetch(indices) if fetch is not None else [self.data[index] for index in indices]
+        finally:
+            generator.set_state(before)
 
 
-class ImageTrainer(Trainer):  # type: ignore[misc, unused-ignore]
+class RecipeTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     """Trainer with parameter groups, with last batches that count as they are, and with checkpoints that are sealed."""
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -54,14 +78,14 @@ class ImageTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         return self.optimizer
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The next batches, and how many images count in them over all processes."""
+        """The next batches, and how many labels count in them over all processes."""
         return super().get_batch_samples(map(self._without_padding, epoch_iterator), num_batches, device)
 
     def _without_padding(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Several processes need equal shares: accelerate fills the last batch up with images that were trained on."""
+        """Several processes need equal shares: accelerate fills the last batch up with samples that were trained on."""
         at, labels = self.accelerator.gradient_state, batch["labels"]
         if at.end_of_dataloader and at.remainder > 0:
-            labels[max(0, at.remainder - self.args.process_index * len(labels)) :] = _IGNORED
+            labels[max(0, at.remainder - self.args.process_index * len(labels)) :] = IGNORED
         return batch
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -87,10 +111,21 @@ class ImageTrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
 
 class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Reports steps as they go and one record an epoch; the time is that of training, evaluation excluded."""
+    """Reports steps as they go and one record an epoch; the time is that of training, evaluation excluded.
 
-    def __init__(self, on_step: Callable[[int, int], None], on_epoch: Callable[[Row], None]) -> None:
-        self.on_step, self.on_epoch = on_step, on_epoch
+    Args:
+        measured: the record's fields that an evaluation comes to, from Trainer's metrics ("eval_…").
+        on_step: called with (step, steps).
+        on_epoch: called, in the first process, with epoch (from 1), what was measured, train_loss and seconds.
+    """
+
+    def __init__(
+        self,
+        measured: Callable[[Mapping[str, float]], Row],
+        on_step: Callable[[int, int], None],
+        on_epoch: Callable[[Row], None],
+    ) -> None:
+        self.measured, self.on_step, self.on_epoch = measured, on_step, on_epoch
         self.started, self.seconds, self.train_loss = 0.0, 0.0, float("nan")
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -115,71 +150,26 @@ class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         """Hand over the epoch's record; Trainer saves after it, so that an epoch with a checkpoint has its record."""
-        record: Row = {
-            "epoch": round(state.epoch),
-            "top1": 100.0 * metrics["eval_top1"],
-            "loss": metrics["eval_cross_entropy"],
-            "train_loss": self.train_loss,
-            "seconds": self.seconds,
-        }
-        first(partial(self.on_epoch, record))
+        record: Row = {"epoch": round(state.epoch), **self.measured(metrics)}
+        first(partial(self.on_epoch, {**record, "train_loss": self.train_loss, "seconds": self.seconds}))
 
 
-def train_images(
-    model: nn.Module,
-    splits: ImageSplits,
-    folder: Path,
-    *,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    weight_decay: float,
-    warmup: float,
-    label_smoothing: float,
-    precision: str,
-    seed: int,
-    recorded: int,
-    on_step: Callable[[int, int], None],
-    on_epoch: Callable[[Row], None],
-) -> None:
-    """Train with AdamW, linear warm-up and cosine decay; evaluate after every epoch, then write a checkpoint.
-
-    Args:
-        model: pixels → logits; trained in place.
-        splits: what to train and to test on.
-        folder: for checkpoints. Training goes on from the last that is complete, of this network and has its record.
-        epochs: passes over the training set.
-        batch_size: images a step, of all processes together; a multiple of their number.
-        lr, weight_decay: of AdamW.
-        warmup: fraction of the steps in which the rate rises.
-        label_smoothing: in training; test losses are without, to compare with others'.
-        precision: "float32", or "bfloat16": autocast, with parameters in float32.
-        seed: of order and draws.
-        recorded: epochs that have their record. A checkpoint of a later one is not gone on from: records would be missing.
-        on_step: called with (step, steps).
-        on_epoch: called, in the first process, with epoch (from 1), top1 (per cent), loss, train_loss and seconds (of
-            training, evaluation excluded).
+def training_arguments(training: Training, folder: Path, *, samples: int, seed: int) -> TrainingArguments:
+    """What Trainer takes for a `Training` on so many samples, with checkpoints in `folder`.
 
     Raises:
-        OSError: a checkpoint cannot be written.
-        RankError: in processes other than the first, what stopped the first.
+        ConfigError: the batch cannot be shared by the processes there are.
     """
-
-    def loss(outputs: dict[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
-        count = len(labels) if num_items_in_batch is None else num_items_in_batch
-        logits = outputs["logits"].float()
-        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum") / count
-
-    share = batch_size // ranks().num_processes
+    batch = share(training.batch_size)
     arguments = TrainingArguments(
         output_dir=str(folder),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=share,
-        per_device_eval_batch_size=4 * share,
-        learning_rate=lr,
-        weight_decay=weight_decay,
+        num_train_epochs=training.epochs,
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=4 * batch,
+        learning_rate=training.lr,
+        weight_decay=training.weight_decay,
         lr_scheduler_type="cosine",
-        warmup_steps=round(warmup * epochs * -(-len(splits.train) // batch_size)),
+        warmup_steps=round(training.warmup * training.epochs * -(-samples // training.batch_size)),
         max_grad_norm=1.0,
         seed=seed,
         data_seed=seed,
@@ -189,8 +179,9 @@ def train_images(
         save_strategy="epoch",
         save_total_limit=2,  # the one before stays until the new one is sealed
         use_cpu=not torch.cuda.is_available(),
-        bf16=precision == "bfloat16",
+        bf16=training.precision == "bfloat16",
         ddp_find_unused_parameters=False,
+        dataloader_num_workers=training.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
         disable_tqdm=True,
@@ -200,28 +191,24 @@ def train_images(
     # Else Trainer takes all the GPUs a single process sees, in nn.DataParallel, each with a batch of its own. There is
     # no argument for it; Trainer itself sets this one where a model says it is spread over the devices already.
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    classifier = ImageClassifier(model)
-    trainer = ImageTrainer(
-        model=classifier,
-        args=arguments,
-        train_dataset=splits.train,
-        eval_dataset=splits.test,
-        data_collator=collate,
-        compute_loss_func=loss,
-        compute_metrics=_metrics,
-        callbacks=[Watch(on_step, on_epoch)],
-    )
+    return arguments
+
+
+def fit(trainer: RecipeTrainer, *, recorded: int) -> None:
+    """Train from the last checkpoint that is complete, of this network and of no later epoch than `recorded`.
+
+    Raises:
+        DataError: a sample cannot be read.
+        OSError: a checkpoint cannot be written.
+        RankError: in processes other than the first, what stopped the first.
+    """
     trainer.remove_callback(PrinterCallback)  # logs go to the table, not to standard output
-    set_seed(seed, device_specific=True)  # else every process shifts and flips its images alike
-    checkpoint = first(partial(resumable, folder, classifier, recorded))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-
-
-def _metrics(found: EvalPrediction) -> dict[str, float]:
-    """Over the test set, each image once. Trainer's own loss is a mean over batches of which some are filled up."""
-    logits, labels = torch.as_tensor(found.predictions).float(), torch.as_tensor(found.label_ids)
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    return {
-        "top1": float((logits.argmax(-1) == labels).double().mean()),
-        "cross_entropy": float(losses.double().mean()),
-    }
+    set_seed(trainer.args.seed, device_specific=True)  # else every process draws alike
+    checkpoint = first(partial(resumable, Path(trainer.args.output_dir), trainer.model, recorded))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except DataError as error:
+        if "\n" not in (text := str(error).strip()):
+            raise
+        # From a worker it comes with the worker's traceback in its text; the last line is what it said there.
+        raise DataError(text.rpartition("\n")[2].partition(": ")[2]) from error

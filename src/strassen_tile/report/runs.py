@@ -1,7 +1,9 @@
 """The rows of `strassen-tile compare`, gathered into runs and summed up.
 
-One row is one epoch of one run: `method`, `rank` (None where there is none), `seed`, `epoch` (from 1), `top1` in per
-cent, `loss`, `train_loss`, `train_seconds` (cumulative), the cost fields below and the environment. Rows may be
+One row is one epoch of one run: `method`, `rank` (None where there is none), `variant` (in what the run differs from
+others of its method and seed, rank included, as text), `seed`, `epoch` (from 1), `top1` in per cent, `loss`, `train_loss`,
+`train_seconds` (cumulative), the cost fields below, facts about the data and the environment. Rows of before there was a
+`variant` differ by rank alone: they have the variant that such a run has now. Rows may be
 incomplete, as they are while training runs: a summary then speaks of the furthest epoch any seed of the group has
 reached, averages only the seeds that have reached it, and says how far each one is.
 """
@@ -26,27 +28,45 @@ COST_FIELDS = (
     "flop_ratio",
 )
 _MEASURED = ("top1", "loss", "train_loss", "train_seconds")
-_KEYS = ("method", "rank", "seed", "epoch")
+_KEYS = ("method", "rank", "variant", "seed", "epoch")
+
+
+def run_of(row: Mapping[str, Value]) -> tuple[Value, Value, Value]:
+    """What tells a row's run from others: method, variant and seed."""
+    return row.get("method"), variant_of(row), row.get("seed")
+
+
+def variant_of(row: Mapping[str, Value]) -> Value:
+    """The row's variant; of an older row, its rank."""
+    rank = row.get("rank")
+    return row.get("variant", "" if rank is None else f"r={rank}")
 
 
 @dataclass
 class Group:
-    """The runs of one method at one rank, which differ by their seed alone.
+    """The runs of one method and variant, which differ by their seed alone.
 
     Attributes:
         method: its name.
         rank: channels a tile; None for a method without them.
+        variant: in what it differs from others of the method, such as "r=24, mixing none"; "" where there is no other.
         seeds: seed to epoch to row.
     """
 
     method: str
     rank: int | None
+    variant: str
     seeds: dict[int, dict[int, Mapping[str, Value]]] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
-        """How figures name it: `2:4`, `stl r=24`."""
-        return self.method if self.rank is None else f"{self.method} r={self.rank}"
+        """How figures name it: `2:4`, `stl r=24`, `stl r=24, mixing none`."""
+        return f"{self.method} {self.variant}".strip()
+
+    @property
+    def settings(self) -> str:
+        """The variant without the rank, which tables show apart."""
+        return self.variant if self.rank is None else self.variant.removeprefix(f"r={self.rank}").lstrip(", ")
 
     @property
     def epochs(self) -> list[int]:
@@ -81,36 +101,39 @@ class Group:
 
 
 def group_rows(rows: Iterable[Mapping[str, Value]]) -> list[Group]:
-    """Rows by (method, rank) in order of first appearance, each by seed and epoch.
+    """Rows by (method, rank, variant) in order of first appearance, each by seed and epoch.
 
     Of two rows for the same epoch of the same run the later one counts: a resumed run repeats an epoch.
 
     Raises:
-        DataError: a row lacks `method`, `seed` or `epoch`, or one of them is of the wrong type.
+        DataError: a row lacks `method`, `seed` or `epoch`, or one of them, `rank` or `variant` is of the wrong type.
     """
-    groups: dict[tuple[str, int | None], Group] = {}
+    groups: dict[tuple[str, int | None, str], Group] = {}
     for index, row in enumerate(rows):
-        method, rank, seed, epoch = (row.get(key) for key in _KEYS)
+        method, rank, seed, epoch = (row.get(key) for key in ("method", "rank", "seed", "epoch"))
+        variant = variant_of(row)
         if not (
             isinstance(method, str)
             and (rank is None or isinstance(rank, int))
+            and isinstance(variant, str)
             and isinstance(seed, int)
             and isinstance(epoch, int)
         ):
             raise DataError(
-                f"row {index} has method={method!r}, rank={rank!r}, seed={seed!r}, epoch={epoch!r}; "
-                "expected a str, an int or None, an int and an int"
+                f"row {index} has method={method!r}, rank={rank!r}, variant={variant!r}, seed={seed!r}, epoch={epoch!r}; "
+                "expected a str, an int or None, a str, an int and an int"
             )
-        group = groups.setdefault((method, rank), Group(method, rank))
+        group = groups.setdefault((method, rank, variant), Group(method, rank, variant))
         group.seeds.setdefault(seed, {})[epoch] = row
     return list(groups.values())
 
 
 def summarise(rows: Iterable[Mapping[str, Value]]) -> list[Row]:
-    """One record per (method, rank), in order of first appearance, at the last epoch its seeds have reached.
+    """One record per (method, rank, variant), in order of first appearance, at the last epoch its seeds have reached.
 
     Returns:
-        Records with `method`, `rank`, `epoch` (the last), `seeds` (how many reached it, the ones averaged),
+        Records with `method`, `rank`, `variant` (without the rank; None where that says all), `epoch` (the last),
+        `seeds` (how many reached it, the ones averaged),
         `seeds_started`, `complete` (whether every seed has reached the last epoch of all groups), `state` (how far each
         seed is, as text), the means `top1`, `loss`, `train_loss`, `train_seconds`, the sample standard deviations
         `top1_sd` and `train_seconds_sd` (None for one seed), and the fields that all rows of the group share, the cost
@@ -128,6 +151,7 @@ def _summary(group: Group, furthest: int) -> Row:
     record: Row = {
         "method": group.method,
         "rank": group.rank,
+        "variant": group.settings or None,
         "epoch": last,
         "seeds": sum(epoch == last for epoch in reached.values()),
         "seeds_started": len(reached),
@@ -142,3 +166,38 @@ def _summary(group: Group, furthest: int) -> Row:
         if key in ("top1", "train_seconds"):
             record[f"{key}_sd"] = sample_sd(known) if whole else None
     return {**record, **group.shared()}
+
+
+def progress_note(rows: Iterable[Mapping[str, Value]]) -> str:
+    """What the number of epochs leaves open: whether top-1 still rose in the last quarter of them, and by how much.
+
+    It counts as rising where the mean over seeds of some method rose by more than the standard error √(p(1 − p)/n) of a
+    top-1 p on n test images. "" where runs have not all come equally far, and for rows without `top1` or `test_images`.
+    """
+    groups = group_rows(rows)
+    last = max((group.epochs[-1] for group in groups), default=0)
+    if last == 1:
+        return "These runs are 1 epoch: what more would bring is not known."
+    before = last - max(1, round(last / 4))
+    rises, errors = [], []
+    for group in groups:
+        ends, starts = group.values("top1", last), group.values("top1", before)
+        images = number(group.shared(), "test_images")
+        known = [value for value in (*ends, *starts) if value is not None]
+        if not images or len(known) < 2 * len(group.seeds):
+            return ""
+        end = statistics.fmean(known[: len(ends)])
+        rises.append(end - statistics.fmean(known[len(ends) :]))
+        errors.append((end * (100 - end) / images) ** 0.5)
+    if not groups:
+        return ""
+    largest, span = max(rises), "last epoch" if last - before == 1 else f"last {last - before} epochs"
+    if any(rise > error for rise, error in zip(rises, errors, strict=True)):
+        return (
+            f"These runs are {last} epochs: they show speed of learning, not final accuracy. Test top-1 still rose by up to "
+            f"{largest:.1f} points in the {span}."
+        )
+    return (
+        f"These runs are {last} epochs. In the {span} no method's test top-1 rose by more than the standard error that its "
+        "number of test images leaves."
+    )

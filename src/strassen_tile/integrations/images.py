@@ -1,0 +1,91 @@
+"""Image classification through transformers' Trainer: the recipe that every method of a comparison shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import EvalPrediction
+
+from strassen_tile.data import ImageSplits, collate
+from strassen_tile.integrations.trainer import RecipeTrainer, SeededDraws, Watch, fit, training_arguments
+from strassen_tile.integrations.training import Training
+from strassen_tile.records import Row
+
+
+class ImageClassifier(nn.Module):
+    """What Trainer drives: pixels (B, C, H, W) → {"logits"}."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Trainer takes outputs by name."""
+        return {"logits": self.model(pixel_values)}
+
+
+def train_images(
+    model: nn.Module,
+    splits: ImageSplits,
+    folder: Path,
+    training: Training,
+    *,
+    seed: int,
+    recorded: int,
+    on_step: Callable[[int, int], None],
+    on_epoch: Callable[[Row], None],
+) -> None:
+    """Train; evaluate after every epoch, then write a checkpoint.
+
+    Args:
+        model: pixels → logits; trained in place.
+        splits: what to train and to test on.
+        folder: for checkpoints. Training goes on from the last that is complete, of this network and has its record.
+        training: how.
+        seed: of order and draws.
+        recorded: epochs that have their record. A checkpoint of a later one is not gone on from: records would be missing.
+        on_step: called with (step, steps).
+        on_epoch: called, in the first process, with epoch (from 1), top1 (per cent), loss, train_loss and seconds (of
+            training, evaluation excluded).
+
+    Raises:
+        ConfigError: the batch cannot be shared by the processes there are.
+        DataError: an image cannot be read.
+        OSError: a checkpoint cannot be written.
+        RankError: in processes other than the first, what stopped the first.
+    """
+
+    def loss(outputs: dict[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+        count = len(labels) if num_items_in_batch is None else num_items_in_batch
+        logits = outputs["logits"].float()
+        return F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing, reduction="sum") / count
+
+    trainer = RecipeTrainer(
+        model=ImageClassifier(model),
+        args=training_arguments(training, folder, samples=len(splits.train), seed=seed),
+        train_dataset=SeededDraws(splits.train, seed),
+        eval_dataset=splits.test,
+        data_collator=collate,
+        compute_loss_func=loss,
+        compute_metrics=_metrics,
+        callbacks=[Watch(_measured, on_step, on_epoch)],
+    )
+    fit(trainer, recorded=recorded)
+
+
+def _metrics(found: EvalPrediction) -> dict[str, float]:
+    """Over the test set, each image once. Trainer's own loss is a mean over batches of which some are filled up."""
+    logits, labels = torch.as_tensor(found.predictions).float(), torch.as_tensor(found.label_ids)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return {
+        "top1": float((logits.argmax(-1) == labels).double().mean()),
+        "cross_entropy": float(losses.double().mean()),
+    }
+
+
+def _measured(metrics: Mapping[str, float]) -> Row:
+    return {"top1": 100.0 * metrics["eval_top1"], "loss": metrics["eval_cross_entropy"]}

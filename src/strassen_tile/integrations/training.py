@@ -1,0 +1,87 @@
+"""How a network is trained, whatever it is of: one record, handed down whole from a recipe to the trainer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import torch
+
+from strassen_tile.errors import ConfigError
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def about(text: str) -> dict[str, str]:
+    """Metadata of a field that is a command-line option and a key of recipe files as well: its help text."""
+    return {"help": text}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a network is trained: AdamW, linear warm-up, cosine decay to zero. Fields say what they are in their metadata.
+
+    A field added here reaches the trainer, recipe files, `--set` and the command line. Its default must be what was done
+    before there was the field: comparisons begun then go on with it.
+
+    Raises:
+        ConfigError: a value that makes no sense, or a precision that this machine does not compute in.
+    """
+
+    epochs: int = field(metadata=about("passes over the training set"))
+    batch_size: int = field(metadata=about("samples a step, of all processes together"))
+    lr: float = field(default=1e-3, metadata=about("peak learning rate of AdamW"))
+    weight_decay: float = field(default=0.05, metadata=about("of AdamW; none on encoders, decoders, biases and norms"))
+    warmup: float = field(default=0.1, metadata=about("fraction of the steps in which the learning rate rises"))
+    label_smoothing: float = field(default=0.1, metadata=about("in training; test losses are without"))
+    precision: Precision = field(
+        default="auto", metadata=about("auto: bfloat16 autocast on a GPU with it, else float32")
+    )
+    workers: int = field(default=0, metadata=about("processes that load data; results do not depend on them"))
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if min(self.epochs, self.batch_size) < 1:
+            raise ConfigError(f"epochs and batch_size must be positive; got {self.epochs}, {self.batch_size}")
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"lr must be a positive finite number; got {self.lr}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"weight_decay must be finite and not negative; got {self.weight_decay}")
+        if not (0 <= self.warmup <= 1 and 0 <= self.label_smoothing <= 1):
+            raise ConfigError(
+                f"warmup and label_smoothing must be from 0 to 1; got {self.warmup}, {self.label_smoothing}"
+            )
+        if not 0 <= self.workers <= 1024:
+            raise ConfigError(f"workers must be from 0 to 1024; got {self.workers}")
+        # Resolved at once, so that recipe and rows say what was computed in, not what was asked for.
+        object.__setattr__(self, "precision", resolved_precision(self.precision))
+
+
+def check_choices(record: object) -> None:
+    """Refuse values that the `Literal` types of a dataclass's fields do not name.
+
+    Raises:
+        ConfigError: a field holds one; the message says which there are.
+    """
+    for name, hint in get_type_hints(type(record)).items():
+        if get_origin(hint) is Literal and getattr(record, name) not in get_args(hint):
+            choices = ", ".join(map(str, get_args(hint)))
+            raise ConfigError(f"{name} must be one of {choices}; got {getattr(record, name)!r}")
+
+
+def resolved_precision(precision: Precision) -> Literal["float32", "bfloat16"]:
+    """What `precision` means on this machine.
+
+    "auto" is bfloat16 on a GPU that computes in it, float32 otherwise: on a CPU, autocast costs more at the sizes of our
+    models than it saves.
+
+    Raises:
+        ConfigError: bfloat16 is asked for by name on a GPU without it.
+    """
+    if precision == "auto":
+        fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if fast else "float32"
+    if precision == "bfloat16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise ConfigError("precision bfloat16 is not what this GPU computes in; choose float32")
+    return precision

@@ -1,0 +1,67 @@
+"""Rows into runs: what tells them apart, with and without a variant, and what the number of epochs leaves open."""
+
+import pytest
+
+from strassen_tile.errors import DataError
+from strassen_tile.report.runs import group_rows, progress_note, run_of, summarise
+
+
+def rows(method: str, top1: list[float], *, seed: int = 0, **fields: object) -> list[dict]:
+    made = {"method": method, "rank": None, "seed": seed, "test_images": 10_000, **fields}
+    return [{**made, "epoch": epoch, "top1": value} for epoch, value in enumerate(top1, 1)]
+
+
+def test_variants_of_one_rank_are_summed_up_apart() -> None:
+    found = [
+        *rows("stl", [50.0, 60.0], rank=24, variant="r=24", params=1),
+        *rows("stl", [50.0, 70.0], rank=24, variant="r=24, mixing none", params=2),
+        *rows("stl", [50.0, 80.0], rank=24, variant="r=24, mixing none", params=2, seed=1),
+        *rows("dense", [40.0, 45.0], variant="", params=3),
+    ]
+    groups = group_rows(found)
+    assert [group.label for group in groups] == ["stl r=24", "stl r=24, mixing none", "dense"]
+    assert [(one["variant"], one["rank"], one["top1"], one["seeds"]) for one in summarise(found)] == [
+        (None, 24, 60, 1),
+        ("mixing none", 24, 75, 2),
+        (None, None, 45, 1),
+    ]
+
+
+def test_rows_without_a_variant_are_runs_of_their_rank() -> None:
+    """As they were written before there was one; a comparison that goes on adds rows that have it."""
+    found = [*rows("stl", [50.0], rank=24), *rows("stl", [55.0], rank=16), *rows("dense", [40.0])]
+    newer = [*rows("stl", [51.0], rank=24, seed=1, variant="r=24"), *rows("dense", [41.0], seed=1, variant="")]
+    groups = group_rows([*found, *newer])
+    assert [(group.label, list(group.seeds)) for group in groups] == [
+        ("stl r=24", [0, 1]),
+        ("stl r=16", [0]),
+        ("dense", [0, 1]),
+    ]
+    assert run_of(found[0]) == ("stl", "r=24", 0) and run_of(found[2]) == ("dense", "", 0)
+
+
+def test_a_variant_that_is_no_text_is_refused() -> None:
+    with pytest.raises(DataError, match="variant=3"):
+        group_rows(rows("stl", [1.0], variant=3))
+
+
+def test_whether_top1_still_rises_is_told_by_the_noise_of_the_test_set() -> None:
+    """Of 10 000 images at 90 %: 0.3 points."""
+    flat, rising = [10.0, 80.0, 88.0, 88.9, 88.9, 89.0, 89.95, 90.0], [10.0, 80.0, 88.0, 88.9, 88.9, 89.0, 89.95, 90.5]
+    said = progress_note(rows("dense", flat))
+    assert said.startswith("These runs are 8 epochs: they show speed of learning, not final accuracy.")
+    assert "still rose by up to 1.0 points in the last 2 epochs" in said
+    still = [10.0, 80.0, 88.0, 88.9, 88.9, 89.8, 89.9, 90.0]
+    assert "no method's test top-1 rose by more" in progress_note(rows("dense", still))
+    assert "speed of learning" in progress_note([*rows("dense", still), *rows("stl", rising)])
+    few = [{**row, "test_images": 100} for row in rows("dense", flat)]
+    assert "no method's" in progress_note(few)
+
+
+def test_of_runs_that_are_not_all_there_nothing_is_said() -> None:
+    whole = rows("dense", [10.0, 20.0, 30.0, 40.0])
+    assert progress_note([*whole, *rows("stl", [10.0, 20.0])]) == ""
+    assert progress_note([*whole, *rows("dense", [10.0, 20.0, 30.0], seed=1)]) == ""
+    assert progress_note([{**row, "test_images": None} for row in whole]) == ""
+    assert progress_note([]) == ""
+    assert "1 epoch" in progress_note(rows("dense", [10.0]))
