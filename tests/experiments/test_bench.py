@@ -308,13 +308,13 @@ def test_decisions_count_the_side_of_one() -> None:
 
 def test_a_panel_left_out_of_a_gradient_is_seen(monkeypatch) -> None:
     monkeypatch.setattr(panels, "TRAINING_BYTES", 1 << 16)
-    original = panels._Sum.add
+    original = panels.WeightSum.add
 
     def first_only(self, a, b) -> None:
         if self._first:
             original(self, a, b)
 
-    monkeypatch.setattr(panels._Sum, "add", first_only)
+    monkeypatch.setattr(panels.WeightSum, "add", first_only)
     with pytest.raises(speed.VerificationError, match="gradient 1"):
         next(speed.bench([(1024, 64, 64)], [24], methods=("stl",), passes=("step",), seconds=0.0))
 

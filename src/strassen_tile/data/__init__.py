@@ -6,6 +6,7 @@ Importing this imports torch only; scikit-learn, Pillow and numpy when a source 
 from __future__ import annotations
 
 from strassen_tile.data.images import collate
-from strassen_tile.data.sources import ImageSplits, load_images
+from strassen_tile.data.sources import load_images
+from strassen_tile.data.splits import ImageSplits
 
 __all__ = ["ImageSplits", "collate", "load_images"]

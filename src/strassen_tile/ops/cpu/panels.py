@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from strassen_tile.ops import schemas
+from strassen_tile.ops.cpu.sums import Correlation, WeightSum
 from strassen_tile.ops.cpu.tiles import (
-    Correlation,
     decode_into,
     encode,
     encode_into,
@@ -116,7 +116,7 @@ def backward(
     encoded_weight = encoded_weight.contiguous()
     transposed, e_conj, d_conj = encoded_weight.mH, encoder.conj(), decoder.conj()
     dx = x.new_empty(x.shape if wants_x else 0)
-    weight_sum = _Sum(encoded_weight, len(panels)) if wants_weight else None
+    weight_sum = WeightSum(encoded_weight, len(panels)) if wants_weight else None
     e_sum = Correlation(x, encoder.shape) if wants_encoder else None
     d_sum = Correlation(x, decoder.shape) if wants_decoder else None
     for panel in panels:
@@ -146,30 +146,6 @@ def backward(
         x.new_empty(0) if d_sum is None else d_sum.total(x.dtype),
         grad.sum(dim=(0, 1)) if wants_bias else x.new_empty(0),
     )
-
-
-class _Sum:
-    """dŴ over the panels: in place; in 16 bits by way of a float32 sum, since many small terms would be lost."""
-
-    def __init__(self, like: Tensor, panels: int) -> None:
-        self._result = like.new_empty(like.shape)
-        wide = torch.promote_types(like.dtype, torch.float32)
-        self._sum = like.new_zeros(like.shape, dtype=wide) if wide != like.dtype and panels > 1 else None
-        self._first = True
-
-    def add(self, a: Tensor, b: Tensor) -> None:
-        """Add a @ b."""
-        if self._sum is not None:
-            for k, channel in enumerate(self._sum):
-                channel += torch.mm(a[k], b[k], out=self._result[k])
-        elif self._first:
-            torch.bmm(a, b, out=self._result)
-        else:
-            self._result.baddbmm_(a, b)
-        self._first = False
-
-    def total(self) -> Tensor:
-        return self._result if self._sum is None else self._result.copy_(self._sum)
 
 
 def _is_small(x: Tensor, encoded_weight: Tensor, encoder: Tensor) -> bool:

@@ -36,7 +36,7 @@ def encode(x: Tensor, encoder: Tensor) -> Tensor:
         return eager.encode(x, encoder)
     rows = x.shape[0] * tile_count(x.shape[1], encoder.shape[1])
     encoded = x.new_empty(encoder.shape[0], rows, tile_count(x.shape[2], encoder.shape[2]))
-    _call("encode", rows_dense(x), encoded, _as_factor(encoder))
+    call("encode", rows_dense(x), encoded, _as_factor(encoder))
     return encoded
 
 
@@ -54,15 +54,15 @@ def correlate(x: Tensor, encoded: Tensor, tile: Sequence[int], per_column: bool)
     factor = (encoded.shape[0], *tile)
     if per_column or not supports(x, factor):
         return eager.correlate(x, encoded, tile, per_column)
-    correlation = Correlation(x, factor)
-    correlation.add(rows_dense(x), encoded.contiguous())
-    return correlation.total(x.dtype)
+    sums = correlation_sums(factor)
+    call("correlate", rows_dense(x), encoded.contiguous(), sums)
+    return sums.sum(dim=(0, -1)).to(x.dtype)
 
 
 def encode_into(encoded: Tensor, x: Tensor, encoder: Tensor) -> None:
     """X̂ of `x` (B, N, K), its rows dense, into `encoded` (r, B·I, J), contiguous."""
     if supports(x, encoder.shape):
-        _call("encode", x, encoded, _as_factor(encoder))
+        call("encode", x, encoded, _as_factor(encoder))
     else:
         encoded.copy_(eager.encode(x, encoder))
 
@@ -70,33 +70,16 @@ def encode_into(encoded: Tensor, x: Tensor, encoder: Tensor) -> None:
 def decode_into(y: Tensor, encoded: Tensor, decoder: Tensor, bias: Tensor | None = None) -> None:
     """Y + bias into `y` (B, N, M), its rows dense, from `encoded` (r, B·I, L), contiguous."""
     if supports(y, decoder.shape):
-        _call("decode", y, encoded, _as_factor(decoder), None if bias is None else _as_factor(bias))
+        call("decode", y, encoded, _as_factor(decoder), None if bias is None else _as_factor(bias))
     else:
         y.copy_(eager.decode(encoded, decoder, *y.shape))
         if bias is not None:
             y += bias
 
 
-class Correlation:
-    """A sum of correlations of one shape, (r, p, q) or (J, r, p, q): in float32 where storage has 16 bits."""
-
-    def __init__(self, like: Tensor, factor: Sequence[int]) -> None:
-        self._compiled, self._tile = supports(like, factor), factor[-2:]
-        # what the kernel adds to: a part for each thread and lane. On the CPU and float32, whatever torch's defaults are
-        shape = (torch.get_num_threads(), *factor, _LANES) if self._compiled else tuple(factor)
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        self._sums = torch.zeros(shape, dtype=dtype, device="cpu")
-
-    def add(self, x: Tensor, encoded: Tensor) -> None:
-        """Add that of `x` (B, N, K), its rows dense, with `encoded` (r, B·I, J), contiguous."""
-        if self._compiled:
-            _call("correlate", x, encoded, self._sums)
-        else:
-            self._sums += schemas.correlate(x, encoded, self._tile, self._sums.ndim == 4)
-
-    def total(self, dtype: torch.dtype) -> Tensor:
-        """The sum."""
-        return (self._sums.sum(dim=(0, -1)) if self._compiled else self._sums).to(dtype)
+def correlation_sums(factor: Sequence[int]) -> Tensor:
+    """What the kernel "correlate" adds to: a part for each thread and lane, whatever torch's defaults are."""
+    return torch.zeros((torch.get_num_threads(), *factor, _LANES), dtype=torch.float32, device="cpu")
 
 
 def supports(matrix: Tensor, factor: Sequence[int]) -> bool:
@@ -122,7 +105,7 @@ def _as_factor(factor: Tensor) -> Tensor:
     return factor if factor.dtype == torch.float32 and factor.is_contiguous() else factor.float().contiguous()
 
 
-def _call(name: str, matrix: Tensor, encoded: Tensor, factor: Tensor, bias: Tensor | None = None) -> None:
+def call(name: str, matrix: Tensor, encoded: Tensor, factor: Tensor, bias: Tensor | None = None) -> None:
     """The kernel `name` on all tile rows of `matrix`; `factor` is E or D, or for "correlate" the sums that it adds to.
 
     Raises:
