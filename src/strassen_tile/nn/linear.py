@@ -221,19 +221,18 @@ class STLLinear(TileLayer):
                 return y.view(*x.shape[:-1], self.out_features)
             x = self.norm(x)
         x = self.without_padding(x)
-        (encoder, decoder), config = self.factors(), self.config
-        layer = Weights(self.encoded_weight, encoder, decoder, self.bias)
-        if config.backend == "auto" and self._is_as_built(x, layer):
-            y = linear(as_samples(x), *layer, self.out_features, "none", config.recompute)
-            return y if x.ndim == 3 else y.view(*x.shape[:-1], self.out_features)
-        return stl_linear(x, *layer, out_features=self.out_features, backend=config.backend, recompute=config.recompute)
+        (encoder, decoder), config, columns = self.factors(), self.config, self.out_features
+        tensors = self.encoded_weight, encoder, decoder, self.bias
+        if config.backend == "auto" and self._is_as_built(x, *tensors):
+            y = linear(as_samples(x), *tensors, columns, "none", config.recompute)
+            return y if x.ndim == 3 else y.view(*x.shape[:-1], columns)
+        return stl_linear(x, *tensors, out_features=columns, backend=config.backend, recompute=config.recompute)
 
-    def _is_as_built(self, x: Tensor, layer: Weights) -> bool:
+    def _is_as_built(self, x: Tensor, weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None) -> bool:
         """Whether its tensors have the shapes it was built with and the dtype of x, and no autocast changes that.
 
         They fit together then. Whatever else they may have become (`.data`, `functional_call`) is for `stl_linear` to judge.
         """
-        weight, encoder, decoder, bias = layer
         return (
             x.dtype == weight.dtype == encoder.dtype == decoder.dtype
             and (weight.shape, encoder.shape, decoder.shape) == self._shapes
