@@ -24,7 +24,7 @@ def timed(function, name, times):
     def run(*arguments, **options):
         start = time.perf_counter()
         result = function(*arguments, **options)
-        times[name or arguments[0]] += time.perf_counter() - start
+        times[name] += time.perf_counter() - start
         return result
 
     return run
@@ -36,8 +36,10 @@ def split(shape, rank, dtype, runs=9):
     encoded = torch.randn(rank, -(-k // 4), -(-m // 4)).to(dtype)
     factors = [torch.randn(rank, 4, 4).to(dtype) for _ in range(2)]
     times = defaultdict(float)
-    step, bmm = panels.step, torch.bmm
-    panels.step, torch.bmm = timed(step, None, times), timed(bmm, "products", times)
+    parts = {(panels, "encode_into"): "encode", (panels, "decode_into"): "decode", (torch, "bmm"): "products"}
+    before = {place: getattr(*place) for place in parts}
+    for (owner, attribute), name in parts.items():
+        setattr(owner, attribute, timed(before[owner, attribute], name, times))
     samples = defaultdict(list)
     try:
         for run in range(runs + 2):
@@ -49,7 +51,8 @@ def split(shape, rank, dtype, runs=9):
                 for name, value in times.items():
                     samples[name].append(value)
     finally:
-        panels.step, torch.bmm = step, bmm
+        for (owner, attribute), function in before.items():
+            setattr(owner, attribute, function)
     return {f"{name}_s": statistics.median(values) for name, values in samples.items()}
 
 
