@@ -115,6 +115,20 @@ def _object(text: str) -> dict[str, object]:
     return found
 
 
+def _inputs(text: str) -> object:
+    try:
+        found = text if text == "dummy" else parse_json(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"shapes as JSON are wanted, or dummy; got {settings.short(text)}: {error}"
+        ) from error
+    if not isinstance(found, str | dict | list):
+        raise argparse.ArgumentTypeError(
+            f"a JSON object or list of shapes is wanted, or dummy; got {settings.short(text)}"
+        )
+    return found
+
+
 def _add_settings(command: _Parser, record: type) -> None:
     """An option for each field of the dataclass. One that is not given leaves no attribute: a recipe may say it."""
     for setting in settings.settings_of(record).values():
@@ -185,7 +199,13 @@ def _add_plan(commands: _Commands) -> None:
     add("model", nargs="?", default=None, help="package.module:callable, or the folder of a transformers model")
     add("--arguments", type=_object, default=None, help="what the callable is called with, as JSON")
     add("--shapes", default=None, help="NxKxM,… instead of a model")
-    add("--rows", type=_integer, default=4096, help="rows each layer is fed, all samples together")
+    add("--rows", type=_integer, default=4096, help="rows each layer is fed, all samples together, without --inputs")
+    add(
+        "--inputs",
+        type=_inputs,
+        default=None,
+        help='run the model on inputs of shapes as JSON: {"input_ids": [2, 128]}, [2, 3, 224, 224]; or "dummy" for its own',
+    )
     add("--rank", type=_integer, default=None, help="of the STL layers (default: by tile)")
     add("--tile", type=_tile, default=(4, 4, 4), help="side, or p,q,s")
     add(

@@ -184,3 +184,31 @@ def test_cached_generation_is_free_where_rows_are_apart():
     convert(model, APART)
     options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
     assert torch.equal(model.generate(IDS, **options), model.generate(IDS, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("how", ["mask", "is_causal", "floats"])
+def test_causal_models_of_floats_are_found_by_what_they_do(how):
+    """No ids, no names: torch's encoder under a mask among its arguments, or one that it makes itself."""
+
+    class Causal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+            self.body, self.out = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(8, 3)
+
+        def forward(self, x, mask=None):
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype) if mask is None else mask
+            return self.out(self.body(x, mask=mask, is_causal=how == "is_causal")).relu()
+
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    mask = nn.Transformer.generate_square_subsequent_mask(9, dtype=torch.float64)
+    examples = (x,) if how == "floats" else (x, mask)
+    with pytest.raises(ConversionError, match="mixing its rows would make output 0"):
+        convert(Causal().double(), SEQUENCE, example_inputs=examples)
+    model = Causal().double().eval()
+    assert set(convert(model, CAUSAL, example_inputs=examples).converted) == {
+        "body.layers.0.linear1", "body.layers.0.linear2", "out"
+    }  # fmt: skip
+    before = model(x, mask)
+    x[:, 5] += 1
+    assert torch.equal(model(x, mask)[:, :5], before[:, :5])

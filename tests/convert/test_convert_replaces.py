@@ -217,7 +217,7 @@ def test_a_router_among_experts_is_left_as_it_was_found():
         def forward(self, x):
             return x * self.router(x).softmax(-1).amax(-1, keepdim=True) + self.expert(x)
 
-    with pytest.raises(ConversionError, match="router: mixing its rows would make output"):
+    with pytest.raises(ConversionError, match=r"2 layers \(router, expert\): mixing its rows would make output"):
         convert(Routed(), SEQUENCE, example_inputs=X)
 
 

@@ -105,3 +105,19 @@ def test_samples_do_not_meet_though_it_is_asked_for_by_name():
         )
     with pytest.raises(ConversionError, match=r"force_mixing: 'c\*' matches no linear layer; there are a, b"):
         convert(Turned(sequence_first), SEQUENCE, example_inputs=X, force_mixing=["a", "c*"])
+
+
+def test_a_sequence_first_model_is_told_where_its_batch_belongs():
+    """force_mixing, which cannot help it, is not named."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 3, enable_nested_tensor=False)
+    x = torch.randn(6, 2, 8)  # six rows of two samples
+    with pytest.raises(ConversionError) as refusal:
+        convert(model, SEQUENCE, example_inputs=x)
+    said = str(refusal.value)
+    assert "batch_first=True" in said
+    assert "mixing='none'" in said
+    assert "force_mixing" not in said
+    assert said.count("rows of several samples") <= 2  # and not once for each of six layers
+    with pytest.raises(ConversionError, match="force_mixing") as refusal:
+        convert(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), SEQUENCE, example_inputs=X)
+    assert "batch_first" not in str(refusal.value)

@@ -67,9 +67,10 @@ def test_filter_decides_and_sees_modules_with_their_names(examples):
 
 def test_filter_that_matches_nothing_raises_and_touches_nothing():
     model = Classifier()
-    with pytest.raises(
-        ConversionError, match=r"nothing to convert in Classifier. first: excluded by filter_fn; second"
-    ):
+    named = (
+        r"nothing to convert in Classifier. 5 layers \(first, second, unused, pooled, last\): excluded by filter_fn$"
+    )
+    with pytest.raises(ConversionError, match=named):
         convert(model, SEQUENCE, filter_fn=lambda module, name: name == "frist")
     assert not any(isinstance(module, STLLinear) for module in model.modules())
     assert not model._forward_pre_hooks
@@ -191,3 +192,19 @@ def test_matrices_that_are_no_linear_layer_are_named_too():
     assert skipped["odd"] == "is a Odd; only nn.Linear modules are replaced"
     assert skipped["attention"].startswith("multiplies by its in_proj_weight itself")
     assert skipped["attention.out_proj"].startswith("is a NonDynamicallyQuantizableLinear")
+
+
+def test_layers_alike_share_a_line_of_the_table():
+    model = nn.ModuleDict({"layers": nn.ModuleList([Classifier() for _ in range(12)]), "mine": nn.Linear(8, 12)})
+    done = convert(model, APART, filter_fn=lambda _, name: not name.endswith(("unused", "pooled", "last", "1.second")))
+    head, *lines = str(done).splitlines()
+    assert head == "23 converted, 38 left as they are"
+    assert [line.partition("  ")[0] for line in lines] == [
+        "13 layers (layers.*.first, mine)",
+        "10 layers (layers.*.second)",
+        "38 layers (layers.*.unused, layers.*.pooled, layers.*.last, layers.*.second)",
+    ]
+    assert sum(name.startswith("layers.") for name in done.skipped) == 38  # each by its name
+    many = nn.ModuleDict({name: nn.Linear(8, 8) for name in "abcdefgh"})
+    assert "8 layers (a, b, c, d, e, f, …)  " in str(convert(many, APART))
+    assert "2 layers (0, 1)  " in str(convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), APART))

@@ -1,5 +1,6 @@
 """convert(min_speedup=…) on made-up machines: nothing here is timed."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ import strassen_tile as st
 from strassen_tile import cost
 from strassen_tile.errors import ConversionError
 
-ROOM = sys.modules["strassen_tile.convert.stl"]
+CONVERT = sys.modules["strassen_tile.convert.stl"]
 
 
 def machine(copy: float) -> cost.Machine:
@@ -21,7 +22,7 @@ def machine(copy: float) -> cost.Machine:
 @pytest.fixture(autouse=True)
 def _no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which rows may mix is not asked here, and takes long at these sizes."""
-    monkeypatch.setattr(sys.modules["strassen_tile.convert.survey"], "hazards", lambda *_, **__: {})
+    monkeypatch.setattr(sys.modules["strassen_tile.convert.select"], "find_leaks", lambda *_, **__: {})
 
 
 def model() -> nn.Module:
@@ -32,7 +33,7 @@ def model() -> nn.Module:
 
 def test_layers_that_would_not_pay_are_left_with_the_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer of 16 features reads and writes more than it saves; the wide one gains."""
-    monkeypatch.setattr(ROOM, "machine", lambda device, dtype: machine(copy=3e10))
+    monkeypatch.setattr(CONVERT, "machine", lambda device, dtype: machine(copy=3e10))
     conversion = st.convert(model(), st.STLConfig(rank=24), example_inputs=torch.randn(2, 256, 512), min_speedup=1.2)
     assert list(conversion.converted) == ["0"]
     for name in ("2", "4"):
@@ -41,7 +42,7 @@ def test_layers_that_would_not_pay_are_left_with_the_prediction(monkeypatch: pyt
 
 def test_without_memory_limits_what_pays_is_a_matter_of_flops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer's products save the same, but with 16 features on one side, coding costs more than they do."""
-    monkeypatch.setattr(ROOM, "machine", lambda device, dtype: machine(copy=1e30))
+    monkeypatch.setattr(CONVERT, "machine", lambda device, dtype: machine(copy=1e30))
     for threshold, names in ((1.2, ["0"]), (0.1, ["0", "2", "4"])):
         conversion = st.convert(
             model(),
@@ -51,6 +52,26 @@ def test_without_memory_limits_what_pays_is_a_matter_of_flops(monkeypatch: pytes
             force_mixing=["*"],
         )
         assert list(conversion.converted) == names
+
+
+def test_every_call_of_a_layer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One long call gains; twenty short ones lose more: an STL layer takes several steps where dense takes one."""
+
+    class Often(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(512, 512)
+
+        def forward(self, x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+            long = self.layer(x).relu()
+            return long + sum(self.layer(x[:, :1]).relu() for _ in range(len(times)))
+
+    monkeypatch.setattr(CONVERT, "machine", lambda *_: dataclasses.replace(machine(copy=1e30), call=1e-4))
+    config = st.STLConfig(mixing="none", rank=4)
+    for times, converted in ((0, ["layer"]), (20, [])):
+        examples = (torch.randn(2, 256, 512), torch.zeros(times))
+        done = st.convert(Often(), config, example_inputs=examples, min_speedup=1.2, dry_run=True)
+        assert list(done.converted) == converted
 
 
 def test_rows_must_be_known() -> None:

@@ -52,7 +52,7 @@ def test_undo_in_any_order():
 def test_converting_twice_says_so():
     model = Classifier()
     convert(model, SEQUENCE, example_inputs=X)
-    with pytest.raises(ConversionError, match="first: is an STLLinear already"):
+    with pytest.raises(ConversionError, match=r"2 layers \(first, second\): is an STLLinear already"):
         convert(model, SEQUENCE, example_inputs=X)
 
 

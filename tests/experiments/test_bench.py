@@ -1,21 +1,19 @@
-"""`strassen-tile bench` and `plan` on sizes that take no time. Nothing here asserts a speed."""
+"""`strassen-tile bench` on sizes that take no time. Nothing here asserts a speed."""
 
 import json
 
 import pytest
 import torch
 
-from strassen_tile import cost, nn
+from strassen_tile import cost
 from strassen_tile.baselines import products
 from strassen_tile.baselines.products import dense
 from strassen_tile.cli import main
-from strassen_tile.convert import convert
 from strassen_tile.cost import rates
-from strassen_tile.errors import ConfigError, ConversionError
-from strassen_tile.experiments import planning, speed, verification
+from strassen_tile.errors import ConfigError
+from strassen_tile.experiments import speed, verification
 from strassen_tile.ops.cpu import panels
 from strassen_tile.report import bench as bench_report
-from strassen_tile.report import plan as plan_report
 
 CONTRACT = {
     "device", "dtype", "n", "k", "m", "tile", "rank", "pass", "method", "median_s", "q20_s", "q80_s", "speedup", "limit",
@@ -165,81 +163,6 @@ def test_machine_is_measured_once(monkeypatch) -> None:
     assert len(calls) == 1
 
 
-def test_plan_converts_what_pays_and_keeps_reasons() -> None:
-    """On a machine where FLOPs alone count, the figures of the documentation: 1/(24/64 + 24/K + 24/M)."""
-    layers = planning.layers_of_shapes([(512, 4096, 4096), (512, 256, 768), (512, 128, 128)])
-    records = planning.decide(layers, nn.STLConfig(rank=24), FLAT, min_speedup=1.9)
-    assert [round(record["predicted_speedup"], 2) for record in records] == [2.59, 2.0, 1.33]
-    assert [record["decision"] for record in records] == ["convert", "convert", "leave"]
-    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(4096, 4, 4096, batch_first=True), 1)
-    attention, *linear = planning.plan(model, nn.STLConfig(rank=24), FLAT, rows=512)
-    assert attention["decision"] == "leave" and "NonDynamically" in attention["reason"]
-    assert [record["decision"] for record in linear] == ["convert", "convert"]
-
-
-def test_what_plan_lists_is_what_convert_decides() -> None:
-    """Layers recommended that convert refuses: the model itself, and those of a part that is causal."""
-    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2)
-    config, x = nn.STLConfig(), torch.randn(2, 9, 64)
-    planned = planning.layers_of(model, config, rows=64)
-    done = convert(model, config, example_inputs=x)
-    assert {layer.name for layer in planned if layer.left is None} == set(done.converted)
-    assert {layer.name: layer.left for layer in planned if layer.left} == {
-        name: done.skipped[name] for name in done.skipped if name.endswith("out_proj")
-    }
-    (alone,) = planning.layers_of(torch.nn.Linear(8, 8), config, rows=64)
-    assert "STLLinear.from_linear" in alone.left
-    with pytest.raises(ConversionError, match=r"STLLinear\.from_linear"):
-        convert(torch.nn.Linear(8, 8), config)
-
-
-def test_what_example_inputs_show_is_planned_with() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
-    (record, *_) = planning.plan(model, nn.STLConfig(), FLAT, rows=64, example_inputs=torch.randn(16, 8))
-    assert (record["n"], record["decision"]) == (16, "leave")
-    assert "2-D input" in record["reason"]
-    (record, *_) = planning.plan(model, nn.STLConfig(), FLAT, rows=64, example_inputs=torch.randn(2, 16, 8))
-    assert record["n"] == 32
-    assert "mixing its rows would" in record["reason"]  # row by row, nothing shows that they may meet
-    config = nn.STLConfig(mixing="none")
-    (record, *_) = planning.plan(model, config, FLAT, rows=64, example_inputs=torch.randn(2, 16, 8))
-    assert (record["n"], record["reason"].startswith("predicted")) == (32, True)
-
-
-def test_a_causal_model_is_not_planned_to_see_the_future(tmp_path, capsys) -> None:
-    model = torch.nn.TransformerDecoder(torch.nn.TransformerDecoderLayer(64, 4, 128, batch_first=True), 2)
-    with pytest.raises(ConfigError, match="--mixing none or --mixing causal"):
-        planning.layers_of(model, nn.STLConfig(), rows=64)
-    with pytest.raises(ConversionError):
-        convert(model, nn.STLConfig())
-    for mixing in ("none", "causal"):
-        assert planning.layers_of(model, nn.STLConfig(mixing=mixing), rows=64)
-    assert planning.layers_of(model, nn.STLConfig(tile=(1, 4, 4)), rows=64)
-    assert main(["plan", "torch.nn:Transformer", "--out", str(tmp_path / "out")]) == 1
-    assert "a token would see later ones" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_equal_layers_share_a_line(tmp_path) -> None:
-    layer = torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
-    records = planning.plan(torch.nn.TransformerEncoder(layer, 6), nn.STLConfig(), FLAT, rows=64)
-    assert len(records) == 18
-    lines = plan_report.grouped(records)
-    assert [(line["layer"], line["count"]) for line in lines] == [
-        ("layers.*.self_attn.out_proj", 6), ("layers.*.linear1", 6), ("layers.*.linear2", 6)
-    ]  # fmt: skip
-    odd = [{**records[1], "reason": "another"}, *records[2:]]
-    named = [(line["layer"], line["count"]) for line in plan_report.grouped(odd)]
-    assert named[0] == ("layers.0.linear1", 1)
-    assert ("layers.*.linear1", 5) in named
-    dense, _ = plan_report.totals(records)
-    assert dense == pytest.approx(sum(record["predicted_dense_s"] for record in records))
-    page = plan_report.write_report(tmp_path, records, "Plan", []).read_text()
-    assert page.count("<td>layers.*.linear1</td>") + page.count(">layers.*.linear1<") >= 1
-    assert "layers.3.linear1" not in page
-    assert len(json.loads((tmp_path / "rows.json").read_text())) == 18
-
-
 def test_two_of_four_has_no_step() -> None:
     """A step that differentiates x alone, beside a dense one that differentiates W too, flatters 2:4 by a third."""
     (said,) = speed.left_out(("forward", "step"), ("stl", "2:4"))
@@ -259,41 +182,6 @@ def test_bad_arguments_are_said_before_the_first_row() -> None:
     for wrong in ({"ranks": [8, 10**9]}, {"tile": 10**6}, {"shapes": [(10**8, 10**8, 64)]}, {"passes": ()}):
         with pytest.raises(ConfigError):
             speed.bench(**{"shapes": [(64, 64, 64)], "ranks": [8], **wrong})
-
-
-def test_plan_command(tmp_path, capsys) -> None:
-    assert main(["plan", "torch.nn:Transformer", "--rows", "256", "--mixing", "none", "--out", str(tmp_path)]) == 0
-    records = json.loads((tmp_path / "rows.json").read_text())
-    assert {"layer", "shape", "decision", "reason", "predicted_speedup"} <= set(records[0])
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert "encoder.layers.*.linear1" in (tmp_path / "report.html").read_text()
-    assert {record["rank"] for record in records} == {6}  # of a tile of one row
-    assert main(["plan", "--shapes", "1024x1024x1024", "--out", str(tmp_path)]) == 0
-    assert main(["plan", "no_such_module:thing", "--out", str(tmp_path)]) == 1
-    assert main(["plan", "--out", str(tmp_path)]) == 1
-    assert "cannot make a model of" in capsys.readouterr().err
-
-
-def test_plan_for_a_model_with_arguments_and_for_a_folder(tmp_path, capsys) -> None:
-    """A vision transformer by its arguments; a language model's folder by its config alone, weights unread."""
-    arguments = '{"name": "t2t_vit_wide", "image_size": 8, "in_channels": 1}'
-    command = ["plan", "strassen_tile.models:t2t_vit", "--rows", "64", "--out", str(tmp_path / "out")]
-    assert main([*command, "--arguments", arguments]) == 0
-    records = {row["layer"]: row for row in json.loads((tmp_path / "out" / "rows.json").read_text())}
-    assert records["blocks.0.attn.qkv"]["shape"] == "64x768x2304"
-    assert main([*command, "--arguments", '{"name": "t2t_vit_0"}']) == 1
-    assert "no such size" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([*command, "--arguments", "[1]"])
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=50).save_pretrained(tmp_path / "llama")
-    assert main(["plan", str(tmp_path / "llama"), "--mixing", "none", "--out", str(tmp_path / "out")]) == 0
-    records = {row["layer"]: row for row in json.loads((tmp_path / "out" / "rows.json").read_text())}
-    assert records["layers.0.mlp.up_proj"]["shape"] == "4096x32x64"
-    assert records["layers.0.mlp.up_proj"]["tile"] == "1x4x4"
-    assert main(["plan", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
-    assert "cannot make a model" in capsys.readouterr().err
 
 
 def test_decisions_count_the_side_of_one() -> None:
@@ -328,12 +216,6 @@ def test_a_panel_left_out_of_a_gradient_is_seen(monkeypatch) -> None:
         (["bench", "--shapes", "64x64x64", "--threads", "0"], "--threads must be positive"),
         (["bench", "--shapes", "4x4x4"], "too small"),
         (["bench", "--shapes", "²x4x4"], "NxKxM"),
-        (["plan", "--shapes", ""], "NxKxM"),
-        (["plan", "--shapes", "9" * 400 + "x1x1"], "NxKxM"),
-        (["plan", "--shapes", "64x64x64", "--min-speedup", "nan"], "--min-speedup a number"),
-        (["plan", "--shapes", "64x64x64", "--rows", "0"], "--rows must be positive"),
-        (["plan", "torch.nn:Identity"], "no linear layers"),
-        (["plan", "torch.nn:Linear", "--arguments", '{"in_features": -5, "out_features": 4}'], "cannot make a model"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(arguments, said, tmp_path, capsys) -> None:
@@ -342,10 +224,9 @@ def test_what_cannot_be_done_is_said_in_one_line(arguments, said, tmp_path, caps
     assert said in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("command", ["bench", "plan"])
-def test_a_folder_that_cannot_be_is_said_in_one_line(command, tmp_path, capsys) -> None:
+def test_a_folder_that_cannot_be_is_said_in_one_line(tmp_path, capsys) -> None:
     (tmp_path / "file").touch()
-    assert main([command, "--shapes", "64x64x64", "--out", str(tmp_path / "file" / "out")]) == 1
+    assert main(["bench", "--shapes", "64x64x64", "--out", str(tmp_path / "file" / "out")]) == 1
     assert "file" in capsys.readouterr().err
 
 

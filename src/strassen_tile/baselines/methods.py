@@ -18,11 +18,8 @@ from strassen_tile.baselines import products
 from strassen_tile.baselines.layers import LowRankLinear, TokenMixLinear
 from strassen_tile.baselines.products import Product
 from strassen_tile.baselines.sparse24 import Sparse24Linear
-from strassen_tile.convert import Conversion, convert, swap
-from strassen_tile.convert.influence import Mixing
+from strassen_tile.convert import Conversion, Filter, Mixing, Replace, convert, swap
 from strassen_tile.convert.running import evaluating, run
-from strassen_tile.convert.select import Filter
-from strassen_tile.convert.swap import Replace
 from strassen_tile.cost import Cost
 from strassen_tile.errors import ConfigError
 from strassen_tile.nn import STLConfig

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from strassen_tile.convert.influence import Mixing
-from strassen_tile.convert.interference import hazards
-from strassen_tile.convert.running import guinea_pig
-from strassen_tile.convert.select import place_of
-from strassen_tile.convert.survey import mixing_of, survey
-from strassen_tile.convert.verify import surprise
+from strassen_tile.convert.layers import candidates
+from strassen_tile.convert.leaks import find_leaks
+from strassen_tile.convert.replace import replace_modules
+from strassen_tile.convert.running import scratch_copy
+from strassen_tile.convert.select import mixing_of, select
+from strassen_tile.convert.swap import grouped
+from strassen_tile.convert.trial import new_dependence
 from strassen_tile.errors import ConversionError
 from strassen_tile.nn import STLConfig
 from strassen_tile.nn.base import TileLayer
@@ -36,7 +37,7 @@ class MixingReport:
 
     def __str__(self) -> str:
         head = f"{len(self.safe)} layers whose rows may mix, {len(self.unsafe)} whose rows must not"
-        lines = [f"{name or 'the model'}: {why}" for name, why in self.unsafe.items()]
+        lines = [f"{name or 'the model'}: {why}" for name, why in grouped(self.unsafe)]
         return "\n".join([head, *lines])
 
 
@@ -64,42 +65,38 @@ def check_mixing(
     layers = {n: m for n, m in model.named_modules() if isinstance(m, TileLayer) and m.config.mixes_rows}
     if not layers:
         return _ahead(model, example_inputs, config or STLConfig(), effort)
-    mixing = {name: Mixing(m.config.pqs[0], m.config.mixing == "causal") for name, m in layers.items()}
-    with guinea_pig(model) as double:
-        _keep_apart(double, layers)
-        linears = {name: m for name, m in double.named_modules() if isinstance(m, nn.Linear)}
-        unsafe = {
-            name: danger.reason
-            for name, danger in hazards(double, linears, mixing, example_inputs, effort=effort).items()
-        }
+    mixing = {name: how for name, layer in layers.items() if (how := mixing_of(layer.config)) is not None}
+    with scratch_copy(model) as copy:
+        _keep_apart(copy, layers)
+        linears = {name: m for name, m in copy.named_modules() if isinstance(m, nn.Linear)}
+        leaks = find_leaks(copy, linears, mixing, example_inputs, effort=effort)
+    unsafe = {name: leak.reason for name, leak in leaks.items()}
     if not unsafe:
-        with guinea_pig(model) as apart, guinea_pig(model) as mixed:
+        with scratch_copy(model) as apart, scratch_copy(model) as mixed:
             _keep_apart(apart, layers)
-            danger = surprise(apart, mixed, example_inputs, effort=effort)
-        if danger is not None:
-            unsafe[""] = danger.reason
+            leak = new_dependence(apart, mixed, example_inputs, effort=effort)
+        if leak is not None:
+            unsafe[""] = leak.reason
     return MixingReport([name for name in layers if name not in unsafe], unsafe)
 
 
 def _ahead(model: nn.Module, example_inputs: object, config: STLConfig, effort: int) -> MixingReport:
-    mixing = mixing_of(config)
-    if mixing is None:
+    """Which layers of a model without row-mixing ones could be given some."""
+    how = mixing_of(config)
+    if how is None:
         raise ConversionError("the model has no row-mixing layer, and the config does not mix rows: nothing to check")
-    plan = survey(model, example_inputs=example_inputs, mixing=mixing, effort=effort)
-    return MixingReport([candidate.name for candidate in plan.chosen], plan.dangers)
+    mixing = dict.fromkeys([candidate.name for candidate in candidates(model)], how)
+    selection = select(model, example_inputs=example_inputs, mixing=mixing, effort=effort)
+    return MixingReport(
+        [candidate.name for candidate in selection.chosen], {n: leak.reason for n, leak in selection.leaks.items()}
+    )
 
 
-def _keep_apart(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put dense layers of the same sizes where the row-mixing ones are; shared ones stay shared."""
-    made: dict[int, nn.Module] = {}
-    for name in layers:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, TileLayer)
+def _keep_apart(model: nn.Module, layers: Mapping[str, TileLayer]) -> None:
+    """Put dense layers of the same sizes where the row-mixing ones are."""
+    made: dict[str, nn.Module] = {}
+    for name, layer in layers.items():
         like = next(t for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point())
         dtype = like.dtype if like.dtype.itemsize > 1 else torch.float32
-        if id(layer) not in made:
-            made[id(layer)] = nn.Linear(layer.in_features, layer.out_features, device=like.device, dtype=dtype)
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in made:
-            parent, child = place_of(model, name)
-            parent._modules[child] = made[id(module)]
+        made[name] = nn.Linear(layer.in_features, layer.out_features, device=like.device, dtype=dtype)
+    replace_modules(model, made)

@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from strassen_tile.convert.influence import SHAKES, Base, Changes, Row, Watch, shake
-from strassen_tile.convert.places import Place, change, in_padding, places, real_rows
+from strassen_tile.convert.influence import Changes, Row, Watch
+from strassen_tile.convert.perturb import change
+from strassen_tile.convert.places import Place, in_padding, places, real_rows
 from strassen_tile.errors import ConversionError
 
-# Draws of parameters and perturbations, at most and without anything new, before an element that never changed with a place is
-# held not to depend on it.
-_DRAWS, _IN_VAIN = 40, 8
-_ATTEMPTS = 4  # at a value that the model takes
+# An element that never changed with a place is held not to depend on it after so many draws of parameters and perturbations,
+# or after so many in a row that showed nothing new.
+_DRAWS, _WITHOUT_GAIN = 40, 8
+_ATTEMPTS = 4  # to find a value that the model takes
 
 
 class Evidence:
@@ -27,10 +28,10 @@ class Evidence:
         seen: place → what depends on it, over all draws of parameters.
         samples: the places that stand for samples.
         several: the calls where a leading index has several rows; what is pooled, or a batch of rows, is no place to meet.
-        uneven: the names of modules whose calls are not alike in all runs.
+        varying: the names of modules whose calls are not alike in all runs.
 
     Args:
-        originals: the parameters before they were shaken.
+        originals: the parameters before any noise.
         effort: how many times as many places as usual are tried.
         only_samples: whether only samples are changed, not positions.
         only_padding: whether only positions are changed that the inputs' mask calls padding.
@@ -54,18 +55,17 @@ class Evidence:
         self.seen: dict[Place, Changes] = {}
         self._reached: dict[Row, Changes] = {}
         self._settled: set[Place] = set()
-        for seed in reversed(
-            range(1 if only_samples or not chosen else 2)
-        ):  # what is asked later is asked of the first shake
-            self.base = self._start(seed)
+        # The first draw comes last: it is the one that the model keeps, and that later questions are asked of.
+        for seed in (0,) if only_samples or not chosen else (1, 0):
+            self.base = self.watch.perturbed_base(self.inputs, self.originals, seed)
             for place in chosen:
-                self._look(place, seed)
-        self.uneven = {name for changes in self.seen.values() for name in changes.uneven}
+                self._note(place, seed)
+        self.varying = {name for changes in self.seen.values() for name in changes.varying}
         self.samples = _sample_places(self.seen)
         self.several = {call for call, x in self.base.inputs.items() if x.shape[1] > 1 and call not in self.base.flat}
 
     @property
-    def rows_seen(self) -> list[Place]:
+    def row_places(self) -> list[Place]:
         """The places by which rows are judged: what the inputs' mask calls padding is zeroed before it reaches other rows."""
         return [place for place in self.seen if place not in self.padding_places]
 
@@ -74,20 +74,19 @@ class Evidence:
         maximum, may hide that they do: where it seems that they do not, other parameters and perturbations are tried.
         """
         if place not in self._settled and self._missing(place, at, elements):
-            base, in_vain = self.base, 0
+            without_gain = 0
             for seed in range(2, _DRAWS):
                 before = self._missing(place, at, elements)
-                self.base = self._start(seed)
-                self._look(place, seed)
+                self.base = self.watch.perturbed_base(self.inputs, self.originals, seed)
+                self._note(place, seed)
                 left = self._missing(place, at, elements)
-                in_vain = in_vain + 1 if left == before else 0
+                without_gain = without_gain + 1 if left == before else 0
                 if not left:
                     break
-                if in_vain == _IN_VAIN:
+                if without_gain == _WITHOUT_GAIN:
                     self._settled.add(place)
                     break
-            self._start(0)
-            self.base = base
+            self.base = self.watch.perturbed_base(self.inputs, self.originals, 0)
         return not self._missing(place, at, elements)
 
     def reach(self, row: Row) -> Changes:
@@ -96,7 +95,7 @@ class Evidence:
             self._reached[row] = self.watch.changes(self.inputs, self.base, disturbed=row)
         return self._reached[row]
 
-    def leads_on(self, row: Row) -> bool:
+    def reaches_several(self, row: Row) -> bool:
         """Whether a row reaches rows of a later layer, or elements of an output, where there still are several."""
         reached = self.reach(row)
         return any(call in self.several and bool(r.any()) for call, r in reached.rows.items()) or any(
@@ -110,8 +109,8 @@ class Evidence:
                 rows = rows & ~padding.to(rows.device)
         return rows
 
-    def _look(self, place: Place, seed: int) -> None:
-        """Add what changes with the place, under the parameters of now, to what is known of it.
+    def _note(self, place: Place, seed: int) -> None:
+        """Add what changes with the place, under the parameters it has now, to what is known of it.
 
         A value that the model does not take (an index out of range, a check of its own) shows nothing; others are tried.
         """
@@ -127,14 +126,6 @@ class Evidence:
 
     def _missing(self, place: Place, at: int, elements: Tensor) -> int:
         return int((elements & ~self.seen[place].outputs[at]).sum())
-
-    def _start(self, seed: int) -> Base:
-        for strength in SHAKES if seed < 2 else (2.0, *SHAKES):
-            shake(self.watch.model, self.originals, strength, seed)
-            base = self.watch.base(self.inputs)
-            if base.finite:
-                break
-        return base
 
 
 def _sample_places(seen: Mapping[Place, Changes]) -> set[Place]:

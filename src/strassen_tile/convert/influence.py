@@ -2,8 +2,8 @@
 
 A row is one of dimension −2 of what a linear layer is fed. Runs draw the same random numbers; they differ where they differ by
 more than rounding does (products of other sizes round otherwise) and ten times more than two runs on the same input (a GPU's
-atomic sums). Parameters are shaken on a copy, and activations that switch off are smoothed, so that neither a gate which starts
-at zero nor a dead unit hides a dependence.
+atomic sums). Parameters are perturbed on a copy, and activations that switch off are smoothed, so that neither a gate which
+starts at zero nor a dead unit hides a dependence.
 """
 
 from __future__ import annotations
@@ -14,21 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from strassen_tile.convert.perturb import STRENGTHS, Mixing, SmoothSwitches, mix_rows, perturb_parameters
 from strassen_tile.convert.running import run, tensors
 from strassen_tile.errors import ConversionError
 
-_SWITCHES = {
-    F.relu, torch.relu, Tensor.relu, F.relu6, F.hardtanh, F.hardswish, F.hardsigmoid, F.threshold, torch.threshold,
-}  # fmt: skip
-_SWITCHES_IN_PLACE = {torch.relu_, Tensor.relu_, F.relu_, F.relu6, F.hardtanh_} - _SWITCHES
 # Relative to the largest number of a tensor: differences that rounding makes.
 _ROUNDING = {torch.float64: 2.0**-40, torch.float32: 2.0**-20}
-SHAKES = (1.0, 0.1, 0.0)  # tried in turn until no number overflows
-_UNEVEN_OUTPUTS = (
+_VARYING_OUTPUTS = (
     "the shapes of the model's outputs depend on the values of its inputs or parameters, so that no two runs can be compared. "
     "Convert a part of the model whose shapes do not, or use mixing='none'"
 )
@@ -49,13 +43,6 @@ class Row(NamedTuple):
     row: int
 
 
-class Mixing(NamedTuple):
-    """How the rows of a layer would mix: those of a tile, or of them only earlier ones into later ones."""
-
-    rows: int
-    causal: bool
-
-
 @dataclass
 class Base:
     """What runs are compared with.
@@ -64,13 +51,13 @@ class Base:
         inputs: every call's input as (lead, rows, features), in the order of the calls.
         flat: the calls whose input has two dimensions or fewer: their rows are a batch.
         outputs: the tensors that the model returned.
-        slack: how far two runs on the same input differ, by call, and by the number of an output.
+        noise: how far two runs on the same input differ, by call, and by the number of an output.
     """
 
     inputs: dict[Call, Tensor] = field(default_factory=dict)
     flat: set[Call] = field(default_factory=set)
     outputs: list[Tensor] = field(default_factory=list)
-    slack: dict[Call | int, float] = field(default_factory=dict)
+    noise: dict[Call | int, float] = field(default_factory=dict)
 
     @property
     def finite(self) -> bool:
@@ -85,23 +72,23 @@ class Changes:
     Attributes:
         rows: call → bool (lead, rows); calls whose shape differs, or that only one has, are left out.
         outputs: a bool tensor for each output tensor.
-        uneven: the names of those left out.
+        varying: the names of those left out.
     """
 
     rows: dict[Call, Tensor]
     outputs: list[Tensor]
-    uneven: set[str] = field(default_factory=set)
+    varying: set[str] = field(default_factory=set)
 
     def joined(self, other: Changes) -> Changes:
         """What either found. Calls and outputs must be alike in shape in both to be compared at all."""
         if [t.shape for t in self.outputs] != [t.shape for t in other.outputs]:
-            raise ConversionError(_UNEVEN_OUTPUTS)
+            raise ConversionError(_VARYING_OUTPUTS)
         rows = {
             c: r | other.rows[c] for c, r in self.rows.items() if c in other.rows and other.rows[c].shape == r.shape
         }
-        uneven = {call.name for call in (*self.rows, *other.rows) if call not in rows}
+        varying = {call.name for call in (*self.rows, *other.rows) if call not in rows}
         outputs = [a | b for a, b in zip(self.outputs, other.outputs, strict=True)]
-        return Changes(rows, outputs, uneven | self.uneven | other.uneven)
+        return Changes(rows, outputs, varying | self.varying | other.varying)
 
 
 class Watch:
@@ -125,11 +112,23 @@ class Watch:
                 base.flat.add(call)
 
         def again(call: Call, x: Tensor, flat: bool) -> None:
-            base.slack[call] = _distance(base.inputs.get(call), x)
+            base.noise[call] = _distance(base.inputs.get(call), x)
 
         base.outputs = [t.clone() for t in self._run(inputs, keep, mixed=mixed)]
         for at, output in enumerate(self._run(inputs, again, mixed=mixed)):
-            base.slack[at] = _distance(base.outputs[at] if at < len(base.outputs) else None, output)
+            base.noise[at] = _distance(base.outputs[at] if at < len(base.outputs) else None, output)
+        return base
+
+    def perturbed_base(self, inputs: object, originals: Mapping[str, Tensor], seed: int) -> Base:
+        """The base after noise on the parameters, which the model keeps; weaker noise where numbers overflow.
+
+        The first two seeds take the noise of a usual start, later ones twice that.
+        """
+        for strength in STRENGTHS if seed < 2 else (2.0, *STRENGTHS):
+            perturb_parameters(self.model, originals, strength, seed)
+            base = self.base(inputs)
+            if base.finite:
+                break
         return base
 
     def changes(
@@ -147,14 +146,14 @@ class Watch:
             seen.add(call)
             before = base.inputs.get(call)
             if before is not None and before.shape == x.shape:
-                rows[call] = _differ(before, x, base.slack.get(call, 0.0)).any(dim=-1)
+                rows[call] = _differ(before, x, base.noise.get(call, 0.0)).any(dim=-1)
 
         outputs = self._run(inputs, compare, disturbed=disturbed, base=base, mixed=mixed)
         if [t.shape for t in base.outputs] != [t.shape for t in outputs]:
-            raise ConversionError(_UNEVEN_OUTPUTS)
-        uneven = {call.name for call in (*base.inputs, *seen) if call not in rows}
+            raise ConversionError(_VARYING_OUTPUTS)
+        varying = {call.name for call in (*base.inputs, *seen) if call not in rows}
         pairs = zip(base.outputs, outputs, strict=True)
-        return Changes(rows, [_differ(a, b, base.slack.get(at, 0.0)) for at, (a, b) in enumerate(pairs)], uneven)
+        return Changes(rows, [_differ(a, b, base.noise.get(at, 0.0)) for at, (a, b) in enumerate(pairs)], varying)
 
     def _run(
         self,
@@ -191,7 +190,7 @@ class Watch:
             row += noise * (1 + output.abs().max())
             return other
 
-        with self._hooks(before, after), _Smoothed():
+        with self._hooks(before, after), SmoothSwitches():
             return [t.detach() for t in tensors(run(self.model, inputs)) if t.layout == torch.strided]
 
     @contextmanager
@@ -211,40 +210,16 @@ class Watch:
                 handle.remove()
 
 
-class _Smoothed(TorchFunctionMode):
-    """ReLU and its kin replaced by SiLU: what they let through of some inputs it lets through of all."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _SWITCHES:
-            return F.silu(args[0] if args else kwargs["input"])
-        if func in _SWITCHES_IN_PLACE:
-            return args[0].copy_(F.silu(args[0]))
-        return func(*args, **kwargs)
-
-
-def mix_rows(x: Tensor, mixing: Mixing) -> Tensor:
-    """X (…, N, K) with the rows of each tile mixed by one fixed generic matrix: which rows meet is all that matters here."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    sides = mixing.rows, mixing.rows
-    matrix = torch.rand(sides, generator=generator, dtype=torch.float64, device="cpu") + 0.5
-    matrix = (matrix.tril() if mixing.causal else matrix).to(x)
-    parts = [matrix[: tile.shape[-2], : tile.shape[-2]] @ tile for tile in x.split(mixing.rows, dim=-2)]
-    return torch.cat(parts, dim=-2) if parts else x
-
-
-@torch.no_grad()
-def shake(model: nn.Module, originals: Mapping[str, Tensor], strength: float, seed: int) -> None:
-    """Set every parameter to its original plus noise of its own scale, or of a usual start's where that is larger."""
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        before = originals[name]
-        if not parameter.is_floating_point() or not parameter.numel():
-            continue
-        usual = before.shape[-1] ** -0.5 if before.ndim > 1 else 1.0
-        scale = strength * max(0.5 * float(before.square().mean().sqrt()), 0.3 * usual)
-        noise = torch.empty(before.shape, dtype=torch.float32, device="cpu").uniform_(-1.73, 1.73, generator=generator)
-        parameter.copy_(noise.to(before).mul_(scale).add_(before))
+def without_matrices(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that hand on what they are fed in its shape (norms, activations, dropout): rows are seen there too."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+        and not module._modules
+        and all(p.ndim < 2 for p in module._parameters.values() if p is not None)
+        and name
+    }
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -262,11 +237,11 @@ def _distance(before: Tensor | None, after: Tensor) -> float:
     return float((before.to(torch.complex128) - after.to(torch.complex128)).abs().nan_to_num(0.0).max())
 
 
-def _differ(before: Tensor, after: Tensor, slack: float) -> Tensor:
+def _differ(before: Tensor, after: Tensor, noise: float) -> Tensor:
     """Where they differ by more than rounding does and ten times more than two runs on the same input."""
     if not (before.is_floating_point() or before.is_complex()) or not before.numel():
         return before != after
     wide = torch.complex128 if before.is_complex() else torch.float64
     a, b = before.to(wide), after.to(wide)
-    allowed = _ROUNDING.get(before.dtype, 0.0) * float(a.abs().nan_to_num(0.0, 0.0, 0.0).amax()) + 10 * slack
+    allowed = _ROUNDING.get(before.dtype, 0.0) * float(a.abs().nan_to_num(0.0, 0.0, 0.0).amax()) + 10 * noise
     return ~((a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= allowed))

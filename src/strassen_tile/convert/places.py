@@ -1,4 +1,4 @@
-"""Input places: parts of the example inputs that are changed, one at a time, to see what depends on them."""
+"""The example inputs: batches of them to run, and the places in them that are changed, one at a time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from strassen_tile.convert.running import leaves, mapped
+from strassen_tile.convert.running import leaves, mapped, run
 
 # How many places along the first, the second, and later dimensions, and how many single points.
-_SAMPLES, _ALONG_SEQUENCE, _ALONG_OTHERS, _CELLS = 4, 16, 4, 4
+_SAMPLES, _ALONG_SEQUENCE, _ALONG_OTHERS, _POINTS = 4, 16, 4, 4
 # Of a model with few parameters, every position of the first sample up to so many.
 _ALL, _SMALL = 64, 5_000_000
+_MANY, _MOST_NUMBERS = (
+    24,
+    2**18,
+)  # samples of the enlarged batch (half as many if it is larger): a multiple of small groups
 
 
 @dataclass(frozen=True)
@@ -99,16 +103,6 @@ def in_padding(model: nn.Module, example_inputs: object, place: Place) -> bool:
     return any(not bool(real[sample, position]) for real in masks)
 
 
-def change(example_inputs: object, place: Place, seed: int) -> object:
-    """The inputs with that place altered: floats by noise of the tensor's own scale, integers to others that occur."""
-    tensors = [t for _, t in leaves(example_inputs)]
-    before = tensors[place.leaf]
-    after = before.detach().clone()
-    after[place.selection] = _other(before, seed)[place.selection]
-    tensors[place.leaf] = after
-    return with_leaves(example_inputs, tensors)
-
-
 def repeated(example_inputs: object, samples: int, dim: int = 0) -> object | None:
     """The inputs with their samples, along `dim`, repeated to at least that many; None if they have no common size there."""
     sized = [t for _, t in leaves(example_inputs) if t.ndim > dim]
@@ -121,6 +115,33 @@ def repeated(example_inputs: object, samples: int, dim: int = 0) -> object | Non
         lambda t: torch.cat([t] * times, dim=dim) if t.ndim > dim and t.shape[dim] == batch else t,
         lambda other: other,
     )
+
+
+def batches(model: nn.Module, example_inputs: object) -> list[tuple[object, bool]]:
+    """The inputs to try, and whether only samples matter: as given (one sample twice), and many samples."""
+    sized = [t for _, t in leaves(example_inputs) if t.ndim]
+    given = example_inputs
+    if sized and all(t.shape[0] == 1 for t in sized if t.ndim >= min(2, max(u.ndim for u in sized))):
+        doubled = _runs(model, repeated(example_inputs, 2))
+        given = example_inputs if doubled is None else doubled
+    found = [(given, False)]
+    numbers = sum(t.numel() / max(1, t.shape[0]) for t in sized)
+    for many in (
+        repeated(example_inputs, _MANY if numbers * _MANY <= _MOST_NUMBERS else _MANY // 2),
+        repeated(example_inputs, 2, dim=1) if any(t.ndim > 2 and t.shape[1] == 1 for t in sized) else None,
+    ):
+        if _runs(model, many) is not None:
+            found.append((many, True))
+    return found
+
+
+def _runs(model: nn.Module, inputs: object) -> object | None:
+    try:
+        if inputs is not None:
+            run(model, inputs)
+    except Exception:  # a model may refuse other batch sizes in any way; then there are no such batches
+        return None
+    return inputs
 
 
 def _can_change(tensor: Tensor) -> bool:
@@ -140,7 +161,7 @@ def _places(leaf: int, name: str, tensor: Tensor, effort: int, first: int) -> It
             for at in _spread(tensor.shape[dim], most):
                 found[Place(leaf, name, dim, (sample, *everything[1:dim], at, *everything[dim + 1 :]))] = None
     generator = torch.Generator(device="cpu").manual_seed(0)
-    for count in range(_CELLS * effort if len(wide) > 1 else 0):  # where lines cross, not a whole line
+    for count in range(_POINTS * effort if len(wide) > 1 else 0):  # where lines cross, not a whole line
         point = [int(torch.randint(size, (), generator=generator, device="cpu")) for size in tensor.shape]
         parts = wide if count % 3 == 0 else wide[:-1] if count % 3 == 1 else wide[1:]
         index = [point[dim] if dim in parts else None for dim in range(tensor.ndim)]
@@ -156,28 +177,6 @@ def _spread(size: int, most: int) -> list[int]:
     wanted += list(range(0, size, step)) if most > len(wanted) else []
     kept = list(dict.fromkeys(at for at in wanted if 0 <= at < size))[:most]
     return sorted(kept) if size > most else list(range(size))
-
-
-def _other(tensor: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    if tensor.dtype == torch.bool:
-        return ~tensor
-    if tensor.is_complex():
-        return torch.view_as_complex(_other(torch.view_as_real(tensor.resolve_conj()), seed).contiguous())
-    if tensor.is_floating_point():
-        finite = tensor[tensor.isfinite()].double()
-        scale = float(finite.std()) if finite.numel() > 1 else 0.0
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
-        strength = (scale or 1.0) * (1.0, 5.0, 0.3)[
-            seed % 3
-        ]  # what a maximum or a gate hides from one it shows to another
-        return (tensor + (noise * strength).to(tensor)).to(tensor.dtype)
-    values = tensor.unique()
-    if len(values) == 1:  # one less is as valid as any, and zero has only its successor
-        return tensor - 1 if values[0] > 0 else tensor + 1
-    by = 1 + seed % (len(values) - 1)
-    others: Tensor = values[(torch.searchsorted(values, tensor.contiguous()) + by) % len(values)]
-    return others
 
 
 def real_rows(model: nn.Module, example_inputs: object) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Running a model to look at it, so that nobody notices: no mode, buffer, random generator or input is left changed."""
+"""Running a model to look at it: no mode, buffer, random generator or input is left changed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_LARGE = 20_000_000  # parameters: beyond, float64 would take minutes
 
 
 @contextmanager
@@ -117,14 +119,14 @@ def tensors(value: object) -> Iterator[Tensor]:
 
 
 @contextmanager
-def guinea_pig(model: nn.Module) -> Iterator[nn.Module]:
-    """A copy of the model to try things on. One that cannot be copied is lent itself, and put back as it was."""
+def scratch_copy(model: nn.Module) -> Iterator[nn.Module]:
+    """A copy of the model to try things on; one that cannot be copied is lent itself, and is as it was afterwards."""
     try:
-        double = copy.deepcopy(model)
+        twin = copy.deepcopy(model)
     except Exception:  # weights made from others, process groups, locks …: classes refuse copies in many ways
-        double = None
-    if double is not None and not _shared(model, double):
-        yield double
+        twin = None
+    if twin is not None and not _shared(model, twin):
+        yield twin
         return
     state = [(t, t.data, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
     attributes = [(vars(module), {name: copy.copy(v) if isinstance(v, dict) else v for name, v in vars(module).items()})
@@ -146,7 +148,29 @@ def guinea_pig(model: nn.Module) -> Iterator[nn.Module]:
             tensor.data = data  # it may have been given another dtype
 
 
-def _shared(model: nn.Module, double: nn.Module) -> bool:
+def _shared(model: nn.Module, twin: nn.Module) -> bool:
     """Whether a copy holds parts of the model itself: classes may return themselves as their copies."""
     mine = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
-    return any(id(part) in mine for part in (*double.modules(), *double.parameters(), *double.buffers()))
+    return any(id(part) in mine for part in (*twin.modules(), *twin.parameters(), *twin.buffers()))
+
+
+def widen(model: nn.Module, example_inputs: object) -> object:
+    """The inputs, and the model in place, in float64 or float32 where it runs in that: few bits would hide what is small."""
+    as_given = [(p, p.data) for p in (*model.parameters(), *model.buffers())]
+
+    def cast(dtype: torch.dtype) -> object:
+        return mapped(example_inputs, lambda t: t.to(dtype) if t.is_floating_point() else t, lambda other: other)
+
+    large = sum(p.numel() for p in model.parameters()) > _LARGE
+    for dtype in (torch.float32,) if large else (torch.float64, torch.float32):
+        model.to(dtype)
+        wide = cast(dtype)
+        try:
+            with evaluating(model):
+                run(model, wide)
+        except Exception:  # the model asks for its own dtype somewhere, or takes no such inputs: then it says so below
+            continue
+        return wide
+    for tensor, data in as_given:
+        tensor.data = data
+    return example_inputs

@@ -1,204 +1,182 @@
-"""Which linear layers of a model may be replaced, as far as the model says without being run; every other one gets a reason."""
+"""Selection: which layers of a model a conversion would replace, and why not the others. The model is not changed."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from strassen_tile.convert.observe import Calls
+from strassen_tile.convert.layers import Candidate, candidates, heads, others, unfit
+from strassen_tile.convert.leaks import Leak, find_leaks
+from strassen_tile.convert.perturb import Mixing
+from strassen_tile.convert.replace import modules_by_name
+from strassen_tile.convert.running import evaluating, run, scratch_copy, tensors
 from strassen_tile.errors import ConversionError
-from strassen_tile.nn.base import TileLayer
+from strassen_tile.nn import STLConfig
 
 Filter = Callable[[nn.Module, str], bool]
-_HEADS = {
-    "head", "heads", "lm_head", "classifier", "classification_head", "score", "fc_out", "qa_outputs", "embed_out",
-    "head_dist", "output_projection", "cls", "pre_classifier", "logits_proj", "output_layer",
-}  # fmt: skip
-_HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
-    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-)  # fmt: skip
+Pays = Callable[[nn.Linear, list[tuple[int, ...]]], str | None]  # of a layer and its input shapes: why it does not pay
 
 
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """One `nn.Linear`-like module and all the names it goes by."""
+@dataclass
+class Calls:
+    """What happened to one layer while the examples ran.
 
-    layer: nn.Linear
-    names: tuple[str, ...]
+    Attributes:
+        shapes: of its input, a call each.
+        is_output: whether the model's output is this layer's output, unchanged.
+    """
 
-    @property
-    def name(self) -> str:
-        """The first of its names."""
-        return self.names[0]
-
-
-def candidates(model: nn.Module) -> list[Candidate]:
-    """Every linear layer once, with all its names (a module used in two places has two)."""
-    names: dict[int, list[str]] = {}
-    layers: dict[int, nn.Linear] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
-            layers[id(module)] = module
-            names.setdefault(id(module), []).append(name)
-    return [Candidate(layer, tuple(names[key])) for key, layer in layers.items()]
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    is_output: bool = False
 
 
-def place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The parent of the module of that name, and what it calls it. (Names of children may hold dots.)"""
-    for prefix, parent in model.named_modules(remove_duplicate=False):
-        for child in parent._modules:
-            if (f"{prefix}.{child}" if prefix else child) == name:
-                return parent, child
-    raise ConversionError(f"{type(model).__name__} has no module {name!r}")
+@dataclass(frozen=True)
+class Selection:
+    """What a conversion would do to a model.
+
+    Attributes:
+        chosen: the layers to replace.
+        skipped: name → why not, of all others.
+        calls: name → what each layer was fed; None without example inputs.
+        leaks: name → what its rows would see, of those skipped for that.
+    """
+
+    chosen: list[Candidate]
+    skipped: dict[str, str]
+    calls: Mapping[str, Calls] | None
+    leaks: dict[str, Leak]
 
 
-def at(model: nn.Module, name: str) -> nn.Module:
-    """The module of that name."""
-    parent, child = place_of(model, name)
-    module = parent._modules[child]
-    assert module is not None
-    return module
-
-
-def reasons(
+def select(
     model: nn.Module,
-    found: list[Candidate],
     *,
-    filter_fn: Filter | None,
-    calls: Mapping[str, Calls] | None,
-    mixes_rows: bool,
-) -> dict[str, str]:
-    """Candidate name → why it is not replaced. What is missing here is replaced."""
-    owners = _parameter_owners(model)
-    heads = _output_layers(model)
-    elsewhere = _held_elsewhere(model)
-    skipped = {}
+    example_inputs: object = None,
+    filter_fn: Filter | None = None,
+    mixing: Mapping[str, Mixing],
+    excluded: Mapping[str, str] | None = None,
+    force_mixing: Sequence[str] = (),
+    pays: Pays | None = None,
+    effort: int = 1,
+) -> Selection:
+    """Which layers to replace, and why not the others.
+
+    Without example inputs nothing is run, and what shows only in a run stays unknown: leaks between rows, 2-D inputs, heads
+    under unusual names.
+
+    Args:
+        mixing: name → how the rows of its replacement would mix; layers that are missing here keep rows apart.
+        excluded: name → why the caller leaves it out.
+        effort: how many times as many places of the inputs as usual are changed.
+
+    Raises:
+        ConversionError: the model is itself a linear layer, force_mixing matches none, or rows would mix and the model has no
+            numbers to run.
+    """
+    if example_inputs is not None and any(is_lazy(p) for p in model.parameters()):
+        with evaluating(model):
+            run(model, example_inputs)  # lazy layers take their sizes from the first call
+    found = candidates(model)
+    if any("" in candidate.names for candidate in found):
+        raise ConversionError("the model is itself a linear layer; use STLLinear.from_linear on it")
+    force_mixing = (force_mixing,) if isinstance(force_mixing, str) else force_mixing
+    if not isinstance(force_mixing, Collection) or not all(isinstance(pattern, str) for pattern in force_mixing):
+        raise ConversionError(f"force_mixing takes names of layers, or patterns; got {force_mixing!r}")
+    forced = {c.name for pattern in force_mixing for c in matching(pattern, found, "force_mixing")}
+    calls = None
+    if example_inputs is not None:
+        with scratch_copy(model) as copy:
+            modules = modules_by_name(copy)
+            calls = observe(copy, {c.name: modules[c.name] for c in found}, example_inputs)
+    skipped = unfit(model, found)
+    named_heads = set() if filter_fn is not None else heads(model, found)
     for candidate in found:
-        reason = _reason(candidate, owners, elsewhere) or _choice(candidate, heads, filter_fn, calls, mixes_rows)
-        if reason:
-            skipped[candidate.name] = reason
-    return skipped
-
-
-def others(model: nn.Module) -> dict[str, str]:
-    """Modules that multiply by a matrix but are no `nn.Linear`, with the reason why they are left as they are."""
-    found: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            if not any(outer == "" or name.startswith(f"{outer}.") for outer in found):
-                found[name] = "is compiled by torch.jit; convert the model before that"
+        name = candidate.name
+        if name in skipped:
             continue
-        weight = module._parameters.get("weight")
-        if isinstance(module, TileLayer):
-            found[name] = f"is an {type(module).__name__} already"
-        elif isinstance(module, nn.MultiheadAttention):
-            found[name] = "multiplies by its in_proj_weight itself; only nn.Linear modules are replaced"
-        elif (
-            weight is not None
-            and weight.ndim == 2
-            and not isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag)
-        ):
-            found[name] = f"is a {type(module).__name__}; only nn.Linear modules are replaced"
-    return found
+        if filter_fn is not None and not filter_fn(candidate.layer, name):
+            skipped[name] = "excluded by filter_fn"
+        elif excluded and name in excluded:
+            skipped[name] = excluded[name]
+        elif name in named_heads or (filter_fn is None and calls is not None and calls[name].is_output):
+            skipped[name] = "a head: it makes the model's output"
+        elif calls is not None and (reason := _unlike_rows(calls[name].shapes, name in mixing)):
+            skipped[name] = reason
+        elif pays is not None and calls is not None and (loss := pays(candidate.layer, calls[name].shapes)):
+            skipped[name] = loss
+    skipped.update(others(model))
+    leaks: dict[str, Leak] = {}
+    mixed = {c.name: mixing[c.name] for c in found if c.name in mixing and c.name not in skipped}
+    if mixed and example_inputs is not None:
+        if any(t.is_meta for t in (*model.parameters(), *tensors(example_inputs))):
+            raise ConversionError(
+                "on the meta device nothing can be run to see where rows may mix; convert a small model of the same "
+                "architecture with numbers, or use mixing='none'"
+            )
+        with scratch_copy(model) as copy:
+            modules = modules_by_name(copy)
+            layers = {c.name: modules[c.name] for c in found}
+            leaks = find_leaks(copy, layers, mixed, example_inputs, forced=forced, effort=effort)
+        skipped.update({name: leak.reason for name, leak in leaks.items()})
+    return Selection([candidate for candidate in found if candidate.name not in skipped], skipped, calls, leaks)
 
 
-def _reason(candidate: Candidate, owners: Mapping[int, list[str]], elsewhere: Mapping[int, str]) -> str | None:
-    """Why nothing can stand in for the layer."""
-    layer = candidate.layer
-    if type(layer) is not nn.Linear:
-        return f"is a {type(layer).__name__}, whose owner may use its weight directly"
-    if any(name not in layer._parameters for name in ("weight", "bias")):
-        return "its weight is made from other parameters (weight_norm, pruning or the like)"
-    if any(getattr(layer, hooks, None) for hooks in _HOOKS) or "forward" in vars(layer):
-        return "has hooks or a forward of its own, which would be lost"
-    if layer._compiled_call_impl is not None:
-        return "has been compiled on its own (module.compile), which would be lost; compile the model afterwards"
-    for kind, parameter in layer._parameters.items():
-        if parameter is None:
-            continue
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-            return f"its {kind} has gradient hooks, which would be lost"
-        tied = [owner for owner in owners.get(id(parameter), []) if owner.rpartition(".")[0] not in candidate.names]
-        if tied:
-            return f"its {kind} is tied to {tied[0]}"
-    if id(layer) in elsewhere:
-        return f"is also held by {elsewhere[id(layer)]}, which would keep the dense layer"
-    return None
+def mixing_of(config: STLConfig) -> Mixing | None:
+    """How rows mix under a config; None if they do not."""
+    return Mixing(config.pqs[0], config.mixing == "causal") if config.mixes_rows else None
 
 
-def _choice(
-    candidate: Candidate,
-    heads: set[int],
-    filter_fn: Filter | None,
-    calls: Mapping[str, Calls] | None,
-    mixes_rows: bool,
-) -> str | None:
-    """Why the layer is not to be replaced, though it could."""
-    name = candidate.name
-    if filter_fn is not None:
-        if not filter_fn(candidate.layer, name):
-            return "excluded by filter_fn"
-    elif id(candidate.layer) in heads or any(part in _HEADS for part in name.split(".")[-2:]):
-        return "a head: it makes the model's output"
-    if calls is None:
-        return None
-    observed = calls[name]
-    if not observed.shapes:
+def matching(pattern: str, found: Sequence[Candidate], argument: str) -> list[Candidate]:
+    """The layers of which a name matches the pattern. Raises ConversionError if there is none."""
+    chosen = [c for c in found if any(fnmatchcase(name, pattern) for name in c.names)]
+    if not chosen:
+        names = ", ".join(candidate.name for candidate in found)
+        raise ConversionError(f"{argument}: {pattern!r} matches no linear layer; there are {names or 'none'}")
+    return chosen
+
+
+def observe(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: object) -> dict[str, Calls]:
+    """Run the model once on the examples and note the calls of its layers."""
+    calls = {name: Calls() for name in layers}
+    produced: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            x = args[0] if args else kwargs.get("input")
+            if isinstance(x, Tensor) and isinstance(output, Tensor):
+                calls[name].shapes.append(tuple(x.shape))
+                produced[name].append(output)
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        with evaluating(model):
+            output = run(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    returned = {_memory(t) for t in tensors(output) if t.layout == torch.strided}
+    for name, outputs in produced.items():
+        calls[name].is_output = any(_memory(t) in returned for t in outputs if t.numel())
+    return calls
+
+
+def _memory(t: Tensor) -> tuple[int, int]:
+    try:
+        return t.untyped_storage()._cdata, t.numel()
+    except NotImplementedError:  # of vmap, and other tensors without memory of their own
+        return id(t), t.numel()
+
+
+def _unlike_rows(shapes: Sequence[tuple[int, ...]], mixes: bool) -> str | None:
+    """Why a layer fed these shapes is left as it is."""
+    if not shapes:
         return "not called on the example inputs"
-    if filter_fn is None and observed.is_output:
-        return "a head: it makes the model's output"
-    if mixes_rows and any(len(shape) < 3 for shape in observed.shapes):
-        shape = next(shape for shape in observed.shapes if len(shape) < 3)
-        return f"fed a 2-D input {shape}, whose rows are a batch"
-    return None
-
-
-def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    return owners
-
-
-def _output_layers(model: nn.Module) -> set[int]:
-    """The output embeddings that transformers' models name."""
-    getter = getattr(model, "get_output_embeddings", None)
-    layer = getter() if callable(getter) else None
-    return set() if layer is None else {id(layer)}
-
-
-def _held_elsewhere(model: nn.Module) -> dict[int, str]:
-    """Linear layers, by id, that a module of the model holds other than as a child: where."""
-    found: dict[int, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-        for attribute, value in vars(module).items():
-            if attribute not in ("_modules", "_parameters", "_buffers"):
-                for layer in _linears_in(value, depth=3):
-                    found.setdefault(id(layer), f"{name}.{attribute}".lstrip("."))
-    return found
-
-
-def _linears_in(value: Any, depth: int) -> Iterator[nn.Linear]:
-    """Linear layers in containers, partial functions and bound methods."""
-    if isinstance(value, nn.Linear):
-        yield value
-    elif depth == 0 or isinstance(value, str | bytes | nn.Module | torch.Tensor):
-        return
-    elif isinstance(value, Mapping):
-        for item in list(value.values()):
-            yield from _linears_in(item, depth - 1)
-    elif isinstance(value, list | tuple | set | frozenset):
-        for item in list(value):
-            yield from _linears_in(item, depth - 1)
-    elif isinstance(value, functools.partial):
-        yield from _linears_in([value.func, *value.args, *value.keywords.values()], depth - 1)
-    elif isinstance(getattr(value, "__self__", None), nn.Linear):
-        yield value.__self__
+    flat = next((shape for shape in shapes if len(shape) < 3), None)
+    return f"fed a 2-D input {flat}, whose rows are a batch" if mixes and flat is not None else None

@@ -1,45 +1,48 @@
-"""Swap layers of a model in place, all or none; say what was done, and undo it."""
+"""The engine of `convert` and of its baselines: select layers, try their replacements, put them in place; report, undo."""
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
 
 from torch import nn
 
-from strassen_tile.convert.influence import Mixing
-from strassen_tile.convert.select import Candidate, Filter, place_of
-from strassen_tile.convert.survey import Pays, survey
+from strassen_tile.convert.layers import candidates
+from strassen_tile.convert.leaks import Leak
+from strassen_tile.convert.perturb import Mixing
+from strassen_tile.convert.replace import replace_modules
+from strassen_tile.convert.running import generators_kept
+from strassen_tile.convert.select import Filter, Pays, select
 from strassen_tile.convert.trial import Attach, failures
 from strassen_tile.errors import ConversionError
 from strassen_tile.nn import PaddingMask, STLLinear, STLLinearFP8
 
 Replace = Callable[[nn.Linear], nn.Module | str]  # a replacement, or the reason why there is none
-# What to do about rows that may not mix.
-WAYS_OUT = (
-    "Use STLConfig(mixing='none') (rows apart), mixing='causal' (rows see earlier ones) for a causal model, or name layers in "
-    "force_mixing whose rows may see others of their sample all the same"
-)
+_PATTERNS = 6  # shown of the names of layers that share a reason
 
 
 @dataclass
 class Conversion:
-    """What a conversion did to a model.
+    """What a conversion did to a model, or would do to it.
 
     Attributes:
-        converted: name → the layer now there.
-        skipped: name → why the linear layer of that name was left as it is.
+        converted: name → the layer now there; of a dry run the layer that would be there, on the meta device.
+        skipped: name → why the linear layer of that name was left as it was.
         calls: name → input shapes seen on the example inputs; empty without them.
         padding: the mask that row-mixing layers share; `with conversion.padding(mask): model(…)` for models that do
             not take `attention_mask`; `strassen_tile.padding(model, mask)` does the same, on copies too. None when rows do
             not mix.
+        dry_run: whether the model was left as it was.
     """
 
     converted: dict[str, nn.Module]
     skipped: dict[str, str]
     calls: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
     padding: PaddingMask | None = None
+    dry_run: bool = False
     _undo: list[Callable[[], object]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
@@ -48,10 +51,12 @@ class Conversion:
             self._undo.pop()()
 
     def __str__(self) -> str:
-        rows = [(name, _describe(layer), "") for name, layer in self.converted.items()]
-        rows += [(name, "left as it is", reason) for name, reason in self.skipped.items()]
+        rows = [(label, what, "") for label, what in grouped({n: _described(m) for n, m in self.converted.items()})]
+        rows += [(label, "left as it is", reason) for label, reason in grouped(self.skipped)]
         widths = [max([len(row[column]) for row in rows] + [5]) for column in (0, 1)]
         head = f"{len(self.converted)} converted, {len(self.skipped)} left as they are"
+        if self.dry_run:
+            head = f"dry run, nothing was changed: {len(self.converted)} to convert, {len(self.skipped)} to leave"
         lines = [f"{name:<{widths[0]}}  {what:<{widths[1]}}  {why}".rstrip() for name, what, why in rows]
         return "\n".join([head, *lines])
 
@@ -62,96 +67,113 @@ def swap(
     *,
     example_inputs: object = None,
     filter_fn: Filter | None = None,
-    mixing: Mixing | None = None,
+    mixing: Mixing | Mapping[str, Mixing] | None = None,
+    excluded: Mapping[str, str] | None = None,
     force_mixing: Sequence[str] = (),
     pays: Pays | None = None,
     attach: Attach | None = None,
+    dry_run: bool = False,
 ) -> Conversion:
-    """Replace the layers that `replace` has a replacement for, all or none; the engine of `convert` and of its baselines."""
-    plan = survey(
-        model, example_inputs=example_inputs, filter_fn=filter_fn, mixing=mixing, force_mixing=force_mixing, pays=pays
-    )
-    skipped = dict(plan.skipped)
-    replacements: dict[Candidate, nn.Module] = {}
-    for candidate in plan.chosen:
-        replacement = replace(candidate.layer)
-        if isinstance(replacement, str):
-            skipped[candidate.name] = replacement
-        else:
-            replacements[candidate] = replacement
-    if example_inputs is not None:
-        for candidate, reason in failures(model, replacements, example_inputs, attach).items():
-            skipped[candidate.name] = reason
-            del replacements[candidate]
-    if not replacements:
-        listing = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "it has no nn.Linear"
-        way_out = f". {WAYS_OUT}" if plan.dangers else ""
-        raise ConversionError(f"nothing to convert in {type(model).__name__}. {listing}{way_out}")
-    conversion = Conversion(
-        converted={candidate.name: layer for candidate, layer in replacements.items()},
-        skipped=skipped,
-        calls={name: call.shapes for name, call in (plan.calls or {}).items()},
-    )
-    conversion._undo.extend(put_in_place(model, replacements))
-    conversion._undo.extend(_leave_fast_path(model))
-    return conversion
+    """Replace the layers that `replace` has a replacement for, all or none.
 
+    Args:
+        mixing: how the rows of the replacements mix: of all, or by name; None where rows stay apart.
+        attach: puts on the model what row-mixing replacements need besides; tried with them, and called by the caller.
+        dry_run: leave the model as it is, and report what would be done.
 
-def put_in_place(model: nn.Module, replacements: Mapping[Candidate, nn.Module]) -> list[Callable[[], object]]:
-    """Put every replacement where its candidate is, or none of them; returns what puts each candidate back.
+    The others are those of `select`.
 
     Raises:
-        ConversionError: the owner of a layer does not take another one.
+        ConversionError: nothing was converted, or rows would mix and there are no example_inputs. The model is then as it was.
     """
-    places = [(*place_of(model, name), c.layer, layer) for c, layer in replacements.items() for name in c.names]
-    done: list[tuple[nn.Module, str, nn.Module]] = []
-    try:
-        for parent, child, before, layer in places:
-            done.append((parent, child, before))
-            setattr(parent, child, layer)
-    except BaseException as error:
-        for owner, child, linear in done:
-            owner._modules[child] = linear
-        if not isinstance(error, Exception):
-            raise
-        owner, child, _ = done[-1]
+    if not isinstance(mixing, Mapping):
+        mixing = {} if mixing is None else dict.fromkeys([c.name for c in candidates(model)], mixing)
+    selection = select(
+        model,
+        example_inputs=example_inputs,
+        filter_fn=filter_fn,
+        mixing=mixing,
+        excluded=excluded,
+        force_mixing=force_mixing,
+        pays=pays,
+    )
+    skipped, replacements = dict(selection.skipped), dict[str, nn.Module]()
+    mixed = [mixing[candidate.name] for candidate in selection.chosen if candidate.name in mixing]
+    if mixed and example_inputs is None:
+        raise ConversionError(_no_evidence(model, mixed[0].rows))
+    with generators_kept(model) if dry_run else nullcontext():
+        for candidate in selection.chosen:
+            made = replace(candidate.layer)
+            if isinstance(made, str):
+                skipped[candidate.name] = made
+            else:
+                replacements[candidate.name] = made
+    if example_inputs is not None:
+        failed = failures(model, replacements, example_inputs, attach if mixed else None)
+        skipped.update(failed)
+        replacements = {name: layer for name, layer in replacements.items() if name not in failed}
+    if not replacements and not dry_run:
+        listing = "; ".join(f"{label}: {reason}" for label, reason in grouped(skipped)) or "it has no nn.Linear"
         raise ConversionError(
-            f"{type(owner).__name__} does not take another layer as {child!r} ({type(error).__name__}: {error}); leave it "
-            "out with filter_fn. Nothing was converted"
-        ) from error
-    return [partial(_put_back, *place) for place in places]
+            f"nothing to convert in {type(model).__name__}. {listing}{_alternatives(list(selection.leaks.values()))}"
+        )
+    calls = {name: call.shapes for name, call in (selection.calls or {}).items()}
+    if dry_run:
+        return Conversion({n: _on_meta(layer) for n, layer in replacements.items()}, skipped, calls, dry_run=True)
+    return Conversion(replacements, skipped, calls, _undo=[replace_modules(model, replacements)])
 
 
-def _put_back(parent: nn.Module, child: str, before: nn.Module, layer: nn.Module) -> None:
-    """The layer that was there, with the dtype, device and mode that the model has been given since."""
-    now = next((p for p in layer.parameters() if p.is_floating_point()), None)
-    was = next((p for p in before.parameters() if p.is_floating_point()), None)
-    if now is not None and was is not None and not was.is_meta and (now.dtype, now.device) != (was.dtype, was.device):
-        before.to(now.device, now.dtype)
-    parent._modules[child] = before.train(layer.training)
+def grouped(texts: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(label, text) of names that share a text, in order: a name, or "12 layers (layers.*.up, layers.*.down, …)"."""
+    names: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        names.setdefault(text, []).append(name)
+    return [(_label(together), text) for text, together in names.items()]
 
 
-def _leave_fast_path(model: nn.Module) -> list[Callable[[], object]]:
-    """PyTorch's encoder reads `linear1.weight` itself in eval mode; keep it from doing so where that is not all there is."""
-    undo: list[Callable[[], object]] = []
-
-    def change(module: nn.Module, name: str, value: object) -> None:
-        undo.append(partial(setattr, module, name, getattr(module, name)))
-        setattr(module, name, value)
-
-    for module in model.modules():
-        layers = module.layers if isinstance(module, nn.TransformerEncoder) else [module]
-        for layer in layers:
-            if isinstance(layer, nn.TransformerEncoderLayer):
-                parts: tuple[nn.Module, ...] = (layer.linear1, layer.linear2)
-                if any(type(part) is not nn.Linear for part in parts):
-                    encoder = isinstance(module, nn.TransformerEncoder)
-                    change(module, *(("use_nested_tensor", False) if encoder else ("activation_relu_or_gelu", 0)))
-    return undo
+def _label(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
+    shown = [[pattern] if len(same) > 1 and pattern.strip("*.") else same for pattern, same in alike.items()]
+    patterns = [label for labels in shown for label in labels]
+    return f"{len(names)} layers ({', '.join(patterns[:_PATTERNS])}{', …' if len(patterns) > _PATTERNS else ''})"
 
 
-def _describe(layer: nn.Module) -> str:
-    if isinstance(layer, STLLinear | STLLinearFP8):
-        tile, kind = "×".join(map(str, layer.config.pqs)), "STL" if isinstance(layer, STLLinear) else "STL in fp8"
-        return f"{kind} {layer.in_features}→{layer.out_features}, tile {tile}, rank {layer.config.rank}"
-    return f"{type(layer).__name__} {getattr(layer, 'in_features', '?')}→{getattr(layer, 'out_features', '?')}"
+def _on_meta(layer: nn.Module) -> nn.Module:
+    """A copy of the layer without its numbers."""
+    memo: dict[int, object] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in layer.parameters()}
+    return copy.deepcopy(layer, memo | {id(b): b.to("meta") for b in layer.buffers()})
+
+
+def _described(layer: nn.Module) -> str:
+    if not isinstance(layer, STLLinear | STLLinearFP8):
+        return f"{type(layer).__name__} {getattr(layer, 'in_features', '?')}→{getattr(layer, 'out_features', '?')}"
+    config, kind = layer.config, "STL" if isinstance(layer, STLLinear) else "STL in fp8"
+    others = [f for f in fields(config) if f.name not in ("tile", "rank") and getattr(config, f.name) != f.default]
+    return (
+        f"{kind} {layer.in_features}→{layer.out_features}, tile {'×'.join(map(str, config.pqs))}, rank {config.rank}"
+        + "".join(f", {f.name}={getattr(config, f.name)!r}" for f in others)
+    )
+
+
+def _no_evidence(model: nn.Module, rows: int) -> str:
+    brings = getattr(model, "dummy_inputs", None) is not None
+    return (
+        f"this would mix the {rows} rows of a tile, and only a run shows where that lets no row see what it must not (later "
+        "tokens, other samples): pass example_inputs, what the model is called with, best two samples or more"
+        + (" (this model brings some: example_inputs=model.dummy_inputs)" if brings else "")
+        + ". STLConfig(mixing='none') keeps rows apart and needs none"
+    )
+
+
+def _alternatives(leaks: Sequence[Leak]) -> str:
+    """What to do about rows that may not mix."""
+    ways = ["mixing='none' keeps rows apart", "mixing='causal', for a causal model, lets rows see earlier ones only"]
+    if any(leak.between_samples for leak in leaks):
+        ways.insert(0, "where rows are samples, bring the batch to the front (batch_first=True, or transpose)")
+    if not all(leak.between_samples for leak in leaks):
+        ways.append("force_mixing names layers whose rows may see others of their sample all the same")
+    return f". What to do: {'; '.join(ways)}" if leaks else ""

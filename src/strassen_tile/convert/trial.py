@@ -1,125 +1,148 @@
-"""A trial of replacements on a copy of the model, before the model itself is touched."""
+"""Models with replaced layers, run on copies: whether they run, call what was put there, and depend on nothing new."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from strassen_tile.convert.interference import Hazard
-from strassen_tile.convert.running import evaluating, guinea_pig, run
-from strassen_tile.convert.select import Candidate, at, place_of
-from strassen_tile.convert.verify import surprise
+from strassen_tile.convert.evidence import Evidence
+from strassen_tile.convert.influence import Base, Watch, without_matrices
+from strassen_tile.convert.leaks import Leak, Rule, culprits
+from strassen_tile.convert.places import batches, real_rows
+from strassen_tile.convert.replace import modules_by_name, replace_modules
+from strassen_tile.convert.running import evaluating, run, scratch_copy, widen
 from strassen_tile.errors import ConversionError
 
 Attach = Callable[[nn.Module], object]  # what else a conversion puts on a model
 
 
 def failures(
-    model: nn.Module,
-    replacements: Mapping[Candidate, nn.Module],
-    example_inputs: object,
-    attach: Attach | None = None,
-) -> dict[Candidate, str]:
-    """The candidates that the model does not run without, or still calls when something else stands in their place, or
-    through which padding would reach what it does not reach.
+    model: nn.Module, replacements: Mapping[str, nn.Module], example_inputs: object, attach: Attach | None = None
+) -> dict[str, str]:
+    """The layers that the model does not run without, or still calls when something else stands in their place, or through
+    which padding would reach what it does not reach; with why.
 
     Args:
         model: left as it is.
-        replacements: candidate → what is to stand there.
+        replacements: name → what is to stand there.
         example_inputs: what the model is run on.
         attach: called on a copy with the replacements in place; for layers that zero padding rows.
 
     Raises:
         ConversionError: it runs with each replaced alone, but not with all of them.
     """
-    changed = {candidate: layer for candidate, layer in replacements.items() if layer is not candidate.layer}
-    found: dict[Candidate, str] = {}
+    modules = modules_by_name(model)
+    changed = {name: layer for name, layer in replacements.items() if layer is not modules[name]}
+    found: dict[str, str] = {}
     while changed:
         error, bypassed = _run_with(model, changed, example_inputs, attach)
-        for candidate in bypassed:
-            found[candidate] = (
-                "is called past its name (through a list, or another reference): it would go on unchanged"
-            )
-            del changed[candidate]
-        if error is None and not bypassed:
-            break
+        failed = dict.fromkeys(
+            bypassed, "is called past its name (through a list, or another reference): it would go on unchanged"
+        )
         if error is not None and not bypassed:
-            alone = {c: _run_with(model, {c: layer}, example_inputs, attach)[0] for c, layer in changed.items()}
-            bad = {c: why for c, why in alone.items() if why is not None}
-            if not bad:
+            alone = {
+                name: _run_with(model, {name: layer}, example_inputs, attach)[0] for name, layer in changed.items()
+            }
+            failed = {n: f"the model does not run with it replaced: {_said(why)}" for n, why in alone.items() if why}
+            if not failed:
                 raise ConversionError(
                     f"{type(model).__name__} does not run with its layers replaced, though with each one alone: "
                     f"{_said(error)}. Leave some out with filter_fn"
                 ) from error
-            for candidate, why in bad.items():
-                found[candidate] = f"the model does not run with it replaced: {_said(why)}"
-                del changed[candidate]
-    if attach is not None and changed:
-        found.update(_padding_leaks(model, changed, example_inputs, attach))
-    return found
+        if not failed:
+            break
+        found.update(failed)
+        changed = {name: layer for name, layer in changed.items() if name not in failed}
+    if attach is None or not real_rows(model, example_inputs):
+        return found
 
+    def padding_leak(some: Mapping[str, nn.Module]) -> Leak | None:
+        with scratch_copy(model) as apart, scratch_copy(model) as mixed:
+            replace_modules(mixed, some)
+            attach(mixed)
+            with scratch_copy(mixed) as copy:  # the layers themselves are not to be changed
+                return new_dependence(apart, copy, example_inputs, only_padding=True)
 
-def _padding_leaks(
-    model: nn.Module, replacements: Mapping[Candidate, nn.Module], example_inputs: object, attach: Attach
-) -> dict[Candidate, str]:
-    """The layers through which padding reaches an output: those that no mask of the call tells which rows to zero."""
-
-    def danger(some: Mapping[Candidate, nn.Module]) -> Hazard | None:
-        with guinea_pig(model) as apart, guinea_pig(model) as double:
-            _put(double, some)
-            attach(double)
-            with guinea_pig(double) as mixed:  # the layers themselves are not to be changed
-                return surprise(apart, mixed, example_inputs, only_padding=True)
-
-    found: dict[Candidate, str] = {}
-    left = dict(replacements)
-    while left and (whole := danger(left)) is not None:
-        alone = {c: why for c, layer in left.items() if (why := danger({c: layer})) is not None}
-        for candidate, why in (alone or {next(reversed(left)): whole}).items():
-            found[candidate] = f"no mask of the call tells it which rows are padding: {why.reason}"
-            del left[candidate]
-    return found
-
-
-def _put(model: nn.Module, replacements: Mapping[Candidate, nn.Module]) -> None:
-    for candidate, layer in replacements.items():
-        for name in candidate.names:
-            parent, child = place_of(model, name)
-            parent._modules[child] = layer
+    reason = "no mask of the call tells it which rows are padding"
+    return found | {name: f"{reason}: {leak.reason}" for name, leak in culprits(changed, padding_leak).items()}
 
 
 def _run_with(
-    model: nn.Module,
-    replacements: Mapping[Candidate, nn.Module],
-    example_inputs: object,
-    attach: Attach | None,
-) -> tuple[Exception | None, list[Candidate]]:
-    """What goes wrong in a run of a copy with the replacements in place, and the candidates it calls all the same."""
-    called: list[Candidate] = []
+    model: nn.Module, replacements: Mapping[str, nn.Module], example_inputs: object, attach: Attach | None
+) -> tuple[Exception | None, list[str]]:
+    """What goes wrong in a run of a copy with the replacements in place, and the old layers that it calls all the same."""
+    called: dict[str, None] = {}
 
-    def note(candidate: Candidate) -> Callable[..., None]:
-        return lambda *_: called.append(candidate)
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: called.update({name: None})
 
-    with guinea_pig(model) as double:
-        handles: list[Any] = []
-        for candidate in replacements:
-            handles.append(at(double, candidate.name).register_forward_pre_hook(note(candidate)))
-        _put(double, replacements)
+    with scratch_copy(model) as copy:
+        modules = modules_by_name(copy)
+        handles: list[Any] = [modules[name].register_forward_pre_hook(note(name)) for name in replacements]
+        replace_modules(copy, replacements)
         if attach is not None:
-            attach(double)
+            attach(copy)
         error: Exception | None = None
         try:
-            with evaluating(double):
-                run(double, example_inputs)
+            with evaluating(copy):
+                run(copy, example_inputs)
         except Exception as raised:  # whatever a model does when a layer of it is another
             error = raised
         finally:
             for handle in handles:
                 handle.remove()
-    return error, list(dict.fromkeys(called))
+    return error, list(called)
 
 
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def new_dependence(
+    apart: nn.Module, mixed: nn.Module, example_inputs: object, *, effort: int = 1, only_padding: bool = False
+) -> Leak | None:
+    """An output of `mixed` that changes with a place of the inputs with which that of `apart` never does.
+
+    Both are copies, whose parameters are changed. The layers of `mixed` are the real ones, which zero the rows that the call's
+    mask calls padding, so that places in the padding are tried too.
+
+    Args:
+        apart: the model with layers that keep rows apart.
+        mixed: the same model with those that mix them.
+        example_inputs: of either.
+        effort: how many times as many places as usual.
+        only_padding: whether only places in the padding are tried.
+    """
+    inputs = widen(apart, example_inputs)
+    widen(mixed, example_inputs)
+    originals = {name: p.detach().clone() for name, p in apart.named_parameters()}
+    starts = {name: p.detach().clone() for name, p in mixed.named_parameters()}
+    with evaluating(apart), evaluating(mixed):
+        linears: Mapping[str, nn.Module] = {name: m for name, m in apart.named_modules() if isinstance(m, nn.Linear)}
+        watch, real = Watch(apart, {**without_matrices(apart), **linears}), Watch(mixed, {})
+        for given, only_samples in batches(apart, inputs)[: 1 if only_padding else None]:
+            evidence = Evidence(
+                watch, originals, given, effort=effort, only_samples=only_samples, only_padding=only_padding
+            )
+            places, masks = list(evidence.seen), real_rows(apart, given)
+            if not places:
+                continue
+            base = real.perturbed_base(given, starts, seed=0)
+            leak = Rule(evidence).of_runs(places, partial(_changed, real, base, masks))
+            if leak is not None:
+                return leak
+    return None
+
+
+def _changed(watch: Watch, base: Base, masks: Sequence[Tensor], inputs: object) -> list[Tensor]:
+    """Which elements of the outputs change, without those of rows that a mask calls padding: these nobody reads."""
+    outputs = watch.changes(inputs, base).outputs
+    for real in masks:
+        outputs = [
+            o & real.to(o.device).view(*real.shape, *[1] * (o.ndim - 2)) if o.shape[:2] == real.shape else o
+            for o in outputs
+        ]
+    return outputs

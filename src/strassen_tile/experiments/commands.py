@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from strassen_tile.cost import machine
 from strassen_tile.errors import ConfigError
-from strassen_tile.experiments import planning, runner, speed, vision
+from strassen_tile.experiments import loading, planning, runner, speed, vision
 from strassen_tile.experiments.recipe import Recipe, recipe_of
 from strassen_tile.experiments.settings import settings_of
 from strassen_tile.files import make_folder
@@ -138,14 +138,17 @@ def run_plan(options: argparse.Namespace) -> int:
         )
     if (options.model is None) == (options.shapes is None):
         raise ConfigError("say what to plan for: a model (package.module:callable, or a folder), or --shapes NxKxM,…")
+    if options.inputs is not None and options.model is None:
+        raise ConfigError("--inputs are what a model is run on: name one, instead of --shapes")
     config = STLConfig(tile=options.tile, rank=options.rank, mixing=options.mixing)
     if options.shapes is not None:
         layers = planning.layers_of_shapes(speed.shapes_of(options.shapes))
         notes = []
     else:
-        model = planning.load_model(options.model, options.arguments)
-        layers = planning.layers_of(model, config, rows=options.rows)
-        notes = planning.notes(model, config)
+        model = loading.load_model(options.model, options.arguments, to_run=options.inputs is not None)
+        inputs = None if options.inputs is None else loading.example_inputs_of(model, options.inputs)
+        layers = planning.layers_of(model, config, rows=options.rows, example_inputs=inputs)
+        notes = planning.notes(model, config, inputs)
     if not layers:
         raise ConfigError("the model has no linear layers to plan for")
     _make_writable(options.out)

@@ -2,100 +2,88 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
-from strassen_tile.convert.observe import Calls
-from strassen_tile.convert.select import Candidate, candidates, others, reasons
-from strassen_tile.convert.survey import mixing_of, survey
+from strassen_tile.convert import convert
+from strassen_tile.convert.layers import candidates, others
+from strassen_tile.convert.running import leaves
+from strassen_tile.convert.select import mixing_of, select
 from strassen_tile.cost import Machine
-from strassen_tile.errors import ConfigError
+from strassen_tile.errors import ConfigError, STLError, shape_text
+from strassen_tile.experiments.loading import said
 from strassen_tile.nn import STLConfig
 from strassen_tile.records import Row
 
 
-def load_model(text: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
-    """`package.module:callable` called with `arguments`, or the folder of a transformers model.
-
-    Only the shapes of its layers matter, so a folder's weights are not read.
-
-    Raises:
-        ConfigError: it is neither, or does not make a module.
-    """
-    if Path(text).is_dir():
-        try:
-            from transformers import AutoConfig, AutoModel
-        except ImportError as error:
-            raise ConfigError(
-                f'reading the folder of a transformers model needs transformers ({error}): pip install "strassen-tile[vision]"'
-            ) from error
-        try:
-            with torch.device("meta"):
-                known = AutoConfig.from_pretrained(text, trust_remote_code=False)  # else it asks, and waits
-                model: Any = AutoModel.from_config(known, trust_remote_code=False)
-        except Exception as error:  # whatever a config can do wrong
-            raise ConfigError(f"cannot make a model of the folder {text!r}: {_said(error)}") from error
-    else:
-        module, _, name = text.partition(":")
-        try:
-            model = importlib.import_module(module)
-            for part in filter(None, name.split(".")):
-                model = getattr(model, part)
-            model = model(**arguments or {}) if not isinstance(model, nn.Module) and callable(model) else model
-        except (Exception, SystemExit) as error:  # whatever the user's code raises
-            raise ConfigError(
-                f"cannot make a model of {text!r}: {_said(error)}. It is package.module:callable, or a folder"
-            ) from error
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"{text!r} is a {type(model).__name__}, not a torch module")
-    return model
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"  # a KeyError alone says only its key
-
-
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer to plan for: what it is called, N×K×M, and why `convert` would leave it, if it would."""
+    """A linear layer to plan for.
+
+    Attributes:
+        name: what the model calls it.
+        rows: N, samples and all, of each call.
+        features: K and M.
+        skipped: why `convert` would leave it, if it would.
+    """
 
     name: str
-    shape: tuple[int, int, int]
-    left: str | None = None
+    rows: tuple[int, ...]
+    features: tuple[int, int]
+    skipped: str | None = None
 
 
-def selection(
-    model: nn.Module, config: STLConfig, example_inputs: object = None
-) -> tuple[list[Candidate], Mapping[str, str], Mapping[str, Calls] | None]:
-    """The linear layers of `model`, why `convert` leaves some, and what they are fed: all that plan asks of it.
+def layers_of(model: nn.Module, config: STLConfig, *, rows: int, example_inputs: object = None) -> list[Layer]:
+    """The linear layers of `model`, and what `convert` decides about them: in a dry run of it, or without running the model.
+
+    Args:
+        model: any module; on the meta device if only shapes matter.
+        config: what they would be converted to.
+        rows: N each layer is fed, samples and all; replaced by what is seen where `example_inputs` are given.
+        example_inputs: as for `convert`.
 
     Raises:
-        ConfigError: `convert` would refuse the model.
+        ConversionError: `convert` would refuse the model whatever it is run on.
+        ConfigError: it says that it is causal, and the config mixes rows both ways; or it does not run on the example inputs.
     """
-    found = candidates(model)
-    if any("" in candidate.names for candidate in found):
-        why = {"": "is the model itself: convert wants a model that holds it; there is STLLinear.from_linear"}
-        return found, why, None
-    if example_inputs is not None:
-        seen = survey(model, example_inputs=example_inputs, mixing=mixing_of(config))
-        return found, seen.skipped, seen.calls
+    if example_inputs is None:
+        _refuse_causal(model, config)
+        how = mixing_of(config)
+        mixing = {} if how is None else dict.fromkeys([c.name for c in candidates(model)], how)
+        skipped, calls = select(model, mixing=mixing).skipped, dict[str, list[tuple[int, ...]]]()
+    else:
+        try:
+            done = convert(model, config, example_inputs=example_inputs, dry_run=True)
+        except STLError:
+            raise
+        except Exception as error:  # whatever a model does with inputs that are none for it
+            raise ConfigError(f"{type(model).__name__} does not run on these inputs: {said(error)}") from error
+        skipped, calls = done.skipped, done.calls
+    return [
+        Layer(
+            candidate.name,
+            tuple(math.prod(shape[:-1]) for shape in calls.get(candidate.name, [])) or (rows,),
+            (candidate.layer.in_features, candidate.layer.out_features),
+            skipped.get(candidate.name),
+        )
+        for candidate in candidates(model)
+    ]
+
+
+def _refuse_causal(model: nn.Module, config: STLConfig) -> None:
+    """Raise ConfigError for a model that says of itself that it is causal, if rows would mix both ways."""
     parts = _causal_parts(model) if config.mixing == "sequence" and config.mixes_rows else set()
-    for candidate in found:
+    for candidate in candidates(model):
         if any(part in ("", candidate.name) or candidate.name.startswith(f"{part}.") for part in parts):
             raise ConfigError(
                 f"{type(model).__name__} says that it is, or holds, a causal language model or decoder ({candidate.name} is in "
                 "it), and with --mixing sequence a token would see later ones: convert refuses that. Plan with --mixing none "
-                "or --mixing causal"
+                "or --mixing causal, or give --inputs to see which layers are concerned"
             )
-    return found, reasons(model, found, filter_fn=None, calls=None, mixes_rows=config.mixes_rows), None
 
 
 def _causal_parts(model: nn.Module) -> set[str]:
@@ -110,40 +98,21 @@ def _causal_parts(model: nn.Module) -> set[str]:
     return parts
 
 
-def layers_of(model: nn.Module, config: STLConfig, *, rows: int, example_inputs: object = None) -> list[Layer]:
-    """The linear layers of `model`.
-
-    Args:
-        model: any module; on the meta device if only shapes matter.
-        config: what they would be converted to.
-        rows: N each layer is fed, samples and all; replaced by what is seen where `example_inputs` are given.
-        example_inputs: as for `convert`.
-
-    Raises:
-        ConfigError: `convert` would refuse the model.
-    """
-    found, left, calls = selection(model, config, example_inputs)
-    made = []
-    for candidate in found:
-        shapes = [] if calls is None else calls[candidate.name].shapes
-        n = math.prod(shapes[0][:-1]) if shapes else rows
-        shape = (n, candidate.layer.in_features, candidate.layer.out_features)
-        made.append(Layer(candidate.name, shape, left.get(candidate.name)))
-    return made
-
-
 def layers_of_shapes(shapes: Sequence[tuple[int, int, int]]) -> list[Layer]:
     """The same for shapes N×K×M given by the user."""
-    return [Layer("x".join(map(str, shape)), shape) for shape in shapes]
+    return [Layer("x".join(map(str, shape)), shape[:1], shape[1:]) for shape in shapes]
 
 
-def notes(model: nn.Module, config: STLConfig) -> list[str]:
-    """What a plan made without running the model does not say of its layers."""
+def notes(model: nn.Module, config: STLConfig, example_inputs: object = None) -> list[str]:
+    """What the rows of a plan do not say."""
     said = [f"Not planned for: {count} that {why}." for why, count in Counter(others(model).values()).items()]
-    if config.mixes_rows:
+    if example_inputs is not None:
+        shapes = ", ".join(f"{name} {shape_text(t.shape)}".lstrip() for name, t in leaves(example_inputs))
+        said.append(f"N, and which rows may mix, are from runs on inputs of these shapes: {shapes}.")
+    elif config.mixes_rows:
         said.append(
             "The model was not run. convert, which is given example_inputs, also leaves layers whose rows must not mix (of "
-            "several samples, causal, in windows), layers fed 2-D inputs, and heads under unusual names."
+            "several samples, causal, in windows), layers fed 2-D inputs, and heads under unusual names: give --inputs to see."
         )
     return said
 
@@ -151,7 +120,7 @@ def notes(model: nn.Module, config: STLConfig) -> list[str]:
 def plan(
     model: nn.Module,
     config: STLConfig,
-    here: Machine,
+    machine: Machine,
     *,
     rows: int,
     min_speedup: float = 1.0,
@@ -160,36 +129,39 @@ def plan(
 ) -> list[Row]:
     """`decide` for the layers of `layers_of`."""
     layers = layers_of(model, config, rows=rows, example_inputs=example_inputs)
-    return decide(layers, config, here, min_speedup=min_speedup, name=name)
+    return decide(layers, config, machine, min_speedup=min_speedup, name=name)
 
 
 def decide(
-    layers: Sequence[Layer], config: STLConfig, here: Machine, *, min_speedup: float = 1.0, name: str = "forward"
+    layers: Sequence[Layer], config: STLConfig, machine: Machine, *, min_speedup: float = 1.0, name: str = "forward"
 ) -> list[Row]:
     """One record a layer: layer, shape, decision ("convert" or "leave"), reason, predicted_speedup.
+
+    Times are seconds of all calls of a layer together; `n` and `shape` are those of the first.
 
     Args:
         layers: of `layers_of` or `layers_of_shapes`.
         config: tile and rank.
-        here: the machine's rates.
+        machine: its rates.
         min_speedup: convert where the prediction is at least this.
         name: "forward" or "step".
     """
-    return [_record(layer, config, here, min_speedup, name) for layer in layers]
+    return [_record(layer, config, machine, min_speedup, name) for layer in layers]
 
 
-def _record(layer: Layer, config: STLConfig, here: Machine, least: float, name: str) -> Row:
-    n, k, m = layer.shape
-    dense, stl = here.linear(n, k, m, config.pqs, config.rank, name)
+def _record(layer: Layer, config: STLConfig, machine: Machine, min_speedup: float, name: str) -> Row:
+    n, (k, m) = layer.rows[0], layer.features
+    times = [machine.linear(rows, k, m, config.pqs, config.rank, name) for rows in layer.rows]
+    dense, stl = (sum(each) for each in zip(*times, strict=True))
     speedup = dense / stl
-    if layer.left is not None:
-        decision, reason = "leave", layer.left
-    elif speedup < least:
-        decision, reason = "leave", f"predicted {speedup:.2f}× is below {least:g}×"
-    else:
-        decision, reason = "convert", f"predicted {speedup:.2f}×"
+    decision, reason = "convert", f"predicted {speedup:.2f}×"
+    if layer.skipped is not None:
+        decision, reason = "leave", layer.skipped
+    elif speedup < min_speedup:
+        decision, reason = "leave", f"predicted {speedup:.2f}× is below {min_speedup:g}×"
     return {
-        "layer": layer.name, "shape": f"{n}x{k}x{m}", "n": n, "k": k, "m": m, "tile": "x".join(map(str, config.pqs)),
-        "rank": config.rank, "pass": name, "device": here.device, "dtype": here.dtype, "decision": decision,
-        "reason": reason, "predicted_speedup": speedup, "predicted_dense_s": dense, "predicted_s": stl,
+        "layer": layer.name, "shape": f"{n}x{k}x{m}", "n": n, "k": k, "m": m, "calls": len(layer.rows),
+        "tile": "x".join(map(str, config.pqs)), "rank": config.rank, "pass": name, "device": machine.device,
+        "dtype": machine.dtype, "decision": decision, "reason": reason, "predicted_speedup": speedup,
+        "predicted_dense_s": dense, "predicted_s": stl,
     }  # fmt: skip

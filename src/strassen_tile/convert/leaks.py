@@ -17,25 +17,28 @@ and what not.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from strassen_tile.convert.evidence import Evidence
-from strassen_tile.convert.influence import Call, Changes, Mixing, Row, Watch
-from strassen_tile.convert.places import Place, change
-from strassen_tile.convert.running import evaluating
-from strassen_tile.convert.settings import passing, settings, widened
+from strassen_tile.convert.influence import Call, Changes, Row, Watch, without_matrices
+from strassen_tile.convert.perturb import Mixing, change
+from strassen_tile.convert.places import Place, batches
+from strassen_tile.convert.running import evaluating, widen
 from strassen_tile.errors import ConversionError
 from strassen_tile.tiling import tile_count
 
+T = TypeVar("T")
 _TILES = 3  # looked at closely, of those in which rows differ, for each of two leading indices
 
 
 @dataclass(frozen=True)
-class Hazard:
+class Leak:
     """Why rows of a layer may not mix.
 
     Attributes:
@@ -47,15 +50,15 @@ class Hazard:
     between_samples: bool
 
 
-def hazards(
+def find_leaks(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     mixing: Mapping[str, Mixing],
     example_inputs: object,
     *,
-    forced: Sequence[str] = (),
+    forced: Collection[str] = (),
     effort: int = 1,
-) -> dict[str, Hazard]:
+) -> dict[str, Leak]:
     """The layers among `mixing` whose rows may not mix, with why.
 
     Args:
@@ -69,25 +72,35 @@ def hazards(
     Raises:
         ConversionError: the model's outputs cannot be compared from run to run.
     """
-    found: dict[str, Hazard] = {}
-    example_inputs = widened(model, example_inputs)
+    found: dict[str, Leak] = {}
+    example_inputs = widen(model, example_inputs)
     originals = {name: p.detach().clone() for name, p in model.named_parameters()}
     with evaluating(model):
-        watch = Watch(model, {**passing(model), **layers})
-        for inputs, only_samples in settings(watch, example_inputs):
+        watch = Watch(model, {**without_matrices(model), **layers})
+        for inputs, only_samples in batches(model, example_inputs):
             rule = Rule(Evidence(watch, originals, inputs, effort=effort, only_samples=only_samples))
             left = {name: how for name, how in mixing.items() if name not in found}
             for name, how in left.items():
-                hazard = rule.of_layer(name, how, only_samples=only_samples or name in forced)
-                if hazard is not None:
-                    found[name] = hazard
+                leak = rule.of_layer(name, how, only_samples=only_samples or name in forced)
+                if leak is not None:
+                    found[name] = leak
             passed = {name: how for name, how in left.items() if name not in found}
-            found.update(
-                rule.surprises({n: how for n, how in passed.items() if n not in forced}, only_samples=only_samples)
-            )
+            free = {name: how for name, how in passed.items() if name not in forced}
+            found.update(culprits(free, partial(rule.of_all, only_samples=only_samples)))
             passed = {name: how for name, how in passed.items() if name not in found}
             if any(name in forced for name in passed):
-                found.update(rule.surprises(passed, only_samples=True))
+                found.update(culprits(passed, partial(rule.of_all, only_samples=True)))
+    return found
+
+
+def culprits(members: Mapping[str, T], leak_of: Callable[[Mapping[str, T]], Leak | None]) -> dict[str, Leak]:
+    """The members without which `leak_of` the others is None: those that leak alone, or the last one where none does."""
+    found: dict[str, Leak] = {}
+    left = dict(members)
+    while left and (together := leak_of(left)) is not None:
+        alone = {name: leak for name, member in left.items() if (leak := leak_of({name: member})) is not None}
+        found.update(alone or {next(reversed(left)): together})
+        left = {name: member for name, member in left.items() if name not in found}
     return found
 
 
@@ -97,132 +110,119 @@ class Rule:
     def __init__(self, evidence: Evidence) -> None:
         self.evidence = evidence
 
-    def of_layer(self, name: str, how: Mixing, *, only_samples: bool) -> Hazard | None:
+    def of_layer(self, name: str, how: Mixing, *, only_samples: bool) -> Leak | None:
         """Why the rows of the layer may not mix; None if they may."""
         calls = [call for call in self.evidence.base.inputs if call.name == name]
         several = [call for call in calls if call in self.evidence.several]
-        considered = [p for p in self.evidence.rows_seen if p in self.evidence.samples or not only_samples]
-        if name in self.evidence.uneven:
-            return Hazard(
+        considered = [p for p in self.evidence.row_places if p in self.evidence.samples or not only_samples]
+        if name in self.evidence.varying:
+            return Leak(
                 "the shape of its input, or whether it is called, depends on values: its rows have no owner", False
             )
         if not several:
-            return (
-                None
-                if only_samples or not calls
-                else Hazard("fed one row at a time on the example inputs: nothing shows that its rows may meet", False)
-            )
+            if only_samples or not calls:
+                return None
+            return Leak("fed one row at a time on the example inputs: nothing shows that its rows may meet", False)
         if not only_samples and not any(
             self.evidence.seen[p].rows[c].any() for p in self.evidence.seen for c in several
         ):
-            return Hazard(
+            return Leak(
                 "nothing that was changed in the example inputs reaches it, which shows nothing of its rows", False
             )
         for call in several:
-            hazard = self._of_shared_rows(call) or self._of_call(call, how, considered)
-            if hazard is not None:
-                return hazard
+            leak = self._of_shared_rows(call) or self._of_call(call, how, considered)
+            if leak is not None:
+                return leak
         return None
 
-    def surprises(self, mixing: Mapping[str, Mixing], *, only_samples: bool) -> dict[str, Hazard]:
-        """Layers, of those that passed, with which outputs do change with places that did not change them before."""
-        found: dict[str, Hazard] = {}
-        left = dict(mixing)
-        while left:
-            seen = self._surprise(left, only_samples)
-            if seen is None:
-                break
-            alone = {
-                name: why for name in left if (why := self._surprise({name: left[name]}, only_samples)) is not None
-            }
-            for name, hazard in (alone or {next(reversed(left)): seen}).items():
-                found[name] = hazard
-                del left[name]
-        return found
-
-    def _surprise(self, mixing: Mapping[str, Mixing], only_samples: bool) -> Hazard | None:
+    def of_all(self, mixing: Mapping[str, Mixing], *, only_samples: bool) -> Leak | None:
+        """An output that changes, with the rows of these layers mixed, with a place with which it did not change before."""
         evidence = self.evidence
         base = evidence.watch.base(evidence.inputs, mixed=mixing)
-        for place in evidence.rows_seen:
-            if only_samples and place not in evidence.samples:
-                continue
+        considered = [p for p in evidence.row_places if p in evidence.samples or not only_samples]
+        return self.of_runs(considered, lambda inputs: evidence.watch.changes(inputs, base, mixed=mixing).outputs)
+
+    def of_runs(self, considered: Sequence[Place], run: Callable[[object], list[Tensor]]) -> Leak | None:
+        """The same of any `run`: inputs with one place changed → which elements of the outputs change."""
+        for place in considered:
             try:
-                now = evidence.watch.changes(change(evidence.inputs, place, 0), base, mixed=mixing)
+                outputs = run(change(self.evidence.inputs, place, 0))
             except ConversionError:
                 raise
-            except Exception:  # a value that the model does not take
+            except Exception:  # a value that the model does not take, or an input that its layers refuse
                 continue
-            for at, changed in enumerate(now.outputs):
-                if not evidence.depends(place, at, changed):
+            for at, changed in enumerate(outputs):
+                if not self.evidence.depends(place, at, changed):
                     return self.described(at, changed, place)
         return None
 
-    def _of_shared_rows(self, call: Call) -> Hazard | None:
+    def _of_shared_rows(self, call: Call) -> Leak | None:
         """That rows of one leading index are of different samples: tiles may part them here, and not at another length."""
-        samples = [place for place in self.evidence.samples if call in self.evidence.seen[place].rows]
+        seen = self.evidence.seen  # in an order that is the same in every process
+        samples = [place for place in seen if place in self.evidence.samples and call in seen[place].rows]
         for one, other in itertools.combinations(samples, 2):
             if one.leaf != other.leaf or one.index[one.dim] == other.index[other.dim]:
                 continue
-            a, b = self.evidence.seen[one].rows[call], self.evidence.seen[other].rows[call]
+            a, b = seen[one].rows[call], seen[other].rows[call]
             if bool(((a & ~b).any(dim=1) & (b & ~a).any(dim=1)).any()):
-                return Hazard(f"dimension −2 of its input holds rows of several samples: {one} and {other}", True)
+                return Leak(f"dimension −2 of its input holds rows of several samples: {one} and {other}", True)
         return None
 
-    def _of_call(self, call: Call, how: Mixing, considered: Sequence[Place]) -> Hazard | None:
-        fresh = {p: self.evidence.without_padding(_fresh(self.evidence.seen[p].rows[call], how)) for p in considered}
-        fresh = {place: new for place, new in fresh.items() if bool(new.any())}
-        if not fresh:
+    def _of_call(self, call: Call, how: Mixing, considered: Sequence[Place]) -> Leak | None:
+        rows_of = {p: self.evidence.without_padding(_gained(self.evidence.seen[p].rows[call], how)) for p in considered}
+        rows_of = {place: rows for place, rows in rows_of.items() if bool(rows.any())}
+        if not rows_of:
             return None
-        anywhere = torch.stack(list(fresh.values())).any(dim=0)  # (lead, rows)
+        anywhere = torch.stack(list(rows_of.values())).any(dim=0)  # (lead, rows)
         leads = anywhere.any(dim=1).nonzero().flatten().tolist()
         for lead in dict.fromkeys((leads[0], leads[-1])):
             rows = anywhere[lead].nonzero().flatten().tolist()
             tiles = list(dict.fromkeys(row // how.rows for row in rows))
             tiles = list(dict.fromkeys((tiles[0], tiles[-1], tiles[len(tiles) // 2])))[:_TILES]
             for row in (row for row in rows if row // how.rows in tiles):
-                gained = [place for place, new in fresh.items() if bool(new[lead, row])]
-                hazard = self._of_row(Row(call, lead, row), gained)
-                if hazard is not None:
-                    return hazard
+                gained = [place for place, new in rows_of.items() if bool(new[lead, row])]
+                leak = self._of_row(Row(call, lead, row), gained)
+                if leak is not None:
+                    return leak
         return None
 
-    def _of_row(self, row: Row, gained: Sequence[Place]) -> Hazard | None:
+    def _of_row(self, row: Row, gained: Sequence[Place]) -> Leak | None:
         """Whether something that the row reaches would newly depend on one of the places it gains."""
         reached = self.evidence.reach(row)
         for place in sorted(gained, key=lambda place: place not in self.evidence.samples):
             for at, gets in enumerate(reached.outputs):
                 if not self.evidence.depends(place, at, gets):
                     return self.described(at, gets, place)
-        if not self.evidence.leads_on(row):
-            return self._unshown(gained[0], row)
+        if not self.evidence.reaches_several(row):
+            return self._not_shown(gained[0], row)
         for call, gets in reached.rows.items():
             for place in gained:
                 if call not in self.evidence.seen[place].rows:
                     continue
                 blind = self.evidence.without_padding(gets & ~self.evidence.seen[place].rows[call]).nonzero().tolist()
                 for lead, index in blind[:1] + blind[-1:]:
-                    if not self.evidence.leads_on(Row(call, lead, index)):
-                        return self._unshown(place, row)
+                    if not self.evidence.reaches_several(Row(call, lead, index)):
+                        return self._not_shown(place, row)
         return None
 
-    def described(self, at: int, changed: Tensor, place: Place) -> Hazard:
-        """The hazard that, of output number `at`, the elements `changed` would depend on the place though some do not."""
+    def described(self, at: int, changed: Tensor, place: Place) -> Leak:
+        """The leak that, of output number `at`, the elements `changed` would depend on the place though some do not."""
         new = changed & ~self.evidence.seen[place].outputs[at]
         index = ", ".join(map(str, new.nonzero()[0].tolist()))
         output = f"output {at}" + (f"[{index}]" if index else "")
         if place in self.evidence.samples and not any(
             bool((o.outputs[at] & new).any()) for o in self._same_sample(place)
         ):
-            return Hazard(f"dimension −2 of its input holds rows of several samples: {output} would see {place}", True)
-        return Hazard(f"mixing its rows would make {output} depend on {place}, which it does not", False)
+            return Leak(f"dimension −2 of its input holds rows of several samples: {output} would see {place}", True)
+        return Leak(f"mixing its rows would make {output} depend on {place}, which it does not", False)
 
-    def _unshown(self, place: Place, row: Row) -> Hazard:
+    def _not_shown(self, place: Place, row: Row) -> Leak:
         same = [other.rows[row.call] for other in self._same_sample(place) if row.call in other.rows]
         if place in self.evidence.samples and not any(bool(rows[row.lead, row.row]) for rows in same):
-            return Hazard(
+            return Leak(
                 f"dimension −2 of its input holds rows of several samples: row {row.row} would see {place}", True
             )
-        return Hazard(
+        return Leak(
             f"mixing its rows would let row {row.row} see {place}; nothing in the model shows that it may", False
         )
 
@@ -233,7 +233,7 @@ class Rule:
         return [self.evidence.seen[other] for other in others if other.dim == 0]
 
 
-def _fresh(changed: Tensor, how: Mixing) -> Tensor:
+def _gained(changed: Tensor, how: Mixing) -> Tensor:
     """Rows (lead, N) that do not depend on a place, but on whose tile's other rows (causal: earlier ones) some do."""
     leads, rows = changed.shape
     tiles = tile_count(rows, how.rows)
