@@ -17,13 +17,13 @@ def names(methods: str, **settings: object) -> list[tuple[str, int | None, str]]
 
 
 def test_an_entry_alone_has_no_variant_but_its_rank() -> None:
-    """As rows had it before there were variants: folders begun then go on."""
+    """As rows had it before there were variants (low rank apart): folders begun then go on."""
     assert names("dense,2:4,stl,low-rank,dense+mix") == [
         ("dense", None, ""),
         ("2:4", None, ""),
         ("stl", 16, "r=16"),
         ("stl", 24, "r=24"),
-        ("low-rank", None, ""),
+        ("low-rank", None, "0.25 of the FLOPs"),
         ("dense+mix", None, ""),
     ]
 
@@ -107,3 +107,8 @@ def test_low_rank_has_the_products_of_the_smallest_rank_and_needs_one() -> None:
 def test_a_basis_that_is_not_there_is_said_before_anything_runs() -> None:
     with pytest.raises(BasisError, match="no approximate basis"):
         names("dense,stl[init=approximate,rank=17]")
+
+
+def test_low_rank_has_the_flops_of_the_smallest_rank_where_rows_are_apart() -> None:
+    """6 products of 16, not of 64."""
+    assert names("low-rank", ranks=(6, 8), mixing="none") == [("low-rank", None, "0.375 of the FLOPs")]

@@ -303,7 +303,7 @@ def gelu_new():
         (Flat, "it does not compute down(act(up(x))) in eval mode"),
         (Hidden, "it does not compute down(act(up(x))) in training mode"),
         (Pair, "not of the shape (…, N, M)"),
-        (Two, "it could not be run on random inputs (TypeError: "),
+        (Two, "its forward takes more than one tensor"),
         (Scaled, "it has parameters or buffers beside those of its layers: scale"),
         (Dropping, "its dropout (p=0.1) acts in training"),
         (quick_gelu, "its activation act is QuickGELUActivation(); STLMLP knows none, relu"),
@@ -537,3 +537,18 @@ def test_fp8_goes_on_top_and_comes_off_again():
         assert torch.equal(model(X.float()), expected)
     report.undo()
     assert type(model.block) is Block
+
+
+class Named(Block):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states)
+
+
+def test_callers_may_name_what_they_hand_over():
+    model = model_of(Named())
+    expected = model.block(hidden_states=X)
+    fuse_mlps(model, {Named: ROLES})
+    assert type(model.block).__name__ == "STLMLP"
+    torch.testing.assert_close(model.block(hidden_states=X), expected)
+    with pytest.raises(TypeError, match="takes one tensor; got 2"):
+        model.block(X, hidden_states=X)

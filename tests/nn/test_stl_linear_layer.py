@@ -1,6 +1,7 @@
 """If these fail, the layer is not what a PyTorch user takes it for: names, shapes, copies, devices, dtypes, compilation."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -170,3 +171,44 @@ def test_negative_sizes_and_wrong_inputs_are_refused():
     for shape in ((2, 5, 9), (8,), ()):
         with pytest.raises(ShapeError):
             layer(torch.randn(shape))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", ["encoder", "encoded_weight", "decoder", "bias"])
+def test_a_tensor_on_another_device_is_said(name: str, gradients: bool) -> None:
+    """Else the operator's shape function answers for it, with memory that nobody has written to."""
+    layer = STLLinear(16, 16)
+    setattr(layer, name, torch.nn.Parameter(getattr(layer, name).to("meta")))
+    with torch.set_grad_enabled(gradients), pytest.raises(ShapeError, match="meta"):
+        layer(torch.ones(1, 4, 16))
+    with pytest.raises(ShapeError, match="on meta"):
+        STLLinear(16, 16)(torch.ones(1, 4, 16, device="meta"))
+
+
+@pytest.mark.parametrize("scope", ["layer", "tile"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_features_changed_after_building_are_said(scope: str, dtype: torch.dtype) -> None:
+    layer = STLLinear(16, 16, bias=False, dtype=dtype, config=STLConfig(encoder_scope=scope))
+    layer.out_features = 3
+    with pytest.raises(ShapeError, match="out_features = 3"):
+        layer(torch.randn(2, 4, 16, dtype=dtype))
+
+
+@pytest.mark.parametrize("x", [torch.randn(16), torch.tensor(1.0)], ids=["1-D", "0-D"])
+def test_rows_apart_still_need_rows(x: torch.Tensor) -> None:
+    with pytest.raises(ShapeError, match="at least two dimensions"):
+        STLLinear(16, 16, config=STLConfig(mixing="none"))(x)
+
+
+def test_another_config_on_a_layer_is_traced_whole() -> None:
+    layer = STLLinear(16, 16)
+    layer.config = dataclasses.replace(layer.config, recompute=True)
+    x = torch.randn(2, 4, 16)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+
+
+def test_a_layer_that_was_pickled_whole_by_an_older_version_runs() -> None:
+    layer, x = STLLinear(16, 16), torch.randn(1, 4, 16)
+    expected = layer(x)
+    del layer._built
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import strassen_tile as stl
+from strassen_tile.errors import ShapeError
 from strassen_tile.ops import eager, schemas
 from strassen_tile.ops.cpu import tiles
 
@@ -117,3 +118,19 @@ def test_what_the_kernels_cannot_do_is_done_without(monkeypatch: pytest.MonkeyPa
     assert not tiles.compiled()
     w = torch.randn(14, 6)
     torch.testing.assert_close(stl.stl_matmul(x, w, stl.bases.strassen(2)), x @ w, rtol=1e-4, atol=1e-4)
+
+
+def test_kernels_are_given_nothing_they_would_misread() -> None:
+    """They take addresses: another dtype, size or device is memory beyond the tensor's."""
+    x, e = torch.randn(2, 8, 12), torch.randn(5, 4, 4)
+    z = schemas.encode(x, e)
+    with pytest.raises(ShapeError, match="one dtype"):
+        schemas.correlate(x, z.bfloat16(), [4, 4], False)
+    with pytest.raises(ShapeError, match="takes an encoded tensor"):
+        schemas.correlate(x, z[:, :3].contiguous(), [4, 4], False)
+    with pytest.raises(ShapeError, match="takes an encoded tensor"):
+        schemas.decode(z, e, 2, 8, 16)
+    w = torch.randn(5, 3, 3)
+    kept = schemas.linear_forward(x, w, e, e, None, 12)[1]
+    with pytest.raises(ShapeError, match="one dtype"):
+        schemas.linear_backward(x, x, w, e, e, kept.bfloat16(), [True] * 5)

@@ -184,6 +184,6 @@ def roster(names: Sequence[str], configs: Sequence[STLConfig], *, fitted: bool =
     """
     if unknown := [name for name in names if name not in PRODUCTS]:
         raise ConfigError(f"unknown methods {', '.join(unknown)}; there are {', '.join(PRODUCTS)}")
-    made = [PRODUCTS[name](config, fitted) for config in configs for name in names]
+    made = [PRODUCTS[name](config, fitted) for config in configs for name in dict.fromkeys(names)]
     once = {product.name: product for product in made if product.rank is None}
     return [product for product in made if product.rank is not None] + list(once.values())

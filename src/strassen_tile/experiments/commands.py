@@ -102,7 +102,9 @@ def run_bench(options: argparse.Namespace) -> int:
     ]
     _make_writable(options.out)
     rows: list[Row] = []
-    each = sum(speed.row_count(name, options.methods, options.ranks, options.tile) for name in options.passes)
+    each = sum(
+        speed.row_count(name, options.methods, options.ranks, options.tile) for name in dict.fromkeys(options.passes)
+    )
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )

@@ -126,7 +126,9 @@ def _compared(entry: str, recipe: Methods) -> list[Compared]:
         raise ConfigError(f"methods: name or name[key=value,…] is wanted; got {settings.short(entry)}")
     name, inside = read.groups()
     if name not in _ENTRIES:
-        raise ConfigError(f"unknown methods {settings.short(name)[1:-1]}; there are {', '.join(_ENTRIES)}")
+        raise ConfigError(
+            f"unknown methods {settings.short(name)[1:-1] or 'without a name'}; there are {', '.join(_ENTRIES)}"
+        )
     record, make = _ENTRIES[name]
     texts = [] if inside is None else settings.listed(inside)
     given = settings.values_of(record, settings.pairs(texts, f"methods: {name}"), f"methods: {name}")
@@ -174,11 +176,12 @@ def _low_rank(recipe: Methods, given: Mapping[str, Any]) -> list[Compared]:
         ratio = given["flop_ratio"]
         if not 0 < ratio < math.inf:
             raise ConfigError(f"methods: low-rank: flop_ratio must be positive and finite; got {ratio}")
-        return [Compared(baselines.low_rank(ratio), f"{ratio:g} of the FLOPs")]
-    if not recipe.ranks:
+    elif recipe.ranks:
+        p, q, s = _effective(asdict(recipe))["tile"]
+        ratio = min(recipe.ranks) / (p * q * s)
+    else:
         raise ConfigError("low-rank takes the FLOPs of the smallest rank: give ranks, or low-rank[flop_ratio=…]")
-    p, q, s = recipe.tile
-    return [Compared(baselines.low_rank(min(recipe.ranks) / (p * q * s)), "")]
+    return [Compared(baselines.low_rank(ratio), f"{ratio!r} of the FLOPs")]
 
 
 # Name of an entry: the record of its settings, and what makes its methods of the recipe and of the settings given.

@@ -78,6 +78,8 @@ def _file(name: str) -> Path:
     if (path := RECIPES / f"{name}.toml").parent == RECIPES and path.is_file():
         return path
     if Path(name).suffix == ".toml":
+        with contextlib.suppress(RuntimeError):  # a home that nobody has: it is not found, then
+            return Path(name).expanduser()
         return Path(name)
     known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
     raise ConfigError(f"there is no recipe {short(name)}; there are {known}, or give the path of a .toml file")

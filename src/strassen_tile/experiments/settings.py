@@ -55,7 +55,8 @@ def values_of(record: type, given: Mapping[str, object], where: str) -> dict[str
     """
     known = settings_of(record)
     if unknown := [key for key in given if key not in known]:
-        raise ConfigError(f"{where}: unknown key {', '.join(map(short, unknown))}; there are {', '.join(known)}")
+        there = f"there are {', '.join(known)}" if known else "it has no settings"
+        raise ConfigError(f"{where}: unknown key {', '.join(map(short, unknown))}; {there}")
     values = {}
     for key, value in given.items():
         try:
@@ -97,7 +98,10 @@ def as_text(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str | int | float):
-        return str(value)
+        try:
+            return str(value)
+        except ValueError as error:  # of thousands of digits
+            raise ConfigError(str(error).partition(";")[0]) from error
     if isinstance(value, list) and not any(isinstance(one, list) for one in value):
         return "".join(f"{as_text(one)}," for one in value)
     raise ConfigError(f"text, a number, a boolean or a list of them is wanted; got {short(str(value))}")

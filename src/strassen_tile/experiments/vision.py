@@ -49,8 +49,6 @@ def comparison(recipe: Recipe) -> runner.Comparison:
     share(recipe.batch_size)
     splits = load_images(recipe.data, image_size=recipe.image_size, limit=recipe.limit, augment=recipe.augment)
     recipe = recipe.fitted(splits)
-    # More seeds, ranks or methods only add runs. Low rank takes its FLOPs from the ranks: with it they may not change.
-    may_change = {"seeds", "methods", "workers"} | ({"ranks"} if "low-rank" not in recipe.methods else set())
     defaults = {name: one.default for name, one in settings_of(Recipe).items() if one.default not in (None, MISSING)}
     size_before = _EARLIER_FOLDER_SIZE if splits.lazy else splits.image_size
     return runner.Comparison(
@@ -59,8 +57,8 @@ def comparison(recipe: Recipe) -> runner.Comparison:
         recipe=asdict(recipe),
         # Before recipes had a precision, the hardware decided.
         earlier={**defaults, "precision": resolved_precision("auto"), "image_size": size_before},
-        may_change=frozenset(may_change),
-        facts={**facts(splits), "precision": recipe.precision},
+        may_change=frozenset({"seeds", "ranks", "methods", "workers"}),  # more of them only add runs
+        facts={**facts(splits), "precision": recipe.precision, **({"draws": "by batch"} if recipe.augment else {})},
         notes=_notes(recipe, splits),
         remarks=_remarks(splits),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -107,6 +108,8 @@ def fuse_mlps(model: nn.Module, roles: Mapping[type[nn.Module], Roles] | None = 
         ConversionError: nothing was fused, or `roles` names a class of which the model has no block. The model is then as
             it was.
     """
+    if not isinstance(roles, Mapping | None):
+        raise ConversionError(f"roles must be {{class of a block: Roles(…)}}; got {roles!r}")
     roles = dict(roles or {})
     for kind, given in roles.items():
         if not isinstance(kind, type) or not issubclass(kind, nn.Module) or not isinstance(given, Roles):
@@ -193,6 +196,8 @@ def _fuse(block: nn.Module, roles: Roles, stand_in: Callable[..., STLLinear]) ->
             has_own_hooks(part) or any(v for k, v in vars(part).items() if k.endswith("_hooks"))
         ):
             return "it has hooks, or a forward of its own, which would be lost"
+    if len(inspect.signature(block.forward).parameters) != 1:
+        return "its forward takes more than one tensor"
     try:
         mlp = STLMLP.from_layers(layers, roles)
         mlp.training = block.training

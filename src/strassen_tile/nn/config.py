@@ -91,6 +91,7 @@ class STLConfig:
         self._check_rank()
         if self.basis in ("random", "approximate"):
             self._warn_if_nothing_is_saved()
+        _ = self.mixes_rows  # cached now: a graph that is traced later cannot take the lock
 
     @cached_property
     def pqs(self) -> Tile:

@@ -66,7 +66,7 @@ class STLLinear(TileLayer):
         self.encoder = parameter(*((columns,) if per_tile else ()), r, p, q, trained=config.train_encoder)
         self.encoded_weight = parameter(r, columns, outputs)
         self.decoder = parameter(*((outputs,) if per_tile else ()), r, p, s, trained=config.train_decoder)
-        self._shapes = self.encoded_weight.shape, self.encoder.shape, self.decoder.shape
+        self._built = (self.encoded_weight.shape, self.encoder.shape, self.decoder.shape, out_features)
         if bias:
             self.bias = parameter(out_features)
         else:
@@ -211,7 +211,8 @@ class STLLinear(TileLayer):
         Raises:
             ShapeError: other features, or a 2-D input if rows mix.
         """
-        x = only(x, input)
+        if x is None or input is not None:
+            x = only(x, input)
         self.check_input(x)
         if self.norm is not None:
             if self.can_join(x) and undisturbed(x, [self], self.norm):
@@ -220,22 +221,29 @@ class STLLinear(TileLayer):
                 y = norm_linear(as_samples(x), norm_of(self.norm, x), layer, self.out_features)
                 return y.view(*x.shape[:-1], self.out_features)
             x = self.norm(x)
-        x = self.without_padding(x)
+        if self.padding is not None:
+            x = self.without_padding(x)
         (encoder, decoder), config, columns = self.factors(), self.config, self.out_features
         tensors = self.encoded_weight, encoder, decoder, self.bias
         if config.backend == "auto" and self._is_as_built(x, *tensors):
-            y = linear(as_samples(x), *tensors, columns, "none", config.recompute)
-            return y if x.ndim == 3 else y.view(*x.shape[:-1], columns)
+            if x.ndim == 3:
+                return linear(x, *tensors, columns, "none", config.recompute)
+            return linear(as_samples(x), *tensors, columns, "none", config.recompute).view(*x.shape[:-1], columns)
         return stl_linear(x, *tensors, out_features=columns, backend=config.backend, recompute=config.recompute)
 
     def _is_as_built(self, x: Tensor, weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None) -> bool:
-        """Whether its tensors have the shapes it was built with and the dtype of x, and no autocast changes that.
+        """Whether its tensors have the shapes it was built with and the dtype and device of x, and no autocast changes that.
 
         They fit together then. Whatever else they may have become (`.data`, `functional_call`) is for `stl_linear` to judge.
         """
+        others = (weight, encoder, decoder) if bias is None else (weight, encoder, decoder, bias)
+        dtype, on_cpu = x.dtype, x.is_cpu
+        for tensor in others:
+            if tensor.dtype != dtype or not ((on_cpu and tensor.is_cpu) or tensor.device == x.device):
+                return False
         return (
-            x.dtype == weight.dtype == encoder.dtype == decoder.dtype
-            and (weight.shape, encoder.shape, decoder.shape) == self._shapes
-            and (bias is None or (bias.dtype == x.dtype and bias.shape == (self.out_features,)))
+            (weight.shape, encoder.shape, decoder.shape, self.out_features) == getattr(self, "_built", None)
+            and (bias is None or bias.shape == (self.out_features,))
+            and x.ndim >= 2
             and not autocasting(x)
         )

@@ -138,13 +138,15 @@ class STLMLP(nn.Module):
         return cls.from_layers(layers, roles, norm=norm).train(up.training)
 
     def _assemble(self, layers: Mapping[str, nn.Module], roles: Roles, norm: nn.Module | None) -> None:
-        if roles.activation not in ACTIVATIONS:
+        if not isinstance(roles, Roles) or not isinstance(layers, Mapping) or not all(layers):
+            raise ConfigError(f"from_layers takes a dict of name → layer, and Roles; got {layers!r} and {roles!r}")
+        if roles.activation not in tuple(ACTIVATIONS):
             raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {roles.activation!r}")
         if len(set(roles.layers)) < len(roles.layers) or set(layers) != set(roles.layers):
             raise ConfigError(f"layers must be named as in {roles}, each once; got {', '.join(layers) or 'none'}")
         sizes: dict[str, tuple[int, int]] = {}
         for name, layer in layers.items():
-            if not isinstance(layer, TileLayer):
+            if not isinstance(name, str) or not isinstance(layer, TileLayer):
                 raise ConfigError(f"{name} must be an STLLinear; got {type(layer).__name__}: convert it first")
             if "." in name or name in ("norm", "roles") or hasattr(self, name):
                 raise ConfigError(f"a layer cannot be called {name!r}: it must be the name of a child, and a free one")
@@ -160,8 +162,16 @@ class STLMLP(nn.Module):
         for name, layer in layers.items():
             self.add_module(name, layer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, N, K) → (…, N, M). Raises ShapeError for a 2-D input if rows mix."""
+    def forward(self, x: Tensor | None = None, **by_name: Tensor) -> Tensor:
+        """(…, N, K) → (…, N, M). Callers of a block whose place it takes may call x by another name.
+
+        Raises:
+            ShapeError: a 2-D input if rows mix.
+        """
+        given = [*([] if x is None else [x]), *by_name.values()]
+        if len(given) != 1:
+            raise TypeError(f"forward() takes one tensor; got {len(given)}")
+        x = given[0]
         norm, roles = self.norm, self.roles
         up, down, *gate = layers = [getattr(self, name) for name in roles.layers]
         if _can_fuse(x, layers, norm):
@@ -205,6 +215,8 @@ def _fused(x: Tensor, layers: list[Any], norm: nn.Module | None, activation: str
     x, weights = x.to(dtype), [layer.weights(dtype) for layer in layers]
     for layer in (weights[0], *weights[2:]):
         check(x, layer.encoded_weight, layer.encoder, layer.decoder, layer.bias, up.out_features)
+    hidden, last = x.new_empty(0, 0, up.out_features), weights[1]
+    check(hidden, last.encoded_weight, last.encoder, last.decoder, last.bias, down.out_features)
     y = mlp(
         as_samples(x), weights[0], weights[1], up.out_features, down.out_features,
         gate=weights[2] if gate else None, norm=norm_of(norm, x), activation=activation,

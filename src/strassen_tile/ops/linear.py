@@ -55,7 +55,7 @@ def linear(
     if learns(x, encoded_weight, encoder, decoder, bias):
         keep = not recompute and decoder.requires_grad
         y: Tensor = Linear.apply(x, encoded_weight, encoder, decoder, bias, columns, keep)  # type: ignore[no-untyped-call]
-        return ACTIVATIONS[activation](y)
+        return y if activation == "none" else ACTIVATIONS[activation](y)
     with below_autograd():
         return schemas.linear(x, encoded_weight, encoder, decoder, bias, columns, activation)  # type: ignore[no-any-return]
 

@@ -51,6 +51,8 @@ def read_rows(path: str | Path) -> list[Row]:
         records = json.loads(text, parse_constant=lambda _: None)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not JSON: {error.msg} in line {error.lineno}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{path}: cannot read rows: {error}") from error
     except RecursionError as error:
         raise DataError(f"{path}: lists in lists without end, expected a list of flat records") from error
     if not isinstance(records, list):

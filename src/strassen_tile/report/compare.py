@@ -81,6 +81,10 @@ def table_caption(summary: Sequence[Mapping[str, Value]]) -> str:
         said = [f"Test top-1 at {epoch}: mean ± sample standard deviation over {over} seeds."]
     if not all(record["complete"] for record in summary):
         said.append("Training has not finished: only the seeds at a method's last epoch are averaged.")
+    if len({record.get("draws") for record in summary}) > 1:  # rows of before do not say
+        said.append(
+            "Some rows are older and were augmented by other random draws: small differences may come from that."
+        )
     return " ".join([*said, *_about_data(summary), *_about_test_set(summary)])
 
 

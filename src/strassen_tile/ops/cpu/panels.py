@@ -151,8 +151,8 @@ def backward(
 def _is_small(x: Tensor, encoded_weight: Tensor, encoder: Tensor) -> bool:
     """Whether X̂ and Ŷ are so small that an allocator gives their memory sooner than it is cut out of the workspace."""
     r, j, l = encoded_weight.shape  # noqa: E741 - the tile index L
-    tile_rows = x.shape[0] * tile_count(x.shape[1], encoder.shape[-2])
-    numbers = tile_rows * r * (j + l)
+    batch, rows, _ = x.shape
+    numbers = batch * -(-rows // encoder.shape[-2]) * r * (j + l)
     return numbers <= _SMALL and numbers * x.element_size() <= INFERENCE_BYTES
 
 

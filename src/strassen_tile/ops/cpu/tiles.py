@@ -109,12 +109,19 @@ def call(name: str, matrix: Tensor, encoded: Tensor, factor: Tensor, bias: Tenso
     """The kernel `name` on all tile rows of `matrix`; `factor` is E or D, or for "correlate" the sums that it adds to.
 
     Raises:
-        ShapeError: `encoded` or `bias` is of another size than `matrix` and `factor` say: the kernels do not look.
+        ShapeError: `encoded` or `bias` is of another size than `matrix` and `factor` say, or of another dtype or device: the
+            kernels do not look.
     """
     r, p, q = factor.shape if factor.ndim == 3 else factor.shape[1:4]
     batch, rows, columns = matrix.shape
+    sample_stride, row_stride, _ = matrix.stride()
     tile_rows, tiles = -(-rows // p), -(-columns // q)
     total = batch * tile_rows
+    if encoded.dtype != matrix.dtype or not (matrix.is_cpu and encoded.is_cpu and factor.is_cpu):
+        raise ShapeError(
+            f"{name} takes tensors of one dtype on the CPU; got a matrix of {matrix.dtype} on {matrix.device}, an encoded "
+            f"tensor of {encoded.dtype} on {encoded.device} and a factor on {factor.device}"
+        )
     if encoded.shape != (r, total, tiles) or (bias is not None and bias.shape != (columns,)):
         raise ShapeError(
             f"{name} of a matrix {shape_text(matrix.shape)} with a factor {shape_text((r, p, q))} takes an encoded tensor "
@@ -129,8 +136,8 @@ def call(name: str, matrix: Tensor, encoded: Tensor, factor: Tensor, bias: Tenso
         0 if bias is None else bias.data_ptr(),
         rows,
         columns,
-        matrix.stride(0),
-        matrix.stride(1),
+        sample_stride,
+        row_stride,
         tile_rows,
         tiles,
         encoded.stride(0),
