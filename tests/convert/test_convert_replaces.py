@@ -149,7 +149,7 @@ def test_all_layers_are_replaced_or_none():
     model = Picky()
     layers, expected = (model.a, model.b), model(X)
     with pytest.raises(
-        ConversionError, match=r"Picky does not take another layer as 'b'.*b is fixed.*Nothing was converted"
+        ConversionError, match=r"Picky does not take another layer as 'b'.*b is fixed.*Nothing was changed"
     ):
         convert(model, APART, example_inputs=X)
     assert (model.a, model.b) == layers

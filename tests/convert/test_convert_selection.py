@@ -201,10 +201,10 @@ def test_layers_alike_share_a_line_of_the_table():
     assert head == "23 converted, 38 left as they are"
     assert [line.partition("  ")[0] for line in lines] == [
         "13 layers (layers.*.first, mine)",
-        "10 layers (layers.*.second)",
-        "38 layers (layers.*.unused, layers.*.pooled, layers.*.last, layers.*.second)",
+        "10 layers (layers.0,2-10.second)",
+        "38 layers (layers.*.unused, layers.*.pooled, layers.*.last, layers.1,11.second)",
     ]
     assert sum(name.startswith("layers.") for name in done.skipped) == 38  # each by its name
-    many = nn.ModuleDict({name: nn.Linear(8, 8) for name in "abcdefgh"})
-    assert "8 layers (a, b, c, d, e, f, …)  " in str(convert(many, APART))
+    many = nn.ModuleDict({name: nn.Linear(8, 8) for name in "abcdefghijklmn"})
+    assert "14 layers (a, b, c, d, e, f, g, h, i, j, k, l, …)  " in str(convert(many, APART))
     assert "2 layers (0, 1)  " in str(convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), APART))

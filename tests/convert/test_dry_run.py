@@ -101,3 +101,20 @@ def test_a_model_without_numbers_can_be_asked():
     dry = convert(model, APART, dry_run=True)
     assert list(dry.converted) == ["first", "second", "unused", "pooled", "last"]
     assert not any(isinstance(module, STLLinear) for module in model.modules())
+
+
+def test_lazy_layers_stay_lazy_and_each_is_found():
+    class Late(nn.Module):
+        """Its linear layer is there once it has been called."""
+
+        def __init__(self):
+            super().__init__()
+            self.first = nn.LazyLinear(8)
+
+        def forward(self, x):
+            return self.first(x) + 0
+
+    model, x = nn.Sequential(Late(), nn.LazyLinear(8), nn.ReLU()), torch.randn(2, 5, 6)
+    done = convert(model, APART, example_inputs=x, dry_run=True)
+    assert set(done.converted) == {"0.first", "1"}
+    assert type(model[1]) is nn.LazyLinear and model(torch.randn(2, 5, 7)).shape == (2, 5, 8)

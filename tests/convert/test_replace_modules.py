@@ -1,5 +1,8 @@
 """If these fail, a model is left with some modules replaced and others not, or does not come back as it was."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -97,8 +100,36 @@ def test_fused_encoders_stay_off_while_any_layer_is_replaced():
         undo()
         types = [type(model.layers[0].linear1), type(model.layers[0].linear2)]
         assert types.count(nn.Linear) == linears
-        assert linears == 2 or not model.layers[0].activation_relu_or_gelu
-        assert linears == 2 or not model.use_nested_tensor
+        assert bool(model.layers[0].activation_relu_or_gelu) is model.use_nested_tensor is (linears == 2)
+    assert model.layers[0].activation_relu_or_gelu == 1  # ReLU, as it was
+
+
+class Derived(nn.Linear):
+    """Not what PyTorch's encoder looks for, but it reads the weight all the same."""
+
+
+def test_an_encoder_whose_layer_was_no_linear_before_keeps_its_fused_path():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).eval()
+    model.layers[0].linear1 = Derived(8, 16)
+    model.extra = nn.Linear(8, 8)
+    undo = replace_modules(model, {"extra": nn.Identity()})
+    assert model.layers[0].activation_relu_or_gelu == 1 and model.use_nested_tensor
+    undo()
+    assert model.layers[0].activation_relu_or_gelu == 1 and model.use_nested_tensor
+
+
+def test_an_encoder_layer_without_its_usual_layers_is_converted():
+    class Odd(nn.TransformerEncoderLayer):
+        def __init__(self):
+            super().__init__(8, 2, 16, batch_first=True)
+            del self.linear1
+            self.other = nn.Linear(8, 16)
+
+    model = nn.ModuleDict({"odd": Odd()})
+    done = convert(model, STLConfig(rank=8, mixing="none"))
+    assert set(done.converted) == {"odd.other", "odd.linear2"}
+    done.undo()
+    assert type(model["odd"].other) is nn.Linear
 
 
 @torch.no_grad()
@@ -117,3 +148,39 @@ def test_conversions_undone_in_either_order_compute_what_they_did():
             torch.backends.mha.set_fastpath_enabled(True)
         done[1 - first].undo()
         torch.testing.assert_close(model(x), dense)
+
+
+def test_what_took_a_replacements_place_is_undone_first():
+    """Else the mask of the row-mixing layers would go and they, or their like, would stay."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), torch.randn(2, 5, 8)
+    before, done = list(model), convert(model, STLConfig(), example_inputs=x, filter_fn=lambda *_: True, force_mixing="*")
+    quantized = quantize_fp8(model)
+    now = list(model)
+    with pytest.raises(ConversionError, match=r"0 is a STLLinearFP8 by now, .* undo that first"):
+        done.undo()
+    assert list(model) == now
+    quantized.undo()
+    done.undo()
+    assert list(model) == before
+
+
+def test_old_layers_follow_layers_in_fp8():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    done = convert(model, STLConfig(mixing="none"))
+    quantized = quantize_fp8(model)
+    model.half()
+    quantized.undo()
+    done.undo()
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_of_model_and_report_undoes_the_copy(copied):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    done = convert(model, STLConfig(mixing="none"))
+    other, report = copied((model, done))
+    report.undo()
+    assert [type(m) for m in other] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert [type(m) for m in model] == [STLLinear, nn.ReLU, STLLinear]
+    done.undo()
+    assert type(model[0]) is nn.Linear

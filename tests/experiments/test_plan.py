@@ -232,7 +232,7 @@ def test_inputs_are_what_models_take() -> None:
     assert inputs["input_ids"].dtype is torch.long
     assert inputs["input_ids"].max() > 2
     assert inputs["input_ids"].max() < 50
-    assert inputs["token_type_ids"].unique().tolist() == [0, 1]
+    assert inputs["token_type_ids"].unique().tolist() == [0]
     assert inputs["position_ids"][1].tolist() == list(range(7))
     assert inputs["attention_mask"].all()
     assert inputs["scale"].dtype is torch.float64
@@ -295,3 +295,35 @@ def test_what_cannot_be_planned_is_said_in_one_line(arguments, said, tmp_path, c
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
+
+
+def test_inputs_are_within_a_models_vocabulary() -> None:
+    """Position tables are larger than small vocabularies; PyTorch's masks say what is hidden."""
+
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.positions, self.kinds = nn.Embedding(9, 8), nn.Embedding(512, 8), nn.Embedding(1, 8)
+
+    made = loading.example_inputs_of(
+        Words(), {"idx": [2, 64], "token_type_ids": [2, 64], "src_key_padding_mask": [2, 64], "attention_mask": [2, 64]}
+    )
+    assert made["idx"].max() == 8 and not made["token_type_ids"].any()
+    assert made["src_key_padding_mask"].dtype == torch.bool and not made["src_key_padding_mask"].any()
+    assert made["attention_mask"].all()
+
+
+def test_a_layer_that_is_not_called_takes_no_time() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.unused = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.a(x) + 0
+
+    rows = planning.plan(Unused(), STLConfig(mixing="none"), FLAT, rows=4096, example_inputs=torch.randn(2, 16, 64))
+    by_name = {row["layer"]: row for row in rows}
+    assert by_name["a"]["n"] == 32 and by_name["a"]["predicted_dense_s"] > 0
+    assert by_name["unused"]["n"] == 0 and by_name["unused"]["predicted_dense_s"] == 0
+    assert by_name["unused"]["decision"] == "leave"

@@ -13,7 +13,7 @@ from torch import nn
 
 import strassen_tile as stl
 import strassen_tile.nn.mlp as mlp_module
-from strassen_tile import Roles, STLConfig, STLLinear, fuse_mlps
+from strassen_tile import Roles, STLConfig, STLLinear, convert, fuse_mlps
 from strassen_tile.errors import ConversionError
 from strassen_tile.integrations import mlps
 
@@ -552,3 +552,23 @@ def test_callers_may_name_what_they_hand_over():
     torch.testing.assert_close(model.block(hidden_states=X), expected)
     with pytest.raises(TypeError, match="takes one tensor; got 2"):
         model.block(X, hidden_states=X)
+
+
+def test_a_conversion_undone_before_the_fusion_leaves_no_stl_layer():
+    """They would stay without their mask: padding would reach real rows."""
+    model = Model().double().eval()
+    dense = call(model, {"x": X})
+    done = convert(model, STLConfig(mixing="none"), filter_fn=lambda _, name: name.startswith("first"))
+    fusion = fuse_mlps(model)
+    done.undo()
+    assert not [m for m in model.modules() if type(m) is STLLinear]
+    torch.testing.assert_close(call(model, {"x": X}), dense)
+    fusion.undo()
+    assert type(model.first) is nn.Sequential and not [m for m in model.modules() if type(m) is STLLinear]
+
+
+def test_undo_leaves_the_modes_of_layers():
+    model = model_of().train()
+    model.block.fc1.eval()
+    fuse_mlps(model, {Block: ROLES}).undo()
+    assert not model.block.fc1.training and model.block.fc2.training and model.block.act.training

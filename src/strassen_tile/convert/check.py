@@ -16,7 +16,7 @@ from strassen_tile.convert.select import mixing_of, select
 from strassen_tile.convert.swap import grouped
 from strassen_tile.convert.trial import new_dependence
 from strassen_tile.errors import ConversionError
-from strassen_tile.nn import STLConfig
+from strassen_tile.nn import STLConfig, STLLinearFP8
 from strassen_tile.nn.base import TileLayer
 
 
@@ -46,8 +46,9 @@ def check_mixing(
 ) -> MixingReport:
     """Whether rows mix in `model` that would not meet if its layers kept rows apart: the test that `convert` makes.
 
-    Copies of the model are run with parts of the inputs changed, with its row-mixing layers (`STLLinear`, `STLLinearFP8`, alone
-    or in an `STLMLP`) and with layers in their place that keep rows apart. Nothing may depend on more with them than without.
+    Copies of the model are run with parts of the inputs changed, with its row-mixing layers (`STLLinear`, alone or in an
+    `STLMLP`; check a model before `quantize_fp8`, whose layers round by tile row) and with layers in their place that keep
+    rows apart. Nothing may depend on more with them than without.
 
         assert st.check_mixing(model, tokens)  # in a test of yours
 
@@ -58,11 +59,16 @@ def check_mixing(
         effort: how many times as many places of the inputs are changed as usual. More find rarer dependences.
 
     Raises:
-        ConversionError: there is nothing to check, or the model's outputs cannot be compared from run to run.
+        ConversionError: there is nothing to check, the model holds layers in fp8 or cannot be copied, or its outputs cannot be
+            compared from run to run.
     """
     if not isinstance(effort, int) or effort < 1:
         raise ConversionError(f"effort is a whole number from 1; got {effort!r}")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, TileLayer) and m.config.mixes_rows}
+    if in_fp8 := [name for name, layer in layers.items() if isinstance(layer, STLLinearFP8)]:
+        raise ConversionError(
+            f"{in_fp8[0]} is in fp8, in which small changes are rounded away; check before quantize_fp8"
+        )
     if not layers:
         return _ahead(model, example_inputs, config or STLConfig(), effort)
     mixing = {name: how for name, layer in layers.items() if (how := mixing_of(layer.config)) is not None}
@@ -73,6 +79,11 @@ def check_mixing(
     unsafe = {name: leak.reason for name, leak in leaks.items()}
     if not unsafe:
         with scratch_copy(model) as apart, scratch_copy(model) as mixed:
+            if apart is mixed:
+                raise ConversionError(
+                    f"{type(model).__name__} cannot be copied, so it cannot be held against itself with rows apart; check it "
+                    "before what keeps it from being copied (a lock, a process group) is put on it"
+                )
             _keep_apart(apart, layers)
             leak = new_dependence(apart, mixed, example_inputs, effort=effort)
         if leak is not None:

@@ -78,16 +78,14 @@ def select(
         ConversionError: the model is itself a linear layer, force_mixing matches none, or rows would mix and the model has no
             numbers to run.
     """
-    if example_inputs is not None and any(is_lazy(p) for p in model.parameters()):
-        with evaluating(model):
-            run(model, example_inputs)  # lazy layers take their sizes from the first call
+    materialise(model, example_inputs)
     found = candidates(model)
     if any("" in candidate.names for candidate in found):
         raise ConversionError("the model is itself a linear layer; use STLLinear.from_linear on it")
     force_mixing = (force_mixing,) if isinstance(force_mixing, str) else force_mixing
     if not isinstance(force_mixing, Collection) or not all(isinstance(pattern, str) for pattern in force_mixing):
         raise ConversionError(f"force_mixing takes names of layers, or patterns; got {force_mixing!r}")
-    forced = {c.name for pattern in force_mixing for c in matching(pattern, found, "force_mixing")}
+    forced = _forced(force_mixing, found)
     calls = None
     if example_inputs is not None:
         with scratch_copy(model) as copy:
@@ -126,6 +124,13 @@ def select(
     return Selection([candidate for candidate in found if candidate.name not in skipped], skipped, calls, leaks)
 
 
+def materialise(model: nn.Module, example_inputs: object) -> None:
+    """Let lazy layers take their sizes, which they do from the first call."""
+    if example_inputs is not None and any(is_lazy(p) for p in model.parameters()):
+        with evaluating(model):
+            run(model, example_inputs)
+
+
 def mixing_of(config: STLConfig) -> Mixing | None:
     """How rows mix under a config; None if they do not."""
     return Mixing(config.pqs[0], config.mixing == "causal") if config.mixes_rows else None
@@ -138,6 +143,19 @@ def matching(pattern: str, found: Sequence[Candidate], argument: str) -> list[Ca
         names = ", ".join(candidate.name for candidate in found)
         raise ConversionError(f"{argument}: {pattern!r} matches no linear layer; there are {names or 'none'}")
     return chosen
+
+
+def _forced(patterns: Collection[str], found: Sequence[Candidate]) -> set[str]:
+    """The layers whose every name is asked for: one that is shared may be safe to mix in one place and not in another."""
+    asked = {c.name: c for pattern in patterns for c in matching(pattern, found, "force_mixing")}
+    for candidate in asked.values():
+        others = [n for n in candidate.names if not any(fnmatchcase(n, pattern) for pattern in patterns)]
+        if others:
+            named = ", ".join(candidate.names)
+            raise ConversionError(
+                f"force_mixing: one layer is called {named}, and {others[0]} is not asked for; name all of them, or none"
+            )
+    return set(asked)
 
 
 def observe(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: object) -> dict[str, Calls]:

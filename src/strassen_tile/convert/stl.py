@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from strassen_tile.convert.layers import Candidate, candidates
 from strassen_tile.convert.replace import modules_by_name, replace_modules
-from strassen_tile.convert.select import Filter, matching, mixing_of
+from strassen_tile.convert.select import Filter, matching, materialise, mixing_of
 from strassen_tile.convert.swap import Conversion, grouped, swap
 from strassen_tile.cost import machine
 from strassen_tile.errors import ConversionError
@@ -48,7 +50,7 @@ def convert(
         layer_configs: name or pattern (as in a shell: `*` also stands for dots) → the config of the layers that match, or None
             to leave them dense; the first pattern that matches counts, and `config` is for the layers that none matches.
         force_mixing: names of layers, or patterns such as "layers.*.mlp.*", whose rows may see other rows of their sample
-            though the model does not let them. Rows of other samples never.
+            though the model does not let them. Rows of other samples never. Of a layer with several names all are to be given.
         min_speedup: leave layers that are predicted to gain less than this on this machine at the shapes of
             `example_inputs` (as `strassen-tile plan` does): of a training step if the model is in training mode, of a
             forward pass otherwise.
@@ -67,6 +69,9 @@ def convert(
         raise ConversionError(
             "min_speedup needs example_inputs: how much a layer gains depends on how many rows it is fed"
         )
+    if dry_run and any(is_lazy(p) for p in model.parameters()):
+        model = copy.deepcopy(model)  # to take their sizes is a change, too
+    materialise(model, example_inputs)
     found = candidates(model)
     configs = _configs(found, config, layer_configs)
     for used in {config, *configs.values()}:

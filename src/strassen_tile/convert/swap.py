@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 
@@ -21,7 +22,7 @@ from strassen_tile.errors import ConversionError
 from strassen_tile.nn import PaddingMask, STLLinear, STLLinearFP8
 
 Replace = Callable[[nn.Linear], nn.Module | str]  # a replacement, or the reason why there is none
-_PATTERNS = 6  # shown of the names of layers that share a reason
+_SHOWN = 12  # of the names of layers that share a reason
 
 
 @dataclass
@@ -46,13 +47,20 @@ class Conversion:
     _undo: list[Callable[[], object]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Put the original layers back. What the new ones learned is dropped, unless they hold the originals' parameters."""
-        while self._undo:
-            self._undo.pop()()
+        """Put the original layers back. What the new ones learned is dropped, unless they hold the originals' parameters.
+
+        Raises:
+            ConversionError: something else, of `quantize_fp8` say, has taken the place of one: undo that first.
+        """
+        for action in self._undo:  # layers first: where that is refused, their mask stays too
+            action()
+        self._undo.clear()
 
     def __str__(self) -> str:
-        rows = [(label, what, "") for label, what in grouped({n: _described(m) for n, m in self.converted.items()})]
-        rows += [(label, "left as it is", reason) for label, reason in grouped(self.skipped)]
+        among = [*self.converted, *self.skipped]
+        described = {name: _described(layer) for name, layer in self.converted.items()}
+        rows = [(label, what, "") for label, what in grouped(described, among)]
+        rows += [(label, "left as it is", reason) for label, reason in grouped(self.skipped, among)]
         widths = [max([len(row[column]) for row in rows] + [5]) for column in (0, 1)]
         head = f"{len(self.converted)} converted, {len(self.skipped)} left as they are"
         if self.dry_run:
@@ -123,23 +131,48 @@ def swap(
     return Conversion(replacements, skipped, calls, _undo=[replace_modules(model, replacements)])
 
 
-def grouped(texts: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(label, text) of names that share a text, in order: a name, or "12 layers (layers.*.up, layers.*.down, …)"."""
+def grouped(texts: Mapping[str, str], among: Collection[str] = ()) -> list[tuple[str, str]]:
+    """(label, text) of names that share a text, in order: a name, or "12 layers (layers.*.up, layers.0-4.down, …)".
+
+    A star stands for all numbers there are, among these names and those in `among`.
+    """
     names: dict[str, list[str]] = {}
     for name, text in texts.items():
         names.setdefault(text, []).append(name)
-    return [(_label(together), text) for text, together in names.items()]
+    everything = Counter(map(_pattern, {*texts, *among}))
+    return [(_label(together, everything), text) for text, together in names.items()]
 
 
-def _label(names: Sequence[str]) -> str:
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def _label(names: Sequence[str], everything: Mapping[str, int]) -> str:
     if len(names) == 1:
         return names[0]
     alike: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
-    shown = [[pattern] if len(same) > 1 and pattern.strip("*.") else same for pattern, same in alike.items()]
-    patterns = [label for labels in shown for label in labels]
-    return f"{len(names)} layers ({', '.join(patterns[:_PATTERNS])}{', …' if len(patterns) > _PATTERNS else ''})"
+        alike.setdefault(_pattern(name), []).append(name)
+    shown: list[str] = []
+    for pattern, same in alike.items():
+        if len(same) == 1 or not pattern.strip("*."):
+            shown += same
+        elif len(same) == everything[pattern]:
+            shown.append(pattern)
+        elif pattern.split(".").count("*") == 1:
+            at = pattern.split(".").index("*")
+            shown.append(pattern.replace("*", _ranges([int(name.split(".")[at]) for name in same])))
+        else:
+            shown += same
+    return f"{len(names)} layers ({', '.join(shown[:_SHOWN])}{', …' if len(shown) > _SHOWN else ''})"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0-3,7 of 0, 1, 2, 3, 7."""
+    ordered = sorted(numbers)
+    starts = [n for n in ordered if n - 1 not in ordered]
+    ends = [n for n in ordered if n + 1 not in ordered]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _on_meta(layer: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from strassen_tile.convert.places import batches, real_rows
 from strassen_tile.convert.replace import modules_by_name, replace_modules
 from strassen_tile.convert.running import evaluating, run, scratch_copy, widen
 from strassen_tile.errors import ConversionError
+from strassen_tile.nn.base import TileLayer
 
 Attach = Callable[[nn.Module], object]  # what else a conversion puts on a model
 
@@ -61,13 +62,16 @@ def failures(
 
     def padding_leak(some: Mapping[str, nn.Module]) -> Leak | None:
         with scratch_copy(model) as apart, scratch_copy(model) as mixed:
+            if apart is mixed:
+                return Leak("the model cannot be copied, so it cannot be held against itself with rows apart", False)
             replace_modules(mixed, some)
             attach(mixed)
             with scratch_copy(mixed) as copy:  # the layers themselves are not to be changed
                 return new_dependence(apart, copy, example_inputs, only_padding=True)
 
     reason = "no mask of the call tells it which rows are padding"
-    return found | {name: f"{reason}: {leak.reason}" for name, leak in culprits(changed, padding_leak).items()}
+    mixing = {n: layer for n, layer in changed.items() if isinstance(layer, TileLayer) and layer.config.mixes_rows}
+    return found | {name: f"{reason}: {leak.reason}" for name, leak in culprits(mixing, padding_leak).items()}
 
 
 def _run_with(

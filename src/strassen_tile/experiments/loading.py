@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 from collections.abc import Mapping
@@ -65,8 +66,8 @@ def example_inputs_of(model: nn.Module, given: object) -> object:
     Args:
         model: its dtype is that of the numbers.
         given: "dummy" for the model's own `dummy_inputs`, a shape for a single tensor, or a dict of argument names to shapes:
-            `{"input_ids": [2, 128]}`. Arguments whose names end in "ids" are integers (those that number positions count up),
-            masks are ones, and all others normal numbers.
+            `{"input_ids": [2, 128]}`. Arguments whose names end in "ids", "idx" or "tokens" are integers (those that number
+            positions count up, those of types are zero), masks let everything be seen, and all others are normal numbers.
 
     Raises:
         ConfigError: it is none of these, or the model has no `dummy_inputs`.
@@ -87,13 +88,22 @@ def _tensor(model: nn.Module, name: str, shape: object) -> Tensor:
         raise ConfigError(
             f"inputs are shapes of positive sizes, as in {_EXAMPLE}; got {f'{name}: ' if name else ''}{shape!r}"
         )
-    if "mask" in name:
-        return torch.ones(shape, dtype=torch.long)
+    if "mask" in name:  # PyTorch's say what is hidden, transformers' what is not
+        hides = name in ("mask", "src_mask", "tgt_mask", "memory_mask") or name.endswith("padding_mask")
+        return torch.zeros(shape, dtype=torch.bool) if hides else torch.ones(shape, dtype=torch.long)
     generator = torch.Generator().manual_seed(0)
     if name.endswith("position_ids"):
         return torch.arange(shape[-1]).expand(shape).clone()
-    if name.endswith("ids"):
-        tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-        return torch.randint(2 if "type" in name else max([2, *tables]), tuple(shape), generator=generator)
+    if name.endswith(("ids", "idx", "tokens")):
+        return torch.randint(1 if "type" in name else _vocabulary(model), tuple(shape), generator=generator)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return torch.randn(tuple(shape), generator=generator).to(dtype)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """How many tokens there are: of the embeddings that transformers' models name, or of the first table."""
+    named: Any = None
+    with contextlib.suppress(Exception):  # models without any have the method too, which then raises
+        named = model.get_input_embeddings()  # type: ignore[operator]
+    tables = [m for m in (named, *model.modules()) if isinstance(m, nn.Embedding)]
+    return tables[0].num_embeddings if tables else 2

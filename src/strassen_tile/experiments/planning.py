@@ -66,7 +66,9 @@ def layers_of(model: nn.Module, config: STLConfig, *, rows: int, example_inputs:
     return [
         Layer(
             candidate.name,
-            tuple(math.prod(shape[:-1]) for shape in calls.get(candidate.name, [])) or (rows,),
+            (rows,)
+            if example_inputs is None
+            else tuple(math.prod(shape[:-1]) for shape in calls.get(candidate.name, [])),
             (candidate.layer.in_features, candidate.layer.out_features),
             skipped.get(candidate.name),
         )
@@ -150,10 +152,10 @@ def decide(
 
 
 def _record(layer: Layer, config: STLConfig, machine: Machine, min_speedup: float, name: str) -> Row:
-    n, (k, m) = layer.rows[0], layer.features
+    n, (k, m) = layer.rows[0] if layer.rows else 0, layer.features
     times = [machine.linear(rows, k, m, config.pqs, config.rank, name) for rows in layer.rows]
-    dense, stl = (sum(each) for each in zip(*times, strict=True))
-    speedup = dense / stl
+    dense, stl = sum(one for one, _ in times), sum(one for _, one in times)
+    speedup = dense / stl if stl else 0.0  # a layer that is not called takes no time
     decision, reason = "convert", f"predicted {speedup:.2f}×"
     if layer.skipped is not None:
         decision, reason = "leave", layer.skipped

@@ -76,8 +76,9 @@ class Fusion:
 
         To have dense layers again, undo the conversion too.
         """
-        while self._undo:
-            self._undo.pop()()
+        for action in self._undo:
+            action()
+        self._undo.clear()
 
     def __str__(self) -> str:
         rows = [(name, f"STLMLP, {mlp.extra_repr()}", "") for name, mlp in self.fused.items()]
