@@ -9,7 +9,7 @@ TEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist w
 
 .PHONY: demo test test-slow lint bench gpu-check clean
 
-demo: $(STAMP)  ## train dense, 2:4 and STL on real images and compare them (about 6 minutes on 2 cores)
+demo: $(STAMP)  ## train dense, 2:4 and STL on real images and compare them (about 5 minutes on 2 cores, installation included)
 	$(BIN)/strassen-tile compare --out $(OUT)/demo
 
 test: $(STAMP)  ## the whole fast test suite

@@ -153,7 +153,10 @@ def test_conversions_undone_in_either_order_compute_what_they_did():
 def test_what_took_a_replacements_place_is_undone_first():
     """Else the mask of the row-mixing layers would go and they, or their like, would stay."""
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), torch.randn(2, 5, 8)
-    before, done = list(model), convert(model, STLConfig(), example_inputs=x, filter_fn=lambda *_: True, force_mixing="*")
+    before, done = (
+        list(model),
+        convert(model, STLConfig(), example_inputs=x, filter_fn=lambda *_: True, force_mixing="*"),
+    )
     quantized = quantize_fp8(model)
     now = list(model)
     with pytest.raises(ConversionError, match=r"0 is a STLLinearFP8 by now, .* undo that first"):
