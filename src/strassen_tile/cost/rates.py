@@ -7,7 +7,7 @@ seconds, kept in the user's cache folder) and interpolated. The prediction is FL
     STL      r products / batched gemm(NKM/pqs) + (X + X̂ + Ŷ) traffic    + fresh Y + calls
 
 A training step does each product once forward and twice backward, encodes X twice and dY, decodes Y and dX, correlates for
-E and D; fresh are Y, dX, the weight's gradient and, for STL, Ŷ (`ops/panels.py`).
+E and D; fresh are Y, dX, the weight's gradient and, for STL, Ŷ (`ops/cpu/panels.py`).
 """
 
 from __future__ import annotations
