@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from flat_machine import FLAT
 
 from strassen_tile import cost
 from strassen_tile.baselines import products
@@ -19,17 +20,6 @@ CONTRACT = {
     "device", "dtype", "n", "k", "m", "tile", "rank", "pass", "method", "median_s", "q20_s", "q80_s", "speedup", "limit",
     "error", "commit", "machine", "compiled",
 }  # fmt: skip
-FLAT = cost.Machine(
-    "cpu",
-    "float32",
-    2,
-    gemm=((128, 1e11), (2048, 1e11)),
-    batched=((32, 1e11), (512, 1e11)),
-    transform=1e11,
-    copy=1e30,
-    fresh=1e30,
-    call=0.0,
-)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from flat_machine import FLAT
 from torch import nn
 
 from strassen_tile import STLConfig, cost
@@ -12,18 +13,6 @@ from strassen_tile.convert import convert
 from strassen_tile.errors import ConfigError, ConversionError
 from strassen_tile.experiments import loading, planning
 from strassen_tile.report import plan as plan_report
-
-FLAT = cost.Machine(
-    "cpu",
-    "float32",
-    2,
-    gemm=((128, 1e11), (2048, 1e11)),
-    batched=((32, 1e11), (512, 1e11)),
-    transform=1e11,
-    copy=1e30,
-    fresh=1e30,
-    call=0.0,
-)
 
 
 @pytest.fixture(autouse=True)

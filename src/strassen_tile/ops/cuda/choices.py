@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from strassen_tile.errors import ConfigError
+from strassen_tile.files import write_text
 
 KERNELS = ("encode", "norm_encode", "decode", "decode_act_encode", "correlate")
 _SHIPPED = Path(__file__).with_name("choices.json")
@@ -89,9 +90,7 @@ def write(path: Path, device: str, found: Mapping[str, Choice]) -> None:
     """Put the choices of one device into the table in `path`, beside those of others."""
     table = read(path) if path.exists() else {}
     table[device] = dict(found)
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_text(path, json.dumps(table, indent=1) + "\n")
 
 
 @cache
