@@ -1,19 +1,41 @@
 """What users would pick instead: one roster of products, and one of methods for models built on it."""
 
-from strassen_tile.baselines.layers import LowRankLinear, TokenMixLinear
-from strassen_tile.baselines.methods import Method, ModelCost, dense, low_rank, model_cost, sparse_24, stl, token_mix
+from strassen_tile.baselines.block_diagonal import MonarchLinear
+from strassen_tile.baselines.layers import LowRankLinear
+from strassen_tile.baselines.methods import (
+    Method,
+    ModelCost,
+    dense,
+    low_rank,
+    mixed,
+    model_cost,
+    monarch,
+    rotated,
+    sparse_24,
+    stl,
+    token_mix,
+)
+from strassen_tile.baselines.mixes import MIXES, Mix, MixedLinear
+from strassen_tile.baselines.rotation import RotatedLinear
 from strassen_tile.baselines.sparse24 import Sparse24Linear, mask_24
 
 __all__ = [
+    "MIXES",
     "LowRankLinear",
     "Method",
+    "Mix",
+    "MixedLinear",
     "ModelCost",
+    "MonarchLinear",
+    "RotatedLinear",
     "Sparse24Linear",
-    "TokenMixLinear",
     "dense",
     "low_rank",
     "mask_24",
+    "mixed",
     "model_cost",
+    "monarch",
+    "rotated",
     "sparse_24",
     "stl",
     "token_mix",

@@ -1,8 +1,4 @@
-"""Layers made of dense products: low rank, and a dense layer with a cheap mix of neighbouring rows.
-
-The second is a control. Part of what a row-mixing STL layer gains comes from the mixing, not from the encoding; a dense
-layer that may mix the p rows of a tile for a few FLOPs more shows how much.
-"""
+"""Layers made of thin dense products, and what any layer of a model costs."""
 
 from __future__ import annotations
 
@@ -10,12 +6,10 @@ import math
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strassen_tile import cost
-from strassen_tile.errors import ConfigError, ShapeError, shape_text
-from strassen_tile.tiling import tile_count
+from strassen_tile.errors import ConfigError
 
 
 def inner_rank(flop_ratio: float, k: int, m: int) -> int:
@@ -90,37 +84,14 @@ class LowRankLinear(nn.Module):
         return replace(dense, flops=flops, product_flops=flops, bytes=traffic, params=params)
 
 
-def mix_rows(x: Tensor, mix: Tensor) -> Tensor:
-    """Mix the rows of x (…, N, K) in tiles of p: x[I, a, k] + Σ_b mix[k, a, b] x[I, b, k] for mix (K, p, p)."""
-    n, p = x.shape[-2], mix.shape[-1]
-    tiles = F.pad(x, (0, 0, 0, -n % p)).unflatten(-2, (-1, p))
-    return x + torch.einsum("...ibk,kab->...iak", tiles, mix).flatten(-3, -2)[..., :n, :]
+def layer_cost(layer: nn.Module, rows: int, batch: int = 1) -> cost.Cost:
+    """The cost of a layer that says it (`cost(rows, batch)`), or of an `nn.Linear`, fed (batch, rows, K).
 
-
-class TokenMixLinear(nn.Module):
-    """A dense layer after a learned p×p mix of the rows of each tile, its own for every input feature.
-
-    `mix` (K, p, p) of `mix_rows` starts at zero, so the layer starts dense, and weight decay pulls it there.
+    Raises:
+        ConfigError: a layer of another class.
     """
-
-    def __init__(self, linear: nn.Linear, rows_mixed: int = 4) -> None:
-        super().__init__()
-        if rows_mixed < 1:
-            raise ConfigError(f"rows_mixed must be >= 1; got {rows_mixed}")
-        self.linear, self.in_features, self.out_features = linear, linear.in_features, linear.out_features
-        self.mix = nn.Parameter(linear.weight.new_zeros(linear.in_features, rows_mixed, rows_mixed))
-        self.train(linear.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, N, K) → (…, N, M). Raises ShapeError for a 2-D input: its rows are a batch."""
-        if x.ndim < 3:
-            raise ShapeError(f"a 2-D input {shape_text(x.shape)} is a batch of rows, which this layer would mix")
-        return self.linear(mix_rows(x, self.mix))  # type: ignore[no-any-return]
-
-    def cost(self, rows: int, batch: int = 1) -> cost.Cost:
-        """The dense FLOPs and 2NKp for the mix."""
-        k, m, p, size = self.in_features, self.out_features, self.mix.shape[-1], self.mix.element_size()
-        mix = 2 * batch * tile_count(rows, p) * p * k * p
-        dense = cost.dense(rows * batch, k, m, itemsize=size)
-        traffic = dense.bytes + size * (2 * rows * batch * k + k * p * p)
-        return replace(dense, flops=dense.flops + mix, bytes=traffic, params=dense.params + k * p * p)
+    if callable(own := getattr(layer, "cost", None)):
+        return own(rows, batch)  # type: ignore[no-any-return]
+    if isinstance(layer, nn.Linear):
+        return cost.dense(rows * batch, layer.in_features, layer.out_features, itemsize=layer.weight.element_size())
+    raise ConfigError(f"{type(layer).__name__} has no cost")

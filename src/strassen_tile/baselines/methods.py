@@ -6,22 +6,24 @@ To add one: a function that returns a `Method`, exported by `baselines`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from strassen_tile import bases, cost
+from strassen_tile import bases
 from strassen_tile.baselines import products
-from strassen_tile.baselines.layers import LowRankLinear, TokenMixLinear
+from strassen_tile.baselines.block_diagonal import MonarchLinear
+from strassen_tile.baselines.layers import LowRankLinear, layer_cost
+from strassen_tile.baselines.mixes import Mix, MixedLinear
 from strassen_tile.baselines.products import Product
+from strassen_tile.baselines.rotation import RotatedLinear
 from strassen_tile.baselines.sparse24 import Sparse24Linear
-from strassen_tile.convert import Conversion, Filter, Mixing, Replace, convert, swap
+from strassen_tile.convert import Conversion, Filter, Mixing, Replace, convert, replace_modules, swap
 from strassen_tile.convert.running import evaluating, run
 from strassen_tile.cost import Cost
-from strassen_tile.errors import ConfigError
 from strassen_tile.nn import STLConfig
 
 # What a CPU runs for F.scaled_dot_product_attention, and FlopCounterMode takes for free.
@@ -37,9 +39,9 @@ class Method(Product):
     apply: Callable[[nn.Module, object, Filter | None], Conversion]
 
 
-def _replacing(product: Product, replace: Replace, mixing: Mixing | None = None) -> Method:
+def _replacing(product: Product, replace: Replace) -> Method:
     def apply(model: nn.Module, inputs: object, keep: Filter | None) -> Conversion:
-        return swap(model, replace, example_inputs=inputs, filter_fn=keep, mixing=mixing)
+        return swap(model, replace, example_inputs=inputs, filter_fn=keep)
 
     return Method(**vars(product), apply=apply)
 
@@ -75,10 +77,63 @@ def low_rank(flop_ratio: float) -> Method:
     return _replacing(products.low_rank(flop_ratio), lambda linear: LowRankLinear.from_linear(linear, flop_ratio))
 
 
+def monarch(flop_ratio: float, blocks: int = 4) -> Method:
+    """Two block-diagonal factors with this fraction of the FLOPs, random, with the output variance of the start."""
+    product = products.monarch(flop_ratio, fitted=False, blocks=blocks)
+    return _replacing(product, lambda linear: MonarchLinear.from_linear(linear, flop_ratio, blocks))
+
+
+def rotated() -> Method:
+    """Dense layers trained in a fixed random rotation: the control for optimisers that are not invariant to it."""
+    return _replacing(products.rotated(), RotatedLinear)
+
+
+def mixed(method: Method, kind: Mix, rows_mixed: int = 4) -> Method:
+    """A method whose layers mix rows for a few FLOPs first: `MixedLinear`, which starts as the layer it wraps.
+
+    Named after the method: "stl+mix", "stl+conv", "stl+grid". Only layers whose rows may meet are converted: for "tile" those
+    of a tile that both the mix and the method's own tiles cut evenly, for the others all rows of a sample; so a causal model
+    is refused. Padding rows are not zeroed: it is for models whose rows are all real.
+
+    Args:
+        method: any.
+        kind: one of `MIXES`: "tile", "conv" or "grid".
+        rows_mixed: p of "tile".
+
+    Raises:
+        ConfigError: an unknown kind, or rows_mixed < 1.
+        ConversionError: on `apply`, as the method's, and where no layer's rows may meet.
+    """
+    product = products.mixed(method, kind, rows_mixed)
+    rows = math.lcm(rows_mixed, method.tile[0] if method.tile else 1)
+
+    def wrap(layer: nn.Module) -> MixedLinear:
+        return MixedLinear(layer, kind, rows_mixed)
+
+    def apply(model: nn.Module, inputs: object, keep: Filter | None) -> Conversion:
+        mixing: Mixing | dict[str, Mixing] = Mixing(rows, causal=False)
+        if kind != "tile" and inputs is not None:
+            # Its windows are no tiles. One tile as long as the input holds them all.
+            calls = swap(model, lambda linear: linear, example_inputs=inputs, filter_fn=keep, dry_run=True).calls
+            mixing = {name: Mixing(_longest(shapes), causal=False) for name, shapes in calls.items()}
+        # Where rows may meet is found on dense layers, under the names that the method will find them by.
+        trial = swap(model, wrap, example_inputs=inputs, filter_fn=keep, mixing=mixing)
+        trial.undo()
+        done = method.apply(model, inputs, lambda module, name: name in trial.converted)
+        wrapped: dict[str, nn.Module] = {name: wrap(layer) for name, layer in done.converted.items()}
+        undo: list[Callable[[], object]] = [replace_modules(model, wrapped), *done._undo]
+        return Conversion(wrapped, {**done.skipped, **trial.skipped}, done.calls, done.padding, _undo=undo)
+
+    return Method(**vars(product), apply=apply)
+
+
+def _longest(shapes: Sequence[tuple[int, ...]]) -> int:
+    return max([2, *(shape[-2] for shape in shapes if len(shape) > 2)])
+
+
 def token_mix(rows_mixed: int = 4) -> Method:
     """Dense layers that first mix the rows of a tile: the control for row mixing."""
-    mixing = Mixing(rows_mixed, causal=False)
-    return _replacing(products.token_mix(rows_mixed), lambda linear: TokenMixLinear(linear, rows_mixed), mixing)
+    return mixed(dense(), "tile", rows_mixed)
 
 
 @dataclass(frozen=True)
@@ -126,7 +181,8 @@ def model_cost(model: nn.Module, conversion: Conversion, example_inputs: object)
 
         def after(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: object) -> None:
             counted[id(module)] += counter.get_total_flops()
-            costs.append(_cost(module, tuple((args[0] if args else kwargs["input"]).shape)))
+            shape = tuple((args[0] if args else kwargs["input"]).shape)
+            costs.append(layer_cost(module, shape[-2] if len(shape) > 1 else 1, math.prod(shape[:-2])))
 
         return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after, with_kwargs=True)]
 
@@ -142,12 +198,3 @@ def model_cost(model: nn.Module, conversion: Conversion, example_inputs: object)
     converted = Cost(*(sum(getattr(c, field) for c in costs) for field in Cost.__dataclass_fields__))
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return ModelCost(rest + converted.flops, rest + converted.dense_flops, converted, params)
-
-
-def _cost(layer: nn.Module, shape: tuple[int, ...]) -> Cost:
-    rows, batch = shape[-2] if len(shape) > 1 else 1, math.prod(shape[:-2])
-    if callable(own := getattr(layer, "cost", None)):
-        return own(rows, batch)  # type: ignore[no-any-return]
-    if isinstance(layer, nn.Linear):
-        return cost.dense(rows * batch, layer.in_features, layer.out_features, itemsize=layer.weight.element_size())
-    raise ConfigError(f"{type(layer).__name__} has no cost")

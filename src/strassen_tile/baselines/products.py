@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from strassen_tile import bases, cost, reference
-from strassen_tile.baselines.layers import LowRankLinear, TokenMixLinear, inner_rank, mix_rows
+from strassen_tile.baselines.block_diagonal import MonarchLinear, block_products, monarch_width
+from strassen_tile.baselines.layers import LowRankLinear, inner_rank
+from strassen_tile.baselines.mixes import Mix, add_mix, check_mix, mix_shape, mixed_by
 from strassen_tile.baselines.sparse24 import Sparse24Linear, mask_24
 from strassen_tile.basis import Basis
 from strassen_tile.cost import Cost
@@ -145,22 +147,68 @@ def sparse_24() -> Product:
     )  # fmt: skip
 
 
-def token_mix(rows_mixed: int = 4) -> Product:
-    """Dense after a mix of the rows of a tile, drawn at random: the control for row mixing."""
+def monarch(flop_ratio: float, *, fitted: bool = True, rank: int | None = None, blocks: int = 4) -> Product:
+    """Two block-diagonal products with this fraction of the FLOPs: as near w as they come, or random if not `fitted`."""
+    monarch_width(flop_ratio, 1, 1, blocks)  # what cannot be is refused now, not when there is a weight
+
+    def layer(k: int, m: int, **options: Any) -> MonarchLinear:
+        return MonarchLinear(k, m, False, width=monarch_width(flop_ratio, k, m, blocks), blocks=blocks, **options)
 
     def prepare(w: Tensor) -> Prepared:
-        weight, p = w.mT.detach(), rows_mixed
-        mix = torch.randn(w.shape[0], p, p, device=w.device).to(w.dtype) / p
+        made = layer(*w.shape, device=w.device, dtype=w.dtype)
+        if fitted:
+            made.fit(w.mT)
+        first, second = parameters = made.first.detach(), made.second.detach()
 
         def exact(x: Tensor) -> Tensor:
-            return mix_rows(x, mix.double()) @ weight.double().mT
+            """By the whole matrices, which the call never makes."""
+            b, inner, _ = first.shape
+            wide = torch.block_diag(*first.double())[torch.arange(b * inner).view(b, inner).mT.flatten()]
+            tall = torch.block_diag(*second.double())
+            whole: Tensor = tall[: w.shape[1]] @ wide[:, : w.shape[0]]
+            return x @ whole.mT
 
-        return Prepared(lambda x: F.linear(mix_rows(x, mix), weight), (weight, mix), exact)
+        return Prepared(lambda x: block_products(x, first, second, w.shape[1]), parameters, exact)
+
+    exactness: Exactness = "approximate" if fitted else "own"
+    return Product("monarch", exactness, flop_ratio, lambda n, k, m: layer(k, m, device="meta").cost(n), prepare, rank)
+
+
+def rotated() -> Product:
+    """Dense: what a dense layer trained in a random rotation is, once trained."""
+    return replace(dense(), name="rotated")
+
+
+def mixed(product: Product, kind: Mix, rows_mixed: int = 4) -> Product:
+    """A product after a mix of rows, drawn at random: "tile" of `rows_mixed`, "conv", or "grid", where N is a square.
+
+    The mix of "tile" is called "mix" in the name, as in "dense+mix".
+    """
+    check_mix(kind, rows_mixed)
+
+    def prepare(w: Tensor) -> Prepared:
+        inner, shape = product.prepare(w), mix_shape(kind, w.shape[0], rows_mixed)
+        mix = torch.randn(shape, device=w.device).to(w.dtype) / shape[-1]
+
+        def exact(x: Tensor) -> Tensor:
+            return inner.reference(mixed_by(kind, x[None], mix.double())[0])
+
+        return Prepared(lambda x: inner.call(mixed_by(kind, x[None], mix)[0]), (*inner.parameters, mix), exact)
 
     def counted(n: int, k: int, m: int) -> Cost:
-        return TokenMixLinear(nn.Linear(k, m, device="meta"), rows_mixed).cost(n)
+        return add_mix(product.cost(n, k, m), kind, rows_mixed, n, k)
 
-    return Product("dense+mix", "own", 1.0, counted, prepare, tile=(rows_mixed, 1, 1))
+    name, (p, q, s) = "mix" if kind == "tile" else kind, product.tile or (1, 1, 1)
+    tile = (math.lcm(p, rows_mixed), q, s) if kind == "tile" else product.tile
+    return Product(
+        f"{product.name}+{name}", "own", product.flop_ratio, counted, prepare, product.rank, tile, product.kappa,
+        product.forward_on_cuda,
+    )  # fmt: skip
+
+
+def token_mix(rows_mixed: int = 4) -> Product:
+    """Dense after a mix of the rows of a tile, drawn at random: the control for row mixing."""
+    return mixed(dense(), "tile", rows_mixed)
 
 
 # Name → the product beside STL of a configuration: near x @ w if fitted, else as layers start training.
@@ -170,6 +218,7 @@ PRODUCTS: Mapping[str, Callable[[STLConfig, bool], Product]] = {
         (bases.approximate if fitted else bases.random)(config.pqs, config.rank), own=not fitted
     ),
     "low-rank": lambda config, fitted: low_rank(config.rank / math.prod(config.pqs), fitted=fitted, rank=config.rank),
+    "monarch": lambda config, fitted: monarch(config.rank / math.prod(config.pqs), fitted=fitted, rank=config.rank),
     "2:4": lambda config, fitted: sparse_24(),
     "dense+mix": lambda config, fitted: token_mix(),
 }

@@ -7,6 +7,6 @@ from __future__ import annotations
 
 from strassen_tile.data.images import collate
 from strassen_tile.data.sources import load_images
-from strassen_tile.data.splits import ImageSplits
+from strassen_tile.data.splits import ImageSplits, hold_out
 
-__all__ = ["ImageSplits", "collate", "load_images"]
+__all__ = ["ImageSplits", "collate", "hold_out", "load_images"]

@@ -37,15 +37,19 @@ def run_compare(options: argparse.Namespace) -> int:
     world = ranks()
     try:
         console = Console(markup=False, emoji=False, quiet=not world.is_main_process)
-        _show(vision.comparison(recipe), "Dense, 2:4 and Strassen-Tile", options.out, console)
+        rates: vision.Rates = {}
+        if recipe.lr_grid:
+            rows = _show(vision.tuning(recipe), "Learning rates", options.out / "tuning", console, recipe.jobs)
+            rates = vision.best_rates(rows)
+        _show(vision.comparison(recipe, rates), "Dense, 2:4 and Strassen-Tile", options.out, console, recipe.jobs)
     except RankError:
         return 1  # the first process has said why
     world.destroy_process_group()  # not after an error: others may be waiting in the group
     return 0
 
 
-def _show(comparison: runner.Comparison, heading: str, out: Path, console: Console) -> None:
-    """Run a comparison, with what a person sees of it."""
+def _show(comparison: runner.Comparison, heading: str, out: Path, console: Console, jobs: int) -> list[Row]:
+    """Run a comparison, with what a person sees of it; its rows."""
     for remark in comparison.remarks:
         console.print(remark, soft_wrap=True)
     bars = Progress(
@@ -67,12 +71,13 @@ def _show(comparison: runner.Comparison, heading: str, out: Path, console: Conso
             notes = [*comparison.notes, *comparison.remarks, *filter(None, [progress_note(rows)])]
             write_report(out, rows, f"{heading}: {comparison.title}", notes)
 
-        rows = runner.run(comparison, out, on_rows=on_rows, on_progress=on_progress, on_end=on_end)
+        rows = runner.run(comparison, out, on_rows=on_rows, on_progress=on_progress, on_end=on_end, jobs=jobs)
     summary = summarise(rows)
     console.print(rich_table(comparison.title, columns(), summary, table_caption(summary)))
     if note := progress_note(rows):
         console.print(note, soft_wrap=True)
     console.print(f"{out / 'report.html'}\n{out / 'plot.png'}\n{out / 'rows.json'}", soft_wrap=True)
+    return rows
 
 
 def run_bench(options: argparse.Namespace) -> int:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from strassen_tile import baselines
 from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import settings
-from strassen_tile.integrations.training import about, check_choices
+from strassen_tile.integrations.training import Optimizer, Training, about, check_choices
 from strassen_tile.nn import STLConfig
 from strassen_tile.nn.config import Mixing, Scope
 from strassen_tile.tiling import Tile
@@ -23,12 +23,54 @@ from strassen_tile.tiling import Tile
 MOST_SEEDS = 1000
 
 
+Mix = Literal["none", "tile", "conv", "grid"]
+
+
 @dataclass(frozen=True)
 class Compared:
-    """A method of a comparison, and in what it differs from others of its name ("" where there is no other)."""
+    """A method of a comparison.
+
+    Attributes:
+        method: what is done to the network.
+        variant: in what it differs from others of its name; "" where there is no other.
+        changes: what it trains with that is not as the recipe has it, by field of `Training`.
+        width: features of a token, where they are not the model's own.
+    """
 
     method: baselines.Method
     variant: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    width: int | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Method and variant, whatever its learning rate."""
+        return key_of(self.method.name, self.variant)
+
+    def at(self, lr: float) -> Compared:
+        """The same with another learning rate."""
+        variant = ", ".join(filter(None, [self.key[1], f"lr {lr:g}"]))
+        return replace(self, variant=variant, changes={**self.changes, "lr": lr})
+
+
+def key_of(method: str, variant: str) -> tuple[str, str]:
+    """Method and variant without its learning rate, which comes last in it."""
+    said = variant.split(", ")
+    return method, ", ".join(said[:-1] if said[-1].startswith("lr ") else said)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """What every entry may have of its own: how it trains, and what comes before its layers."""
+
+    mix: Mix = field(
+        default="none",
+        metadata=about("mix of rows ahead of each layer: of 4 in a tile, by 4 taps, or 3×3 on the grid of tokens"),
+    )
+    width: int | None = field(default=None, metadata=about("features of a token, for a network made smaller"))
+    optimizer: Optimizer | None = field(default=None, metadata=about("of this entry alone"))
+    weight_decay: float | None = field(default=None, metadata=about("of this entry alone"))
+    lr: float | None = field(default=None, metadata=about("of this entry alone"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +80,9 @@ class STLSettings:
     tile: Tile = field(default=(4, 4, 4), metadata={**about("side, or p,q,s"), "parse": settings.tile})
     mixing: Mixing = field(default="sequence", metadata=about("which rows of a tile see each other"))
     encoder_scope: Scope = field(default="layer", metadata=about("one encoder a layer, or one a column tile"))
-    init: Literal["random", "approximate", "strassen"] = field(
-        default="random", metadata=about("where STL starts: random, the best known basis, or an exact one (rank 49)")
+    init: Literal["random", "approximate", "strassen", "naive"] = field(
+        default="random",
+        metadata=about("where STL starts: random, the best known basis, or an exact one (rank 49, pqs)"),
     )
     train_encoder: bool = field(default=True, metadata=about("train encoders"))
     train_decoder: bool = field(default=True, metadata=about("train decoders"))
@@ -58,18 +101,13 @@ class STLSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _STLEntry(STLSettings):
+class _STLEntry(_Entry, STLSettings):
     rank: int | None = field(default=None, metadata=about("of this entry alone"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LowRankEntry:
-    flop_ratio: float = field(metadata=about("FLOPs as a fraction of dense"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _NoSettings:
-    pass
+class _ThinEntry(_Entry):
+    flop_ratio: float | None = field(default=None, metadata=about("FLOPs as a fraction of dense"))
 
 
 def seeds_of(text: str) -> tuple[int, ...]:
@@ -93,7 +131,8 @@ class Methods(STLSettings):
     methods: tuple[str, ...] = field(
         default=("dense", "2:4", "stl"),
         metadata=about(
-            "of dense, 2:4, stl, low-rank, dense+mix; with settings of its own as in stl[rank=24,mixing=none,tile=1x4x4]"
+            "of dense, 2:4, stl, low-rank, monarch, rotated, dense+mix; with settings of its own as in "
+            "stl[rank=24,mixing=none,tile=1x4x4], dense[mix=grid,lr=5e-4]"
         ),
     )
     ranks: tuple[int, ...] = field(default=(16, 24, 32), metadata=about("of stl where its entry names no rank"))
@@ -132,14 +171,40 @@ def _compared(entry: str, recipe: Methods) -> list[Compared]:
     record, make = _ENTRIES[name]
     texts = [] if inside is None else settings.listed(inside)
     given = settings.values_of(record, settings.pairs(texts, f"methods: {name}"), f"methods: {name}")
-    return make(recipe, given)
+    own = {key: value for key, value in given.items() if key in _OWN and value not in (None, "none")}
+    made = make(recipe, {key: value for key, value in given.items() if key not in _OWN})
+    return [_with_own(one, own, recipe) for one in made]
+
+
+def _with_own(one: Compared, own: Mapping[str, Any], recipe: Methods) -> Compared:
+    """The method with what its entry says of mix, width and training."""
+    changes = {key: own[key] for key in ("optimizer", "weight_decay", "lr") if key in own}
+    changes = {key: value for key, value in changes.items() if getattr(recipe, key, None) != value}
+    check_changes(recipe, changes)
+    words = {
+        "mix": "mix {}", "width": "width {}", "optimizer": "{}", "weight_decay": "decay {:g}", "lr": "lr {:g}"
+    }  # fmt: skip
+    values = {**{key: own[key] for key in ("mix", "width") if key in own}, **changes}
+    said = [word.format(values[key]) for key, word in words.items() if key in values]
+    # Still called by its own name: the mix is part of its variant.
+    method = replace(baselines.mixed(one.method, own["mix"]), name=one.method.name) if "mix" in own else one.method
+    variant = ", ".join(filter(None, [one.variant, *said]))
+    return Compared(method, variant, changes, own.get("width"))
+
+
+def check_changes(recipe: Methods, changes: Mapping[str, Any]) -> None:
+    """Refuse what a recipe could not hold. Raises ConfigError."""
+    if isinstance(recipe, Training) and changes:
+        Training(**{one.name: changes.get(one.name, getattr(recipe, one.name)) for one in fields(Training)})
 
 
 def _stl(recipe: Methods, given: Mapping[str, Any]) -> list[Compared]:
     base = {one.name: getattr(recipe, one.name) for one in fields(STLSettings)}
-    own = _STLEntry(**{**base, **given})
+    values = {**base, **given}
+    rank = values.pop("rank", None)
+    own = STLSettings(**values)
     check_choices(own)
-    ranks = recipe.ranks if own.rank is None else (own.rank,)
+    ranks = recipe.ranks if rank is None else (rank,)
     if not ranks:
         raise ConfigError("stl needs at least one rank: give ranks, or stl[rank=…]")
     made = []
@@ -171,24 +236,32 @@ def _effective(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "tile": (1, q, s)} if values["mixing"] == "none" else dict(values)
 
 
-def _low_rank(recipe: Methods, given: Mapping[str, Any]) -> list[Compared]:
-    if given:
-        ratio = given["flop_ratio"]
+def _thin(name: str, make: Callable[[float], baselines.Method]) -> _Make:
+    """Entries of a method that has a fraction of the FLOPs: the entry's, or that of the products of the smallest rank."""
+
+    def made(recipe: Methods, given: Mapping[str, Any]) -> list[Compared]:
+        ratio = given.get("flop_ratio")
+        if ratio is None:
+            if not recipe.ranks:
+                raise ConfigError(f"{name} takes the FLOPs of the smallest rank: give ranks, or {name}[flop_ratio=…]")
+            p, q, s = _effective(asdict(recipe))["tile"]
+            ratio = min(recipe.ranks) / (p * q * s)
         if not 0 < ratio < math.inf:
-            raise ConfigError(f"methods: low-rank: flop_ratio must be positive and finite; got {ratio}")
-    elif recipe.ranks:
-        p, q, s = _effective(asdict(recipe))["tile"]
-        ratio = min(recipe.ranks) / (p * q * s)
-    else:
-        raise ConfigError("low-rank takes the FLOPs of the smallest rank: give ranks, or low-rank[flop_ratio=…]")
-    return [Compared(baselines.low_rank(ratio), f"{ratio!r} of the FLOPs")]
+            raise ConfigError(f"methods: {name}: flop_ratio must be positive and finite; got {ratio}")
+        return [Compared(make(ratio), f"{ratio!r} of the FLOPs")]
+
+    return made
 
 
+_Make = Callable[[Methods, Mapping[str, Any]], list[Compared]]
+_OWN = frozenset(one.name for one in fields(_Entry))
 # Name of an entry: the record of its settings, and what makes its methods of the recipe and of the settings given.
-_ENTRIES: dict[str, tuple[type, Callable[[Methods, Mapping[str, Any]], list[Compared]]]] = {
-    "dense": (_NoSettings, lambda recipe, given: [Compared(baselines.dense(), "")]),
-    "2:4": (_NoSettings, lambda recipe, given: [Compared(baselines.sparse_24(), "")]),
+_ENTRIES: dict[str, tuple[type, _Make]] = {
+    "dense": (_Entry, lambda recipe, given: [Compared(baselines.dense(), "")]),
+    "2:4": (_Entry, lambda recipe, given: [Compared(baselines.sparse_24(), "")]),
     "stl": (_STLEntry, _stl),
-    "low-rank": (_LowRankEntry, _low_rank),
-    "dense+mix": (_NoSettings, lambda recipe, given: [Compared(baselines.token_mix(), "")]),
+    "low-rank": (_ThinEntry, _thin("low-rank", baselines.low_rank)),
+    "monarch": (_ThinEntry, _thin("monarch", baselines.monarch)),
+    "rotated": (_Entry, lambda recipe, given: [Compared(baselines.rotated(), "")]),
+    "dense+mix": (_Entry, lambda recipe, given: [Compared(baselines.token_mix(), "")]),
 }

@@ -19,6 +19,7 @@ from strassen_tile.integrations.training import Training, about
 
 RECIPES = Path(__file__).with_name("recipes")
 _SMALL_IMAGE = 32
+_MOST_JOBS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +39,31 @@ class Recipe(Methods, Training):
     augment: bool = field(default=True, metadata=about("shift or crop, and flip, training images"))
     drop_path: float = field(default=0.0, metadata=about("stochastic depth"))
     limit: int | None = field(default=None, metadata=about("train on that many images only"))
+    validation: int = field(
+        default=0,
+        metadata=about(
+            "training images held out: epochs are evaluated on them, and the test set is read once, after the last; "
+            "0: epochs are evaluated on the test set"
+        ),
+    )
+    lr_grid: tuple[float, ...] = field(
+        default=(),
+        metadata=about("learning rates tried for each method that names none, on the validation images; none: lr"),
+    )
+    jobs: int = field(default=1, metadata=about("runs at the same time, each on its share of the threads"))
 
     def __post_init__(self) -> None:
         Training.__post_init__(self)
+        if self.validation < 0 or not 1 <= self.jobs <= _MOST_JOBS:
+            raise ConfigError(
+                f"validation must not be negative, and jobs from 1 to {_MOST_JOBS}; got {self.validation}, {self.jobs}"
+            )
+        if self.lr_grid and not self.validation:
+            raise ConfigError("lr_grid is chosen from on validation images: say how many, as in validation=1000")
+        for lr in self.lr_grid:
+            replace(self, lr=lr, lr_grid=())  # refuses what is no rate
+        if len(set(self.lr_grid)) < len(self.lr_grid):
+            raise ConfigError(f"lr_grid has a rate twice; got {', '.join(f'{lr:g}' for lr in self.lr_grid)}")
         Methods.__post_init__(self)
 
     def fitted(self, splits: ImageSplits) -> Recipe:

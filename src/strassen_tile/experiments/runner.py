@@ -16,10 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from strassen_tile.convert import Conversion
 from strassen_tile.errors import ConfigError
+from strassen_tile.experiments.jobs import spread
 from strassen_tile.experiments.log import RunLog, keep_recipe, locked
 from strassen_tile.files import remove_unfinished
 from strassen_tile.integrations.ranks import first, ranks
@@ -129,6 +131,7 @@ def run(
     on_rows: Callable[[list[Row]], None] = lambda rows: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_end: Callable[[list[Row]], None] = lambda rows: None,
+    jobs: int = 1,
 ) -> list[Row]:
     """Train every run; the rows, one an epoch, are in `folder`/rows.json from the moment they exist.
 
@@ -138,27 +141,35 @@ def run(
         on_rows: called, in the first process, with all rows so far after every epoch.
         on_progress: called after every training step.
         on_end: called, in the first process, with all rows while the folder is still held against other comparisons.
+        jobs: how many runs are trained at the same time, in processes of their own.
 
     Raises:
         ConfigError: the folder holds a comparison with another recipe, or another process works in it.
         DataError: the data, or what is in the folder, cannot be read.
         RankError: in processes other than the first, what stopped the first.
+        JobError: a process that trained a run was killed.
     """
     names = [one.folder for one in comparison.runs]
     if len(set(names)) < len(names):
         raise ConfigError(f"two runs of the comparison are the same: {', '.join(sorted(names))}")
     world = ranks()
+    if jobs > 1 and world.num_processes > 1:
+        raise ConfigError(
+            f"jobs={jobs}: processes that torchrun started train together, one run at a time; leave jobs out"
+        )
     # Before anything is written: a folder under version control would make the commit look dirty.
     fixed = {**comparison.facts, **environment(device=world.device.type, world_size=world.num_processes)}
     with contextlib.ExitStack() as held:
         # The first process has the log; the others a copy, which they do not look at.
         log = first(partial(_opened, comparison, folder, held))
-        for index, one in enumerate(comparison.runs):
-
-            def on_step(step: int, steps: int, one: Run = one, index: int = index) -> None:
-                on_progress(Progress(one.label, index + 1, len(names), step, steps))
-
-            _train(one, log, fixed, on_step, on_rows)
+        keeper = _Keeper(comparison.runs, log, fixed, on_rows, on_progress)
+        tasks = [(index, first(partial(log.recorded, one.identity))) for index, one in enumerate(comparison.runs)]
+        if jobs == 1:
+            for task in tasks:
+                _train(comparison.runs, folder, task, keeper.receive)
+        else:
+            fixed["threads"] = max(1, torch.get_num_threads() // jobs)
+            spread(partial(_train, comparison.runs, folder), tasks, jobs, keeper.receive)
         first(lambda: on_end(log.rows))
         return first(lambda: log.rows)
 
@@ -171,25 +182,70 @@ def _opened(comparison: Comparison, folder: Path, held: contextlib.ExitStack) ->
     return RunLog(folder / "rows.json")
 
 
+@dataclass
+class _Keeper:
+    """Where what runs send comes together: rows and progress, in the process that has the log."""
+
+    runs: Sequence[Run]
+    log: RunLog
+    fixed: Row
+    on_rows: Callable[[list[Row]], None]
+    on_progress: Callable[[Progress], None]
+
+    def receive(self, message: _Step | _Epoch | _Done) -> None:
+        """Keep an epoch's record, pass on how far a run is, or clear up after it."""
+        one = self.runs[message.run]
+        if isinstance(message, _Step):
+            self.on_progress(Progress(one.label, message.run + 1, len(self.runs), message.step, message.steps))
+        elif isinstance(message, _Epoch):
+            fields = {**one.identity, **message.cost, **self.fixed}
+            self.on_rows(self.log.add(one.identity, fields, message.record))
+        else:
+            first(lambda: shutil.rmtree(_work_folder(self.log.path.parent, one), ignore_errors=True))
+
+
+@dataclass(frozen=True)
+class _Step:
+    run: int
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    run: int
+    cost: Row
+    record: Row
+
+
+@dataclass(frozen=True)
+class _Done:
+    run: int
+
+
+def _work_folder(folder: Path, one: Run) -> Path:
+    """The run's own: that of a finished run is removed with all that is in it."""
+    return folder / "runs" / one.folder
+
+
 def _train(
-    one: Run, log: RunLog, fixed: Row, on_step: Callable[[int, int], None], on_rows: Callable[[list[Row]], None]
+    runs: Sequence[Run], folder: Path, task: tuple[int, int], send: Callable[[_Step | _Epoch | _Done], None]
 ) -> None:
-    """Train a run from where it is; nothing if it is finished."""
-    # A folder of its own: that of a finished run is removed with all that is in it.
-    work = log.path.parent / "runs" / one.folder
-    recorded = first(lambda: log.recorded(one.identity))
+    """Train run number `task[0]` from where it is, with `task[1]` epochs recorded; nothing if it is finished."""
+    (index, recorded), one = task, runs[task[0]]
+    work = _work_folder(folder, one)
     if recorded < one.epochs:
         model, conversion = one.build()
-        fields = {**one.identity, **one.cost(model, conversion), **fixed}
+        cost = one.cost(model, conversion)
         first(partial(_prepare, work))
         one.train(
             model,
             work,
             recorded=recorded,
-            on_step=on_step,
-            on_epoch=lambda record: on_rows(log.add(one.identity, fields, record)),
+            on_step=lambda step, steps: send(_Step(index, step, steps)),
+            on_epoch=lambda record: send(_Epoch(index, cost, record)),
         )
-    first(lambda: shutil.rmtree(work, ignore_errors=True))
+    send(_Done(index))
 
 
 def _prepare(work: Path) -> None:

@@ -135,6 +135,11 @@ def real(text: str) -> float:
         raise ConfigError(f"a number is wanted; got {short(text)}") from error
 
 
+def reals(text: str) -> tuple[float, ...]:
+    """Numbers joined by commas; one may end the text, and "none" is no number at all."""
+    return () if text == "none" else tuple(real(part) for part in listed(text))
+
+
 def switch(text: str) -> bool:
     """True or false."""
     if text.lower() not in ("true", "false"):
@@ -165,7 +170,8 @@ def _parser(hint: Any) -> Callable[[str], Any]:
     if get_origin(hint) is Literal:
         return lambda text: _one_of(text, get_args(hint))
     simple: dict[Any, Callable[[str], Any]] = {
-        str: str, int: integer, float: real, bool: switch, tuple[int, ...]: integers, tuple[str, ...]: listed
+        str: str, int: integer, float: real, bool: switch,
+        tuple[int, ...]: integers, tuple[float, ...]: reals, tuple[str, ...]: listed,
     }  # fmt: skip
     return simple[hint]
 

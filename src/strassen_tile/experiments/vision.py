@@ -6,7 +6,9 @@ are, the token module and the head are not.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,9 @@ from torch import nn
 
 from strassen_tile import baselines
 from strassen_tile.convert import Conversion
-from strassen_tile.data import ImageSplits, load_images
+from strassen_tile.data import ImageSplits, hold_out, load_images
 from strassen_tile.experiments import runner
-from strassen_tile.experiments.methods import Compared
+from strassen_tile.experiments.methods import Compared, key_of
 from strassen_tile.experiments.recipe import Recipe
 from strassen_tile.experiments.settings import settings_of
 from strassen_tile.integrations.ranks import share
@@ -26,6 +28,8 @@ from strassen_tile.integrations.training import resolved_precision
 from strassen_tile.models import t2t_vit
 from strassen_tile.records import Row
 
+Rates = dict[tuple[str, str], float]
+_TUNING_SEED = 1_000_000  # of the runs that choose learning rates: none that a comparison has by itself
 _EARLIER_FOLDER_SIZE = 224  # of image folders, where a recipe said nothing, whatever size the images had
 
 
@@ -35,59 +39,136 @@ def in_blocks(module: nn.Module, name: str) -> bool:
 
 
 def compare(recipe: Recipe, folder: Path, **callbacks: Any) -> list[Row]:
-    """`runner.run` of `comparison(recipe)`."""
-    return runner.run(comparison(recipe), folder, **callbacks)
+    """Choose learning rates, where the recipe has a grid of them, then train what is compared.
+
+    Args:
+        recipe: what is compared.
+        folder: for rows and checkpoints; those of the choice lie in `folder`/tuning.
+        callbacks: of `runner.run`.
+
+    Returns:
+        The rows of what is compared.
+    """
+    rates: Rates = {}
+    if recipe.lr_grid:
+        rates = best_rates(runner.run(tuning(recipe), folder / "tuning", jobs=recipe.jobs, **callbacks))
+    return runner.run(comparison(recipe, rates), folder, jobs=recipe.jobs, **callbacks)
 
 
-def comparison(recipe: Recipe) -> runner.Comparison:
+def comparison(recipe: Recipe, rates: Rates | None = None) -> runner.Comparison:
     """Every method of the recipe with every seed.
+
+    Args:
+        recipe: what is compared.
+        rates: learning rates, of `best_rates`, for the methods whose entries name none.
 
     Raises:
         ConfigError: the recipe's batch cannot be shared by the processes there are.
         DataError: the data cannot be read.
     """
+    rates = rates or {}
+    recipe, splits = _loaded(recipe)
+    roster = [one.at(lr) if (lr := rates.get(one.key, recipe.lr)) != recipe.lr else one for one in recipe.roster()]
+    chosen = {"tuned": ", ".join(f"{lr:g}" for lr in recipe.lr_grid)} if rates else {}
+    runs = [_run(recipe, splits, index, one, seed, chosen) for seed in recipe.seeds for index, one in enumerate(roster)]
+    return _comparison(recipe, splits, f"{recipe.model} on {recipe.data}, {_epochs(recipe)}", runs)
+
+
+def tuning(recipe: Recipe) -> runner.Comparison:
+    """Every method whose entry names no learning rate with each of the recipe's grid; the test set is not read."""
+    recipe, splits = _loaded(recipe)
+    runs = [
+        _run(recipe, splits, index, one.at(lr), _TUNING_SEED, {}, test=False)
+        for index, one in enumerate(recipe.roster())
+        if "lr" not in one.changes
+        for lr in recipe.lr_grid
+    ]
+    return _comparison(recipe, splits, f"Learning rates: {recipe.model} on {recipe.data}, {_epochs(recipe)}", runs)
+
+
+def best_rates(rows: Iterable[Row]) -> Rates:
+    """For each method the rate at which validation top-1 ends highest (of equals: validation loss lowest), of `tuning`'s rows."""
+    ends: dict[tuple[str, str], dict[float, Row]] = {}
+    for row in rows:  # a run's rows are in order: the last one stays
+        ends.setdefault(key_of(str(row["method"]), str(row["variant"])), {})[float(str(row["lr"]))] = row
+
+    def quality(row: Row) -> tuple[float, float]:
+        top1, loss = row.get("val_top1"), row.get("val_loss")
+        known = isinstance(top1, float) and isinstance(loss, float) and math.isfinite(loss)
+        return (top1, -loss) if known else (-math.inf, -math.inf)  # type: ignore[operator, return-value]
+
+    return {key: max(tried, key=lambda lr, tried=tried: quality(tried[lr])) for key, tried in ends.items()}  # type: ignore[misc]
+
+
+def _loaded(recipe: Recipe) -> tuple[Recipe, ImageSplits]:
+    """The recipe with what it leaves to the data, and the data."""
     share(recipe.batch_size)
-    splits = load_images(recipe.data, image_size=recipe.image_size, limit=recipe.limit, augment=recipe.augment)
-    recipe = recipe.fitted(splits)
+    limit = None if recipe.limit is None else recipe.limit + recipe.validation
+    splits = load_images(recipe.data, image_size=recipe.image_size, limit=limit, augment=recipe.augment)
+    if recipe.validation:
+        splits = hold_out(splits, recipe.validation)
+    return recipe.fitted(splits), splits
+
+
+def _comparison(recipe: Recipe, splits: ImageSplits, title: str, runs: Sequence[runner.Run]) -> runner.Comparison:
     defaults = {name: one.default for name, one in settings_of(Recipe).items() if one.default not in (None, MISSING)}
     size_before = _EARLIER_FOLDER_SIZE if splits.lazy else splits.image_size
     return runner.Comparison(
-        title=f"{recipe.model} on {recipe.data}, {_epochs(recipe)}",
-        runs=[_run(recipe, splits, one, seed) for seed in recipe.seeds for one in recipe.roster()],
+        title=title,
+        runs=runs,
         recipe=asdict(recipe),
         # Before recipes had a precision, the hardware decided.
         earlier={**defaults, "precision": resolved_precision("auto"), "image_size": size_before},
-        may_change=frozenset({"seeds", "ranks", "methods", "workers"}),  # more of them only add runs
+        # More of them only add runs, or change no result; a rate that is chosen is part of what a run is told by.
+        may_change=frozenset({"seeds", "ranks", "methods", "workers", "jobs", "lr_grid"}),
         facts={**facts(splits), "precision": recipe.precision, **({"draws": "by batch"} if recipe.augment else {})},
         notes=_notes(recipe, splits),
         remarks=_remarks(splits),
     )
 
 
-def _run(recipe: Recipe, splits: ImageSplits, one: Compared, seed: int) -> runner.Run:
+def _run(
+    recipe: Recipe, splits: ImageSplits, index: int, one: Compared, seed: int, chosen: Row, *, test: bool = True
+) -> runner.Run:
+    training = replace(recipe, **one.changes)
+    how = {key: getattr(training, key) for key in ("lr", "optimizer", "weight_decay")}
     return runner.Run(
         method=one.method.name,
         rank=one.method.rank,
         variant=one.variant,
         seed=seed,
         epochs=recipe.epochs,
-        build=partial(build, recipe, splits, one.method, seed),
-        cost=partial(cost_fields, splits=splits),
-        train=partial(_train, recipe, splits, seed),
+        # By number: a method is made of functions that no other process could be handed.
+        build=partial(_build, recipe, splits, index, seed),
+        cost=partial(_fixed_fields, recipe, splits, one.width, {**how, **chosen}),
+        train=partial(_train, training, splits, seed, test),
     )
 
 
+def _build(recipe: Recipe, splits: ImageSplits, index: int, seed: int) -> tuple[nn.Module, Conversion]:
+    one = recipe.roster()[index]
+    return build(recipe, splits, one.method, seed, width=one.width)
+
+
 def _train(
-    recipe: Recipe, splits: ImageSplits, seed: int, model: nn.Module, folder: Path, **recorded_and_callbacks: Any
+    recipe: Recipe,
+    splits: ImageSplits,
+    seed: int,
+    test: bool,
+    model: nn.Module,
+    folder: Path,
+    **recorded_and_callbacks: Any,
 ) -> None:
     # Imported late: transformers takes seconds, and options are checked before it is wanted.
     from strassen_tile.integrations.images import train_images
 
-    train_images(model, splits, folder, recipe, seed=seed, **recorded_and_callbacks)
+    train_images(model, splits, folder, recipe, seed=seed, test=test, **recorded_and_callbacks)
 
 
-def build(recipe: Recipe, splits: ImageSplits, method: baselines.Method, seed: int) -> tuple[nn.Module, Conversion]:
-    """The network of `recipe` with the weights of `seed`, converted by `method`."""
+def build(
+    recipe: Recipe, splits: ImageSplits, method: baselines.Method, seed: int, *, width: int | None = None
+) -> tuple[nn.Module, Conversion]:
+    """The network of `recipe` with the weights of `seed`, converted by `method`; `width` features a token, or the model's own."""
     torch.manual_seed(seed)
     model = t2t_vit(
         recipe.model,
@@ -95,9 +176,28 @@ def build(recipe: Recipe, splits: ImageSplits, method: baselines.Method, seed: i
         image_size=splits.image_size,
         in_channels=splits.channels,
         drop_path=recipe.drop_path,
+        **({} if width is None else {"embed_dim": width}),
     )
     example = torch.randn(2, splits.channels, splits.image_size, splits.image_size)
     return model, method.apply(model, example, in_blocks)
+
+
+def _fixed_fields(
+    recipe: Recipe, splits: ImageSplits, width: int | None, more: Row, model: nn.Module, conversion: Conversion
+) -> Row:
+    """What is the same in all rows of a run: the cost of its model, against dense at the recipe's width, and how it trains."""
+    found = cost_fields(model, conversion, splits)
+    if width is not None:
+        dense = cost_fields(*build(recipe, splits, baselines.dense(), 0), splits)
+        whole, own = float(str(found["flops_per_image"])), float(str(dense["flops_per_image"]))
+        in_layers = whole * float(str(found["share_converted"])) / (own * float(str(dense["share_converted"])))
+        found |= {
+            "flop_ratio": whole / own,
+            "flop_ratio_all_in": in_layers,
+            "flop_ratio_products": in_layers,
+            "share_converted": dense["share_converted"],
+        }
+    return {**found, **more}
 
 
 def cost_fields(model: nn.Module, conversion: Conversion, splits: ImageSplits) -> Row:
@@ -121,12 +221,23 @@ def facts(splits: ImageSplits) -> Row:
     """What numbers of a comparison are measured by: image counts, sides in pixels, chance in per cent."""
     return {
         "train_images": len(splits.train),
+        **({} if splits.validation is None else {"val_images": len(splits.validation)}),
         "test_images": len(splits.test),
         "classes": splits.num_classes,
         "image_size": splits.image_size,
         "stored_size": splits.stored_size,
         "chance": 100 * splits.chance,
     }
+
+
+_OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD with momentum", "soap": "SOAP"}
+
+
+def _rate(recipe: Recipe) -> str:
+    if not recipe.lr_grid:
+        return f"{recipe.lr:g} where its entry says nothing else"
+    grid = ", ".join(f"{lr:g}" for lr in recipe.lr_grid)
+    return f"the rate of {grid} with which a run of another seed ended best on the validation images"
 
 
 def _remarks(splits: ImageSplits) -> list[str]:
@@ -142,8 +253,8 @@ def _epochs(recipe: Recipe) -> str:
 
 def _notes(recipe: Recipe, splits: ImageSplits) -> list[str]:
     schedule = (
-        f"Every method trains the same {recipe.model} from the same start with the same recipe: AdamW at {recipe.lr:g}, "
-        f"weight decay {recipe.weight_decay:g} (none on encoders, decoders, biases and norms), {recipe.warmup:.0%} "
+        f"Every method trains the same {recipe.model} from the same start with the same recipe: {_OPTIMIZERS[recipe.optimizer]} at "
+        f"{_rate(recipe)}, weight decay {recipe.weight_decay:g} (none on encoders, decoders, biases and norms), {recipe.warmup:.0%} "
         f"warm-up, cosine decay, label smoothing {recipe.label_smoothing:g}, drop path {recipe.drop_path:g}, batches of "
         f"{recipe.batch_size} on all devices together, {recipe.precision}, {_epochs(recipe)}, seeds "
         f"{', '.join(map(str, recipe.seeds))}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,19 +39,24 @@ def train_images(
     recorded: int,
     on_step: Callable[[int, int], None],
     on_epoch: Callable[[Row], None],
+    test: bool = True,
 ) -> None:
     """Train; evaluate after every epoch, then write a checkpoint.
 
+    Epochs are evaluated on the validation set, and the test set is read once, after the last; without a validation set,
+    epochs are evaluated on the test set.
+
     Args:
         model: pixels → logits; trained in place.
-        splits: what to train and to test on.
+        splits: what to train, to validate and to test on.
         folder: for checkpoints. Training goes on from the last that is complete, of this network and has its record.
         training: how.
         seed: of order and draws.
         recorded: epochs that have their record. A checkpoint of a later one is not gone on from: records would be missing.
         on_step: called with (step, steps).
-        on_epoch: called, in the first process, with epoch (from 1), top1 (per cent), loss, train_loss and seconds (of
-            training, evaluation excluded).
+        on_epoch: called, in the first process, with epoch (from 1), top1 (per cent) and loss on the test set, where it is
+            read, val_top1 and val_loss on a validation set, train_loss and seconds (of training, evaluation excluded).
+        test: whether the test set is read after the last epoch where there is a validation set.
 
     Raises:
         ConfigError: the batch cannot be shared by the processes there are.
@@ -64,15 +70,24 @@ def train_images(
         logits = outputs["logits"].float()
         return F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing, reduction="sum") / count
 
+    def at_end() -> Row:
+        if splits.validation is None or not test:
+            return {}
+        return _measured(trainer.predict(splits.test).metrics, "test_")
+
+    validating = splits.validation is not None
     trainer = RecipeTrainer(
+        training,
         model=ImageClassifier(model),
         args=training_arguments(training, folder, samples=len(splits.train), seed=seed),
         train_dataset=SeededDraws(splits.train, seed),
-        eval_dataset=splits.test,
+        eval_dataset=splits.validation if validating else splits.test,
         data_collator=collate,
         compute_loss_func=loss,
         compute_metrics=_metrics,
-        callbacks=[Watch(_measured, on_step, on_epoch)],
+        callbacks=[
+            Watch(partial(_measured, prefix="eval_", name="val_" if validating else ""), at_end, on_step, on_epoch)
+        ],
     )
     fit(trainer, recorded=recorded)
 
@@ -87,5 +102,5 @@ def _metrics(found: EvalPrediction) -> dict[str, float]:
     }
 
 
-def _measured(metrics: Mapping[str, float]) -> Row:
-    return {"top1": 100.0 * metrics["eval_top1"], "loss": metrics["eval_cross_entropy"]}
+def _measured(metrics: Mapping[str, float], prefix: str, name: str = "") -> Row:
+    return {f"{name}top1": 100.0 * metrics[f"{prefix}top1"], f"{name}loss": metrics[f"{prefix}cross_entropy"]}

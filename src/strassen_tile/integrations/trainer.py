@@ -24,7 +24,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from strassen_tile.errors import DataError
 from strassen_tile.integrations.checkpoints import resumable, seal
 from strassen_tile.integrations.ranks import first, share
-from strassen_tile.integrations.training import Training
+from strassen_tile.integrations.training import Optimizer, Training
 from strassen_tile.nn import param_groups
 from strassen_tile.records import Row
 
@@ -66,15 +66,22 @@ class SeededDraws(Dataset[Any]):
 
 
 class RecipeTrainer(Trainer):  # type: ignore[misc, unused-ignore]
-    """Trainer with parameter groups, with last batches that count as they are, and with checkpoints that are sealed."""
+    """Trainer with parameter groups, with last batches that count as they are, and with checkpoints that are sealed.
+
+    Args:
+        training: what is to be done.
+        more: Trainer's own arguments.
+    """
+
+    def __init__(self, training: Training, **more: Any) -> None:
+        self.training = training
+        super().__init__(**more)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW; encoders, decoders, biases and norms without decay."""
+        """The recipe's; encoders, decoders, biases and norms without decay."""
         if self.optimizer is None:  # type: ignore[has-type, unused-ignore]
-            arguments = self.args
-            groups = param_groups(self.model, arguments.learning_rate, arguments.weight_decay)
-            betas = (arguments.adam_beta1, arguments.adam_beta2)
-            self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=arguments.adam_epsilon)
+            how = self.training
+            self.optimizer = make_optimizer(how.optimizer, param_groups(self.model, how.lr, how.weight_decay))
         return self.optimizer
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -115,6 +122,7 @@ class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     Args:
         measured: the record's fields that an evaluation comes to, from Trainer's metrics ("eval_…").
+        at_end: further fields of the last epoch's record, measured once; called in all processes.
         on_step: called with (step, steps).
         on_epoch: called, in the first process, with epoch (from 1), what was measured, train_loss and seconds.
     """
@@ -122,10 +130,11 @@ class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def __init__(
         self,
         measured: Callable[[Mapping[str, float]], Row],
+        at_end: Callable[[], Row],
         on_step: Callable[[int, int], None],
         on_epoch: Callable[[Row], None],
     ) -> None:
-        self.measured, self.on_step, self.on_epoch = measured, on_step, on_epoch
+        self.measured, self.at_end, self.on_step, self.on_epoch = measured, at_end, on_step, on_epoch
         self.started, self.seconds, self.train_loss = 0.0, 0.0, float("nan")
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -151,7 +160,29 @@ class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         """Hand over the epoch's record; Trainer saves after it, so that an epoch with a checkpoint has its record."""
         record: Row = {"epoch": round(state.epoch), **self.measured(metrics)}
+        if state.global_step >= state.max_steps:
+            record |= self.at_end()
         first(partial(self.on_epoch, {**record, "train_loss": self.train_loss, "seconds": self.seconds}))
+
+
+def make_optimizer(name: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimiser called `name` for parameter groups that have their rate and decay.
+
+    "soap" (Vyas et al. 2024, arXiv 2409.11321) is pytorch-optimizer's: Adam in the eigenbasis of each factor of a
+    Kronecker approximation of the gradient's covariance, so that it hardly depends on the basis a weight is written in.
+
+    Raises:
+        ImportError: "soap", and pytorch-optimizer is not installed.
+    """
+    if name == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    try:
+        from pytorch_optimizer import SOAP
+    except ImportError as error:
+        raise ImportError("optimizer soap needs pytorch-optimizer: pip install 'strassen-tile[optimizers]'") from error
+    return SOAP(groups)  # type: ignore[no-any-return, unused-ignore]
 
 
 def training_arguments(training: Training, folder: Path, *, samples: int, seed: int) -> TrainingArguments:

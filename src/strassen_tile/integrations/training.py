@@ -11,6 +11,7 @@ import torch
 from strassen_tile.errors import ConfigError
 
 Precision = Literal["auto", "float32", "bfloat16"]
+Optimizer = Literal["adamw", "sgd", "soap"]
 
 
 def about(text: str) -> dict[str, str]:
@@ -20,7 +21,7 @@ def about(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a network is trained: AdamW, linear warm-up, cosine decay to zero. Fields say what they are in their metadata.
+    """How a network is trained: linear warm-up, cosine decay to zero. Fields say what they are in their metadata.
 
     A field added here reaches the trainer, recipe files, `--set` and the command line. Its default must be what was done
     before there was the field: comparisons begun then go on with it.
@@ -31,8 +32,14 @@ class Training:
 
     epochs: int = field(metadata=about("passes over the training set"))
     batch_size: int = field(metadata=about("samples a step, of all processes together"))
-    lr: float = field(default=1e-3, metadata=about("peak learning rate of AdamW"))
-    weight_decay: float = field(default=0.05, metadata=about("of AdamW; none on encoders, decoders, biases and norms"))
+    optimizer: Optimizer = field(
+        default="adamw",
+        metadata=about("AdamW, SGD with Nesterov momentum 0.9, or SOAP (Adam in the eigenbasis of gradients)"),
+    )
+    lr: float = field(default=1e-3, metadata=about("peak learning rate"))
+    weight_decay: float = field(
+        default=0.05, metadata=about("decoupled (SGD: as L2); none on encoders, decoders, biases, norms")
+    )
     warmup: float = field(default=0.1, metadata=about("fraction of the steps in which the learning rate rises"))
     label_smoothing: float = field(default=0.1, metadata=about("in training; test losses are without"))
     precision: Precision = field(
