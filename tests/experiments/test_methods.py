@@ -66,7 +66,7 @@ def test_settings_of_an_entry_are_those_of_its_layers() -> None:
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        ("denes", "unknown methods denes; there are dense, 2:4, stl, low-rank, dense\\+mix"),
+        ("denes", "unknown methods denes; there are dense, 2:4, stl, low-rank, monarch, rotated, dense\\+mix"),
         ("", "unknown methods"),
         ("stl[rank=24", r"name or name\[key=value,…\] is wanted; got 'stl\[rank=24'"),
         ("stl]", "name or name"),
@@ -85,6 +85,9 @@ def test_settings_of_an_entry_are_those_of_its_layers() -> None:
         ("stl,stl[rank=24]", "the same run twice: stl r=24"),
         ("stl[mixing=none,rank=6],stl[mixing=none,tile=1x4x4,rank=6]", "the same run twice"),
         ("dense,dense", "the same run twice: dense"),
+        ("dense,dense[mix=none]", "the same run twice: dense"),
+        ("dense[mix=some]", "dense: mix: one of none, tile, conv, grid is wanted"),
+        ("monarch[flop_ratio=0]", "monarch: flop_ratio must be positive"),
     ],
 )
 def test_what_is_no_method_is_refused(methods, message) -> None:

@@ -137,7 +137,7 @@ def real(text: str) -> float:
 
 def reals(text: str) -> tuple[float, ...]:
     """Numbers joined by commas; one may end the text, and "none" is no number at all."""
-    return () if text == "none" else tuple(real(part) for part in listed(text))
+    return () if text in ("", "none") else tuple(real(part) for part in listed(text))
 
 
 def switch(text: str) -> bool:

@@ -1,0 +1,191 @@
+"""The protocol: rates chosen on validation images, the test set read once, runs spread over processes."""
+
+import os
+import signal
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from strassen_tile import baselines
+from strassen_tile.data import hold_out, load_images
+from strassen_tile.data.images import InMemoryImages
+from strassen_tile.errors import ConfigError
+from strassen_tile.experiments import vision
+from strassen_tile.experiments.jobs import JobError, spread
+from strassen_tile.experiments.recipe import recipe_of
+from strassen_tile.experiments.runner import run
+from strassen_tile.integrations.trainer import make_optimizer
+
+SMALL = {
+    "model": "t2t_vit_micro",
+    "limit": 24,
+    "validation": 30,
+    "epochs": 2,
+    "batch_size": 12,
+    "seeds": (3,),
+    "methods": ("dense", "stl[rank=8]"),
+    "precision": "float32",
+}
+
+
+def recipe(**changes):
+    return recipe_of("digits", options={**SMALL, **changes})
+
+
+def test_what_is_held_out_is_not_trained_on_and_is_the_same_for_all() -> None:
+    splits = load_images("digits", limit=100)
+    held = hold_out(splits, 30)
+    train, validation = held.train, held.validation
+    assert (len(train), len(validation), len(held.test)) == (70, 30, len(splits.test))
+    assert validation.labels.bincount().tolist() == [3] * 10
+    whole = Counter(bytes(image.flatten().tolist()) for image in splits.train.images)
+    parts = [Counter(bytes(image.flatten().tolist()) for image in part.images) for part in (train, validation)]
+    assert parts[0] + parts[1] == whole
+    assert train.max_shift == splits.train.max_shift > 0 == validation.max_shift
+    assert torch.equal(hold_out(splits, 30).validation.images, validation.images)
+    assert len(splits.train) == 100
+    for images in (0, 100, 101):
+        with pytest.raises(ConfigError, match=f"validation={images} must be from 1 to 99: there are 100 training"):
+            hold_out(splits, images)
+
+
+def test_images_in_folders_are_held_out_too(tmp_path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for index in range(10):
+            image.new("RGB", (16, 16), (index, 0, 0)).save(tmp_path / name / f"{index}.png")
+    splits = hold_out(load_images(tmp_path), 4)
+    assert splits.train.augment and not splits.validation.augment
+    assert not set(splits.train.paths) & set(splits.validation.paths)
+    assert [path.split("/")[-2] for path in splits.validation.paths] == ["a", "a", "b", "b"]
+    assert splits.validation.labels.tolist() == [0, 0, 1, 1] and len(splits.train) == 12
+
+
+def test_the_test_set_is_read_once_after_the_last_epoch(tmp_path, monkeypatch) -> None:
+    read = Counter()
+    fetch = InMemoryImages.__getitems__
+
+    def counted(self, indices):
+        read[len(self)] += len(indices)
+        return fetch(self, indices)
+
+    monkeypatch.setattr(InMemoryImages, "__getitems__", counted)
+    rows = vision.compare(recipe(methods=("dense",)), tmp_path)
+    assert read == {24: 2 * 24, 30: 2 * 30, 599: 599}
+    first, last = rows
+    assert "top1" not in first and "loss" not in first
+    assert 0 <= last["top1"] <= 100 and last["loss"] > 0
+    assert all(0 <= row["val_top1"] <= 100 and row["val_loss"] > 0 for row in rows)
+    assert (last["train_images"], last["val_images"], last["test_images"]) == (24, 30, 599)
+    assert (last["lr"], last["optimizer"], last["weight_decay"]) == (1e-3, "adamw", 0.05)
+
+
+def test_rates_are_those_that_end_best_on_validation_images_and_tests_are_not_read_for_them(tmp_path) -> None:
+    grid = (1e-5, 2e-3)
+    how = recipe(lr_grid=grid, methods=("dense", "stl[rank=8]", "dense[width=64,lr=3e-3]"), limit=12)
+    rows = vision.compare(how, tmp_path)
+    tried = run(vision.tuning(how), tmp_path / "tuning")
+    assert not any("top1" in row for row in tried)
+    ends = {(row["method"], row["lr"]): row["val_top1"] for row in tried if row["epoch"] == 2}
+    assert set(ends) == {(method, lr) for method in ("dense", "stl") for lr in grid}
+    for row in rows:
+        if row["variant"] != "width 64, lr 0.003":
+            others = [ends[row["method"], lr] for lr in grid]
+            assert ends[row["method"], row["lr"]] == max(others)
+            assert row["tuned"] == "1e-05, 0.002"
+    assert {row["variant"] for row in rows if row["method"] == "stl"} <= {"r=8, lr 1e-05", "r=8, lr 0.002"}
+    assert {row["lr"] for row in rows if "width" in row["variant"]} == {3e-3}
+
+
+def test_the_best_rate_is_of_the_last_epoch_and_a_run_that_diverged_is_never_it() -> None:
+    def row(lr, epoch, top1, loss):
+        return {"method": "m", "variant": f"mix tile, lr {lr:g}", "lr": lr, "epoch": epoch, "val_top1": top1, "val_loss": loss}
+
+    rows = [row(1.0, 1, 90.0, 0.1), row(1.0, 2, 70.0, 0.5), row(2.0, 2, 80.0, 0.4), row(4.0, 2, 80.0, 0.3)]
+    assert vision.best_rates(rows) == {("m", "mix tile"): 4.0}
+    assert vision.best_rates([*rows, row(8.0, 2, 99.0, float("nan"))]) == {("m", "mix tile"): 4.0}
+
+
+def test_a_grid_wants_validation_images_and_rates() -> None:
+    for changes, message in (
+        ({"validation": 0, "lr_grid": (1e-3,)}, "lr_grid is chosen from on validation images"),
+        ({"lr_grid": (1e-3, 1e-3)}, "lr_grid has a rate twice"),
+        ({"lr_grid": (-1.0,)}, "lr must be a positive finite number"),
+        ({"validation": -1}, "validation must not be negative"),
+        ({"jobs": 0}, "jobs from 1"),
+        ({"methods": ("dense[lr=-1]",)}, "lr must be a positive"),
+        ({"methods": ("dense[optimizer=adam]",)}, "optimizer: one of adamw, sgd, soap is wanted"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            recipe(**changes)
+
+
+def test_runs_in_two_processes_are_those_of_one(tmp_path) -> None:
+    torch.set_num_threads(1)
+    how = recipe(methods=("dense", "2:4", "stl[rank=8,mix=grid]"))
+    alone = vision.compare(how, tmp_path / "alone")
+    seen = []
+    spread_out = vision.compare(replace(how, jobs=2), tmp_path / "spread", on_progress=seen.append)
+    told = ("method", "variant", "seed", "epoch")
+    results = ("val_top1", "val_loss", "top1", "loss", "train_loss", "params", "flops_per_image")
+
+    def by_run(rows):
+        return {tuple(row[key] for key in told): [row.get(key) for key in results] for row in rows}
+
+    assert by_run(spread_out) == by_run(alone) and len(alone) == 6
+    assert {at.run for at in seen} == {1, 2, 3} and not any((tmp_path / "spread" / "runs").iterdir())
+    # Nothing is left to do, in one process or two.
+    assert vision.compare(how, tmp_path / "spread", on_progress=lambda at: pytest.fail("trained again")) == spread_out
+
+
+def _fails(task, send) -> None:
+    send(task)
+    if task == "raise":
+        raise ConfigError("no")
+    if task == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("task", "error"), [("raise", ConfigError), ("die", JobError)])
+def test_what_stops_a_job_stops_all_and_is_said(task, error) -> None:
+    seen = []
+    with pytest.raises(error):
+        spread(partial(_fails), ["fine", task], 2, seen.append)
+    assert task != "raise" or set(seen) <= {"fine", "raise"}
+
+
+def test_a_narrow_network_is_compared_with_the_wide_one() -> None:
+    how = recipe()
+    how, splits = vision._loaded(how)
+    model, conversion = vision.build(how, splits, baselines.dense(), 0, width=64)
+    fields = vision._fixed_fields(how, splits, 64, {}, model, conversion)
+    wide = vision.cost_fields(*vision.build(how, splits, baselines.dense(), 0), splits)
+    assert fields["flop_ratio"] == fields["flops_per_image"] / wide["flops_per_image"] < 0.5
+    linear = [layer for layer in conversion.converted.values()]
+    # Every layer of a block is half as wide on both sides.
+    assert fields["flop_ratio_all_in"] == pytest.approx(0.25) and len(linear) == 16
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "soap"])
+def test_optimizers_decay_what_the_groups_say_and_go_down(name) -> None:
+    if name == "soap":
+        pytest.importorskip("pytorch_optimizer")
+    torch.manual_seed(0)
+    decayed, other = (torch.nn.Parameter(torch.ones(3, 4, 5)) for _ in range(2))
+    groups = [{"params": [decayed], "lr": 0.1, "weight_decay": 0.5}, {"params": [other], "lr": 0.1, "weight_decay": 0.0}]
+    optimizer = make_optimizer(name, groups)
+    for _ in range(3):
+        for parameter in (decayed, other):
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    assert torch.equal(other, torch.ones(3, 4, 5)) and (decayed < 0.95).all()
+    target = torch.randn(3, 4, 5)
+    before = float((other - target).square().sum())
+    for _ in range(20):
+        other.grad = 2 * (other.detach() - target)
+        optimizer.step()
+    assert float((other - target).square().sum()) < before / 2
