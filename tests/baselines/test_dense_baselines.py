@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from strassen_tile import baselines
-from strassen_tile.baselines import LowRankLinear, TokenMixLinear
+from strassen_tile.baselines import LowRankLinear, MixedLinear
 from strassen_tile.errors import ConfigError, ShapeError
 
 X = torch.randn(2, 7, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
@@ -93,13 +93,13 @@ def test_rank_below_one_is_refused():
 @pytest.mark.parametrize("n", [1, 4, 7])
 def test_token_mix_starts_as_the_dense_layer(n):
     linear = dense()
-    layer = TokenMixLinear(linear, 4)
+    layer = MixedLinear(linear, "tile", 4)
     torch.testing.assert_close(layer(X[:, :n]), linear(X[:, :n]), rtol=0, atol=1e-14)
     assert layer.linear is linear
 
 
 def mixing(p=4):
-    layer = TokenMixLinear(dense(), p)
+    layer = MixedLinear(dense(), "tile", p)
     with torch.no_grad():
         layer.mix.add_(torch.randn_like(layer.mix))
     return layer
@@ -131,12 +131,12 @@ def test_token_mix_keeps_samples_and_tiles_apart():
 
 
 def test_token_mix_trains_the_mix_and_keeps_the_mode():
-    layer = TokenMixLinear(dense().eval())
+    layer = MixedLinear(dense().eval())
     assert not layer.training
     layer(X).square().sum().backward()
     assert layer.mix.grad.abs().sum() > 0
     with pytest.raises(ConfigError, match="rows_mixed"):
-        TokenMixLinear(dense(), 0)
+        MixedLinear(dense(), "tile", 0)
 
 
 class MeanAdded(nn.Module):
@@ -152,7 +152,7 @@ def test_methods_convert_and_undo():
         "dense": (baselines.dense(), nn.Linear),
         "2:4": (baselines.sparse_24(), baselines.Sparse24Linear),
         "low-rank": (baselines.low_rank(0.5), LowRankLinear),
-        "dense+mix": (baselines.token_mix(3), TokenMixLinear),
+        "dense+mix": (baselines.token_mix(3), MixedLinear),
     }
     for name, (method, kind) in methods.items():
         model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), MeanAdded()).eval()

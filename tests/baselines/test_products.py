@@ -19,7 +19,11 @@ N, K, M = 21, 36, 23  # whole groups of four along K, nothing else whole
 CONFIG = STLConfig(rank=24)
 EXACT = [bases.naive(4, 4, 4), bases.naive(1, 3, 2), bases.strassen(2), bases.approximate(4, 49)]
 OWN = [products.PRODUCTS[name](CONFIG, False) for name in products.PRODUCTS]
-ALL = [*OWN, *(products.PRODUCTS[name](CONFIG, True) for name in ("stl", "low-rank")), *map(products.stl, EXACT)]
+ALL = [
+    *OWN,
+    *(products.PRODUCTS[name](CONFIG, True) for name in ("stl", "low-rank", "monarch")),
+    *map(products.stl, EXACT),
+]
 
 
 def operands(dtype=torch.float32, n=N, k=K, m=M):
@@ -43,6 +47,17 @@ def truncated(w, rank):
     return u[:, :rank] @ torch.diag(s[:rank]) @ vt[:rank]
 
 
+def permuted(first, second):
+    """The matrix (K, M) of two block-diagonal factors, entry by entry: number h between them is h // b of block h % b."""
+    blocks, inner, columns = first.shape
+    whole, rows = first.new_zeros(blocks * columns, blocks * second.shape[1]), second.shape[1]
+    for h in range(blocks * inner):
+        j, c = h % blocks, h // inner
+        outer = torch.outer(first[j, h // blocks], second[c, :, h % inner])
+        whole[j * columns : (j + 1) * columns, c * rows : (c + 1) * rows] += outer
+    return whole[:K, :M]
+
+
 def meaning(product, prepared, x, w):
     """What y is, in float64, written down once more."""
     if product.exactness == "exact":
@@ -59,6 +74,8 @@ def meaning(product, prepared, x, w):
         first, second = parameters
         assert first.shape == (int(24 / 64 * K * M / (K + M)), K)
         return torch.einsum("nk,ak,ma->nm", x, first, second)
+    if product.name == "monarch":
+        return x @ permuted(*parameters)
     weight, mix = parameters
     mixed = x.clone()
     for row in range(N):
@@ -178,6 +195,10 @@ METHODS = {
     "stl from the best basis": baselines.stl(STLConfig(rank=24, basis="approximate")),
     "2:4": baselines.sparse_24(),
     "low-rank": baselines.low_rank(24 / 64),
+    "monarch": baselines.monarch(24 / 64),
+    "rotated": baselines.rotated(),
+    "low-rank, convolved": baselines.mixed(baselines.low_rank(24 / 64), "conv"),
+    "stl, mixed by other tiles": baselines.mixed(baselines.stl(CONFIG), "tile", 3),
     "dense+mix": baselines.token_mix(4),
 }
 
@@ -222,7 +243,7 @@ def test_roster_is_by_rank_and_those_without_once():
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, math.nan, math.inf])
 def test_a_ratio_that_cannot_be_is_refused_before_there_is_a_weight(ratio):
-    for make in (products.low_rank, baselines.low_rank):
+    for make in (products.low_rank, baselines.low_rank, products.monarch, baselines.monarch):
         with pytest.raises(ConfigError, match="flop_ratio must be positive and finite"):
             make(ratio)
 

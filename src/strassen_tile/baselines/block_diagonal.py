@@ -106,7 +106,7 @@ class MonarchLinear(nn.Module):
         """Take the factors whose product is closest to a weight (M, K), as `nn.Linear` stores it, in the Frobenius norm.
 
         Block (c, j) of the product is the part of B₂'s block c that sees B₁'s block j, times that part of B₁'s: no entry of a
-        factor serves two blocks, so the truncated SVD of each, split evenly, is best (Dao et al. 2022, section 3.3).
+        factor serves two blocks, so the truncated SVD of each, split evenly, is best, as Dao et al. project.
         """
         b, inner = self.blocks, self.width // self.blocks
         (_, rows, _), columns = self.second.shape, self.first.shape[-1]

@@ -52,8 +52,6 @@ def mix_grid(x: Tensor, mix: Tensor) -> Tensor:
     n = x.shape[-2]
     cells = grid_cells(n)
     side = math.isqrt(cells)
-    if cells == 0:
-        return x
     tokens = x[..., n - cells :, :]
     grid = tokens.flatten(0, -3).unflatten(-2, (side, side))
     mixed = tokens + _depthwise(grid, mix, padding=1).reshape(tokens.shape)
@@ -93,7 +91,7 @@ def mixed_by(kind: Mix, x: Tensor, mix: Tensor) -> Tensor:
     """X (…, N, K) after the mix of this kind. Raises ShapeError for a 2-D input: its rows are a batch."""
     if x.ndim < 3:
         raise ShapeError(f"a 2-D input {shape_text(x.shape)} is a batch of rows, which this layer would mix")
-    return _CALLS[kind](x, mix)
+    return _CALLS[kind](x, mix) if x.numel() else x
 
 
 def add_mix(
