@@ -30,6 +30,33 @@ def test_random_start_has_the_variance_of_a_dense_one(tile, rank, mixing, scope)
     assert (found / found.mean() - 1).abs().max() < 0.35  # no row of a tile is left out
 
 
+@pytest.mark.parametrize("scope", ["layer", "tile"])
+@pytest.mark.parametrize("basis", ["random", "orthogonal", "signs", "naive", "approximate", "truncated"])
+@pytest.mark.parametrize(
+    ("tile", "rank"), [((4, 4, 4), 24), ((2, 4, 4), 12), ((8, 8, 8), 192), ((1, 4, 4), 6)], ids=str
+)
+def test_every_start_has_it_at_every_tile(tile, rank, basis, scope):
+    """A sample of it is off by about √(2/(K/q·r)/24 + ‥) of itself, less than 4 %; three times that is allowed."""
+    if basis == "truncated" and tile[0] < tile[1]:
+        pytest.skip("Strassen's algorithm is for cubes")
+    if basis == "approximate" and tile not in ((4, 4, 4), (2, 4, 4)):
+        pytest.skip("none ships")
+    rank = tile[0] * tile[1] * tile[2] if basis == "naive" else rank
+    config = STLConfig(tile=tile, rank=rank, basis=basis, init="random", encoder_scope=scope)
+    found = row_variances(lambda: STLLinear(K, M, bias=False, config=config, dtype=torch.float64))
+    assert found.mean() == pytest.approx(1 / 3, rel=0.12)
+    if basis in ("random", "orthogonal", "signs"):
+        assert (found / found.mean() - 1).abs().max() < 0.35
+
+
+@pytest.mark.parametrize("scope", ["layer", "tile"])
+def test_causal_signs_have_it_in_every_row(scope):
+    config = STLConfig(basis="signs", mixing="causal", encoder_scope=scope)
+    found = row_variances(lambda: STLLinear(K, M, bias=False, config=config, dtype=torch.float64))
+    assert found.mean() == pytest.approx(1 / 3, rel=0.12)
+    assert (found / found.mean() - 1).abs().max() < 0.35
+
+
 @pytest.mark.parametrize("basis", ["naive", "strassen", "approximate"])
 @pytest.mark.parametrize("scope", ["layer", "tile"])
 def test_noise_behind_a_given_basis_has_it_too(basis, scope):

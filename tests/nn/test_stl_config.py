@@ -13,14 +13,15 @@ from strassen_tile import STLConfig, STLLinear, bases
 from strassen_tile.errors import BasisError, ConfigError
 
 SIDE = some.integers(4, 16)
+NAMES = ["random", "orthogonal", "signs", "approximate", "truncated", "naive", "strassen"]
 CONFIGS = some.builds(
     STLConfig,
     tile=SIDE | some.tuples(SIDE, SIDE, SIDE) | some.lists(SIDE, min_size=3, max_size=3),
     rank=some.integers(1, 3),
-    basis=some.sampled_from(["random", "approximate", "naive", "strassen"]) | some.text(min_size=1),
+    basis=some.sampled_from(NAMES) | some.text(min_size=1),
     mixing=some.sampled_from(["sequence", "none", "causal"]),
     encoder_scope=some.sampled_from(["layer", "tile"]),
-    init=some.sampled_from(["auto", "random", "fit"]),
+    init=some.sampled_from(["auto", "random", "spectral", "fit"]),
     train_encoder=some.booleans(),
     train_decoder=some.booleans(),
     backend=some.sampled_from(["auto", "reference", "cpu", "triton"]),
@@ -91,6 +92,10 @@ EXPECTED = {  # tile, basis, mixing → rank
     ((8, 2, 4), "approximate", "sequence"): 24,
     ((2, 3, 5), "naive", "sequence"): 30,
     (4, "naive", "none"): 16,
+    (4, "orthogonal", "none"): 6,
+    ((2, 3, 5), "signs", "causal"): 11,
+    (4, "truncated", "sequence"): 24,
+    (2, "truncated", "sequence"): 3,
     (2, "strassen", "sequence"): 7,
     (4, "strassen", "sequence"): 49,
 }
@@ -114,6 +119,10 @@ def test_a_file_brings_its_rank(tmp_path):
     assert STLConfig(tile=(2, 3, 2), basis=str(tmp_path / "b.json")).rank == 5
     with pytest.raises(BasisError, match=r"none\.json"):
         STLConfig(tile=2, basis=str(tmp_path / "none.json"))
+    with pytest.raises(
+        BasisError, match=rf"basis must be one of {', '.join(NAMES)}, or the path of a file; .*orthogonol"
+    ):
+        STLConfig(rank=24, basis="orthogonol").load_basis()
     with pytest.raises(ConfigError, match="cubic tile"):
         STLConfig(tile=(2, 3, 2), basis="strassen")
 
@@ -246,6 +255,11 @@ def test_config_is_frozen():
     ("init", "basis", "fits"),
     [
         ("auto", "random", False),
+        ("auto", "orthogonal", False),
+        ("auto", "signs", False),
+        ("auto", "truncated", True),
+        ("fit", "signs", True),
+        ("spectral", "truncated", False),
         ("auto", "naive", True),
         ("fit", "random", True),
         ("random", "naive", False),
@@ -273,6 +287,8 @@ def test_named_bases():
         (STLConfig(tile=2, rank=7, basis="strassen", mixing="none"), ConfigError),
         (STLConfig(tile=4, rank=24, basis="naive"), ConfigError),
         (STLConfig(tile=4, rank=25, basis="approximate"), BasisError),
+        (STLConfig(tile=4, rank=50, basis="truncated"), BasisError),
+        (STLConfig(tile=(2, 4, 4), rank=7, basis="truncated"), ConfigError),
         (STLConfig(tile=4, rank=24, basis="no/such/file.json"), BasisError),
     ],
     ids=str,

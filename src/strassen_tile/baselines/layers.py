@@ -71,6 +71,10 @@ class LowRankLinear(nn.Module):
         self.first.weight.zero_()[: len(root)] = root[:, None] * vt[: self.rank]
         self.second.weight.zero_()[:, : len(root)] = u[:, : self.rank] * root
 
+    def factor_fan_ins(self) -> dict[str, int]:
+        """Of A and B, for `param_groups`."""
+        return {"first.weight": self.in_features, "second.weight": self.rank}
+
     def forward(self, x: Tensor) -> Tensor:
         """(…, K) → (…, M)."""
         return self.second(self.first(x))  # type: ignore[no-any-return]

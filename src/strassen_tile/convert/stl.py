@@ -80,7 +80,8 @@ def convert(
 
     def replace(linear: nn.Linear) -> nn.Module:
         chosen = configs[linear]
-        start = chosen if chosen.fits else STLConfig.from_dict({**chosen.to_dict(), "init": "random"})
+        as_it_is = chosen.fits or chosen.init == "spectral"
+        start = chosen if as_it_is else STLConfig.from_dict({**chosen.to_dict(), "init": "random"})
         with torch.inference_mode(False):  # it is to be trained, wherever it is made
             layer = STLLinear.from_linear(linear, start)
         layer.config = chosen

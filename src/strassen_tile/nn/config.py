@@ -12,12 +12,12 @@ from typing import Any, Literal, get_args
 
 from strassen_tile import bases, files
 from strassen_tile.basis import Basis
-from strassen_tile.errors import ConfigError, ShapeError, STLError
+from strassen_tile.errors import BasisError, ConfigError, ShapeError, STLError
 from strassen_tile.tiling import Tile, as_integer, as_tile
 
 Mixing = Literal["sequence", "none", "causal"]
 Scope = Literal["layer", "tile"]
-Init = Literal["auto", "random", "fit"]
+Init = Literal["auto", "random", "spectral", "fit"]
 Backend = Literal["auto", "reference", "cpu", "triton"]
 _CHOICES: dict[str, tuple[object, ...]] = {
     "mixing": get_args(Mixing),
@@ -26,7 +26,10 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "backend": get_args(Backend),
 }
 _SWITCHES = ("train_encoder", "train_decoder", "recompute")
+DRAWN = ("random", "orthogonal", "signs")  # anew for every layer
+_APPROXIMATE = ("approximate", "truncated")  # for ranks that the user chooses
 _EXACT = ("naive", "strassen")
+NAMES = (*DRAWN, *_APPROXIMATE, *_EXACT)
 _BY_TILE: Any = None  # so that the attribute, which is a number once there is a config, is typed as one
 MAX_BYTES = 1 << 20  # of a file
 _MOST_NUMBERS = 1 << 26  # in an encoder or decoder: half a GiB in float64
@@ -39,18 +42,23 @@ class STLConfig:
 
     Attributes:
         tile: (p, q, s), or one side for a cube. Held as a triple.
-        rank: r, products a tile. None: that of the basis; where that has none of its own ("random", "approximate"), ⅜ of
-            the pqs products of a dense tile: 24 of 4×4×4, 6 of 1×4×4. From pqs on nothing is saved, and a UserWarning
-            says so unless the basis is exact; above 4pqs nothing is gained by training either, and it is refused. (With
-            r = pqs a layer can be dense; up to p²qs, more terms are more freedom: a control, never a saving.)
-        basis: where E and D start: "random", "approximate" (shipped factors), "naive", "strassen", or the path of a
-            file that `bases.load` reads. All but "random" must have this tile and rank.
+        rank: r, products a tile. None: that of the basis; where that has none of its own (all but "naive", "strassen" and
+            files), ⅜ of the pqs products of a dense tile: 24 of 4×4×4, 6 of 1×4×4. From pqs on nothing is saved, and a
+            UserWarning says so unless the basis is exact; above 4pqs nothing is gained by training either, and it is
+            refused. (With r = pqs a layer can be dense; up to p²qs, more terms are more freedom: a control, never a saving.)
+        basis: where E and D start. Drawn for each layer, with the same variances: "random" (Gaussian), "orthogonal" (E as a
+            matrix (r, pq) and D as (r, ps) have orthonormal rows or, where r is larger, columns, times a number; not for
+            causal tiles), "signs" (±1 times a number). Given: "approximate" (shipped factors), "truncated" (the terms of
+            Strassen's algorithm that matter most, for cubes of 2, 4 or 8), "naive", "strassen", or the path of a file that
+            `bases.load` reads; these must have this tile and rank.
         mixing: "sequence" lets the p rows of a tile see each other, both ways; "causal" only backwards; "none" not at
             all (p = 1: tile=4 becomes (1, 4, 4)).
         encoder_scope: "layer" for one encoder and decoder a layer; "tile" for an encoder of each column tile and a
             decoder of each output tile: same FLOPs, more freedom.
-        init: "random" starts Ŵ from noise of the variance of the weight replaced; "fit" from the weight itself;
-            "auto" is "random" for the random basis and "fit" for the others.
+        init: "random" starts Ŵ from noise that gives the output the variance it has behind the weight replaced; "fit" from
+            the weight itself; "auto" is "random" for a drawn basis and "fit" for the others. "spectral" takes the
+            deviations of Qiu et al. (arXiv 2406.06248) for Ŵ, and for E and D if they are drawn, whatever the weight was:
+            √(1/d_in)·min(1, √(d_out/d_in)) of each factor.
         train_encoder, train_decoder: whether E and D are trained.
         backend: of `stl_linear`.
         recompute: of `stl_linear`: keep no Ŷ for the backward pass, make it anew.
@@ -89,7 +97,7 @@ class STLConfig:
             raise ConfigError(f"rank must be a positive integer, or None; got {self.rank!r}")
         object.__setattr__(self, "rank", rank)
         self._check_rank()
-        if self.basis in ("random", "approximate"):
+        if self.basis in (*DRAWN, *_APPROXIMATE):
             self._warn_if_nothing_is_saved()
         _ = self.mixes_rows  # cached now: a graph that is traced later cannot take the lock
 
@@ -106,22 +114,29 @@ class STLConfig:
     @property
     def fits(self) -> bool:
         """Whether Ŵ starts from the weight replaced."""
-        return self.init == "fit" or (self.init == "auto" and self.basis != "random")
+        return self.init == "fit" or (self.init == "auto" and self.basis not in DRAWN)
 
     def _default_rank(self) -> int:
         p, q, s = self.pqs
-        if self.basis in ("random", "approximate"):
+        if self.basis in (*DRAWN, *_APPROXIMATE):
             return max(1, round(3 / 8 * p * q * s))
         if self.basis == "naive":
             return p * q * s
-        return 7 ** self._levels() if self.basis == "strassen" else bases.load(self.basis).rank
+        return 7 ** self._levels() if self.basis == "strassen" else self._from_file().rank
+
+    def _from_file(self) -> Basis:
+        try:
+            return bases.load(self.basis)
+        except BasisError as error:
+            names = ", ".join(NAMES)
+            raise BasisError(f"basis must be one of {names}, or the path of a file; {error}") from error
 
     def _levels(self) -> int:
         """How often Strassen's algorithm is applied to itself for this tile."""
         p, q, s = self.pqs
         levels = p.bit_length() - 1
         if not p == q == s == 2**levels or levels < 1:
-            raise ConfigError(f"basis 'strassen' needs a cubic tile of side 2, 4, 8, …; got {self.tile}")
+            raise ConfigError(f"basis {self.basis!r} needs a cubic tile of side 2, 4, 8, …; got {self.tile}")
         return levels
 
     def _way_out(self) -> str:
@@ -153,23 +168,29 @@ class STLConfig:
             )
 
     def load_basis(self) -> Basis | None:
-        """The basis that E and D start from; None for "random", which is drawn layer by layer.
+        """The basis that E and D start from; None for one that is drawn layer by layer.
 
         Raises:
-            ConfigError: the named basis is not for this tile and rank.
+            ConfigError: the named basis is not for this tile and rank, or not for causal tiles.
             BasisError: there is no such basis.
         """
-        if self.basis == "random":
+        if self.basis in DRAWN:
+            if self.basis == "orthogonal" and self.mixing == "causal" and self.mixes_rows:
+                raise ConfigError(
+                    "basis 'orthogonal' lets rows see later ones; mixing='causal' takes 'random', 'signs' or 'naive'"
+                )
             return None
         if self.basis == "approximate":
             return bases.approximate(self.pqs, self.rank)
+        if self.basis == "truncated":
+            return bases.truncated(self._levels(), self.rank)
         if self.basis in _EXACT:
             if self.rank != (own := self._default_rank()):  # first: of a large tile it is much work to make
                 raise ConfigError(
                     f"basis {self.basis!r} has rank {own} for tile {self.tile}; the config says {self.rank}"
                 )
             return bases.naive(*self.pqs) if self.basis == "naive" else bases.strassen(self._levels())
-        basis = bases.load(self.basis)
+        basis = self._from_file()
         if basis.tile != self.pqs or basis.rank != self.rank:
             raise ConfigError(
                 f"basis {self.basis!r} has tile {basis.tile} and rank {basis.rank}; the config says {self.tile} and {self.rank}"

@@ -1,7 +1,8 @@
 """Where a layer starts: encoders, decoders and the scale of a random Ŵ.
 
 With Var(X) = 1 per entry, X̂[k] has variance ‖E_k‖² and Y variance Σ_k ‖D_k‖²/(ps) · (K/q) · Var(Ŵ) · ‖E_k‖², if Ŵ is
-independent noise. A dense layer has K·Var(W): equating the two gives Var(Ŵ).
+independent noise. A dense layer has K·Var(W): equating the two gives Var(Ŵ). It holds for any E and D; what else a start
+chooses is which directions they span.
 """
 
 from __future__ import annotations
@@ -36,11 +37,25 @@ def normalised(basis: Basis) -> Basis:
     return Basis(basis.encoder / e, basis.weight_encoder / f, basis.decoder * e * f, name=basis.name)
 
 
+def _drawn(kind: str, copies: tuple[int, ...], rank: int, rows: int, columns: int) -> Tensor:
+    """A factor (*copies, rank, rows, columns) in float64 whose entries have mean square 1."""
+    shape = (*copies, rank, rows, columns)
+    if kind == "random":
+        return torch.randn(shape, dtype=torch.float64)
+    if kind == "signs":
+        return torch.randint(0, 2, shape).double().mul_(2).sub_(1)
+    factor = torch.empty(shape, dtype=torch.float64)
+    for matrix in factor.view(-1, rank, rows * columns):  # orthonormal along the shorter side
+        torch.nn.init.orthogonal_(matrix, gain=max(matrix.shape) ** 0.5)
+    return factor
+
+
 def start_factors(config: STLConfig, basis: Basis | None, columns: int, outputs: int) -> tuple[Tensor, Tensor]:
     """E and D in float64, for `columns` = ⌈K/q⌉ and `outputs` = ⌈M/s⌉ where the scope is "tile".
 
-    Random ones are drawn from torch's global generator, as `nn.Linear` draws its weight, with the variances of
-    `bases.random`; causal ones so that every row of Y gets the same variance.
+    Without a basis they are drawn as `config.basis` says, from torch's global generator, as `nn.Linear` draws its
+    weight, with the variances of `bases.random`; causal ones so that every row of Y gets the same variance. With
+    `init="spectral"` what is drawn is scaled down by √(d_out/d_in) where that is less than 1.
 
     Raises:
         ConfigError: a given basis is not causal though the mixing is.
@@ -54,18 +69,30 @@ def start_factors(config: STLConfig, basis: Basis | None, columns: int, outputs:
             torch.equal(encoder * masks[0], encoder) and torch.equal(decoder * masks[1], decoder)
         ):
             raise ConfigError(
-                f"basis {config.basis!r} lets rows see later ones; mixing='causal' takes 'random' or 'naive'"
+                f"basis {config.basis!r} lets rows see later ones; mixing='causal' takes 'random', 'signs' or 'naive'"
             )
         if per_tile:
             encoder, decoder = encoder.expand(columns, -1, -1, -1), decoder.expand(outputs, -1, -1, -1)
         return encoder.clone(), decoder.clone()
-    encoder = torch.randn(*((columns,) if per_tile else ()), r, p, q, dtype=torch.float64)
-    decoder = torch.randn(*((outputs,) if per_tile else ()), r, p, s, dtype=torch.float64)
+    encoder = _drawn(config.basis, (columns,) if per_tile else (), r, p, q)
+    decoder = _drawn(config.basis, (outputs,) if per_tile else (), r, p, s)
+    if config.init == "spectral":
+        encoder, decoder = encoder * min(1.0, (r / (p * q)) ** 0.5), decoder * min(1.0, (p * s / r) ** 0.5)
     if masks is None:
         return encoder.div_((p * q) ** 0.5), decoder.div_(r**0.5)
     rows_read = masks[0].sum(dim=1, keepdim=True)  # entries of E_k that are alive
     terms_written = masks[1].sum(dim=0, keepdim=True)  # terms that reach a row of Y
     return encoder * masks[0] / (rows_read * q) ** 0.5, decoder * masks[1] / terms_written**0.5
+
+
+def start_deviation(
+    config: STLConfig, encoder: Tensor, decoder: Tensor, tiles: tuple[int, int], variance: float
+) -> float:
+    """Standard deviation of a random Ŵ: by `weight_deviation`, or for `tiles` = (⌈K/q⌉, ⌈M/s⌉) by the rule of "spectral"."""
+    if config.init != "spectral":
+        return weight_deviation(encoder, decoder, variance)
+    columns, outputs = (max(1, n) for n in tiles)
+    return float(columns**-0.5 * min(1.0, (outputs / columns) ** 0.5))
 
 
 def weight_deviation(encoder: Tensor, decoder: Tensor, variance: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,9 @@ class STLLinear(TileLayer):
         self.decoder.copy_(decoder)
         if not self.config.fits:
             variance = bound**2 / 3 if weight is None else fit.mean_square(weight)
-            self.encoded_weight.normal_(0, init.weight_deviation(encoder, decoder, variance))
+            self.encoded_weight.normal_(
+                0, init.start_deviation(self.config, encoder, decoder, (columns, outputs), variance)
+            )
             return
         if weight is None:
             weight = self.encoded_weight.new_empty(self.out_features, self.in_features).uniform_(-bound, bound).mT
@@ -115,23 +118,18 @@ class STLLinear(TileLayer):
         """The layer that takes over from `linear`, with its device, dtype, bias, and mode; frozen if that was.
 
         Ŵ is fitted to the weight: Ŵ = F·W for a given basis, the least-squares F for a random one; with calibration
-        `inputs` (…, N, K) it is then the least-squares Ŵ on them. `init="random"` in the config takes only the scale.
+        `inputs` (…, N, K) it is then the least-squares Ŵ on them. `init="random"` takes only its scale, "spectral" nothing.
 
         Raises:
             ShapeError: inputs do not have K features, or are 2-D though rows mix.
         """
         config = config or STLConfig()
-        fitted = config if config.init == "random" else STLConfig.from_dict({**config.to_dict(), "init": "fit"})
+        fitted = config if config.init in ("random", "spectral") else replace(config, init="fit")
         if inputs is not None and (inputs.ndim < 2 or inputs.shape[-1] != linear.in_features):
             raise ShapeError(f"inputs must be (…, N, {linear.in_features}); got {shape_text(inputs.shape)}")
+        sizes = linear.in_features, linear.out_features, linear.bias is not None
         with torch.device("meta"):
-            layer = cls(
-                linear.in_features,
-                linear.out_features,
-                linear.bias is not None,
-                config=fitted,
-                dtype=linear.weight.dtype,
-            )
+            layer = cls(*sizes, config=fitted, dtype=linear.weight.dtype)
         for parameter in (layer.encoder, layer.encoded_weight, layer.decoder):
             parameter.requires_grad_(parameter.requires_grad and linear.weight.requires_grad)
         if layer.bias is not None:
