@@ -79,7 +79,7 @@ def test_settings_of_an_entry_are_those_of_its_layers() -> None:
         ("stl[mixing=some]", "stl: mixing: one of sequence, none, causal is wanted; got 'some'"),
         ("stl[tile=0]", "stl: tile"),
         ("stl[rank=0]", "rank must be a positive integer"),
-        ("stl[init=als]", "stl: init: one of random, approximate, strassen"),
+        ("stl[init=als]", "stl: init: one of random, orthogonal, signs, approximate"),
         ("stl[rank=24,init=strassen]", "has rank 49"),
         ("low-rank[flop_ratio=nan]", "positive and finite"),
         ("stl,stl[rank=24]", "the same run twice: stl r=24"),

@@ -18,6 +18,7 @@ from strassen_tile.experiments import settings
 from strassen_tile.integrations.training import Optimizer, Training, about, check_choices
 from strassen_tile.nn import STLConfig
 from strassen_tile.nn.config import Mixing, Scope
+from strassen_tile.nn.optim import FactorLR
 from strassen_tile.tiling import Tile
 
 MOST_SEEDS = 1000
@@ -35,12 +36,16 @@ class Compared:
         variant: in what it differs from others of its name; "" where there is no other.
         changes: what it trains with that is not as the recipe has it, by field of `Training`.
         width: features of a token, where they are not the model's own.
+        weight_norm: what of the encoded weights of STL layers is trained as norm and direction: each term, or the layer.
+        zero_last: whether the last layer of each residual branch starts at zero.
     """
 
     method: baselines.Method
     variant: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     width: int | None = None
+    weight_norm: Literal["term", "layer"] | None = None
+    zero_last: bool = False
 
     @property
     def key(self) -> tuple[str, str]:
@@ -70,6 +75,12 @@ class _Entry:
     width: int | None = field(default=None, metadata=about("features of a token, for a network made smaller"))
     optimizer: Optimizer | None = field(default=None, metadata=about("of this entry alone"))
     weight_decay: float | None = field(default=None, metadata=about("of this entry alone"))
+    factor_lr: FactorLR | None = field(default=None, metadata=about("of this entry alone"))
+    base_width: int | None = field(default=None, metadata=about("of this entry alone"))
+    weight_norm: Literal["none", "term", "layer"] = field(
+        default="none", metadata=about("encoded weights trained as norm and direction: of each term, or of the layer")
+    )
+    zero_last: bool = field(default=False, metadata=about("residual branches start at zero"))
     lr: float | None = field(default=None, metadata=about("of this entry alone"))
 
 
@@ -80,9 +91,16 @@ class STLSettings:
     tile: Tile = field(default=(4, 4, 4), metadata={**about("side, or p,q,s"), "parse": settings.tile})
     mixing: Mixing = field(default="sequence", metadata=about("which rows of a tile see each other"))
     encoder_scope: Scope = field(default="layer", metadata=about("one encoder a layer, or one a column tile"))
-    init: Literal["random", "approximate", "strassen", "naive"] = field(
+    init: Literal["random", "orthogonal", "signs", "approximate", "truncated", "strassen", "naive"] = field(
         default="random",
-        metadata=about("where STL starts: random, the best known basis, or an exact one (rank 49, pqs)"),
+        metadata=about(
+            "where STL starts: random factors of three kinds, the best known, Strassen's best terms, or exact ones "
+            "(rank 49, pqs)"
+        ),
+    )
+    weight_start: Literal["auto", "random", "fit", "spectral"] = field(
+        default="auto",
+        metadata=about("where the encoded weight starts: noise, the weight replaced, or noise of a spectral scale"),
     )
     train_encoder: bool = field(default=True, metadata=about("train encoders"))
     train_decoder: bool = field(default=True, metadata=about("train decoders"))
@@ -93,6 +111,7 @@ class STLSettings:
             tile=self.tile,
             rank=rank,
             basis=self.init,
+            init=self.weight_start,
             mixing=self.mixing,
             encoder_scope=self.encoder_scope,
             train_encoder=self.train_encoder,
@@ -171,25 +190,22 @@ def _compared(entry: str, recipe: Methods) -> list[Compared]:
     record, make = _ENTRIES[name]
     texts = [] if inside is None else settings.listed(inside)
     given = settings.values_of(record, settings.pairs(texts, f"methods: {name}"), f"methods: {name}")
-    own = {key: value for key, value in given.items() if key in _OWN and value not in (None, "none")}
+    own = {key: value for key, value in given.items() if key in _OWN and value not in (None, "none", False)}
     made = make(recipe, {key: value for key, value in given.items() if key not in _OWN})
     return [_with_own(one, own, recipe) for one in made]
 
 
 def _with_own(one: Compared, own: Mapping[str, Any], recipe: Methods) -> Compared:
     """The method with what its entry says of mix, width and training."""
-    changes = {key: own[key] for key in ("optimizer", "weight_decay", "lr") if key in own}
-    changes = {key: value for key, value in changes.items() if getattr(recipe, key, None) != value}
+    changes = {key: value for key, value in own.items() if key in _TRAINING and getattr(recipe, key, None) != value}
     check_changes(recipe, changes)
-    words = {
-        "mix": "mix {}", "width": "width {}", "optimizer": "{}", "weight_decay": "decay {:g}", "lr": "lr {:g}"
-    }  # fmt: skip
-    values = {**{key: own[key] for key in ("mix", "width") if key in own}, **changes}
-    said = [word.format(values[key]) for key, word in words.items() if key in values]
+    values = {key: own[key] for key in own if key not in _TRAINING} | changes
+    said = [word.format(values[key]) for key, word in _WORDS.items() if key in values]
     # Still called by its own name: the mix is part of its variant.
     method = replace(baselines.mixed(one.method, own["mix"]), name=one.method.name) if "mix" in own else one.method
     variant = ", ".join(filter(None, [one.variant, *said]))
-    return Compared(method, variant, changes, own.get("width"))
+    network = {key: own[key] for key in ("width", "weight_norm", "zero_last") if key in own}
+    return Compared(method, variant, changes, **network)
 
 
 def check_changes(recipe: Methods, changes: Mapping[str, Any]) -> None:
@@ -224,6 +240,7 @@ def _differences(own: STLSettings, base: Mapping[str, Any]) -> list[str]:
         "mixing": f"mixing {now['mixing']}",
         "encoder_scope": f"scope {now['encoder_scope']}",
         "init": f"start {now['init']}",
+        "weight_start": f"weight {now['weight_start']}",
         "train_encoder": f"encoder {'trained' if now['train_encoder'] else 'fixed'}",
         "train_decoder": f"decoder {'trained' if now['train_decoder'] else 'fixed'}",
     }
@@ -254,6 +271,11 @@ def _thin(name: str, make: Callable[[float], baselines.Method]) -> _Make:
 
 
 _Make = Callable[[Methods, Mapping[str, Any]], list[Compared]]
+_WORDS = {
+    "mix": "mix {}", "width": "width {}", "weight_norm": "norm of each {}", "zero_last": "branches from zero",
+    "optimizer": "{}", "weight_decay": "decay {:g}", "factor_lr": "rates {}", "base_width": "base width {}", "lr": "lr {:g}",
+}  # fmt: skip
+_TRAINING = frozenset(one.name for one in fields(Training))
 _OWN = frozenset(one.name for one in fields(_Entry))
 # Name of an entry: the record of its settings, and what makes its methods of the recipe and of the settings given.
 _ENTRIES: dict[str, tuple[type, _Make]] = {

@@ -26,9 +26,11 @@ from strassen_tile.experiments.settings import settings_of
 from strassen_tile.integrations.ranks import share
 from strassen_tile.integrations.training import resolved_precision
 from strassen_tile.models import t2t_vit
+from strassen_tile.nn import normalise_weights, zero_last
 from strassen_tile.records import Row
 
 Rates = dict[tuple[str, str], float]
+_LAST_OF_BRANCHES = ["blocks.*.attn.proj*", "blocks.*.mlp.fc2*"]
 _TUNING_SEED = 1_000_000  # of the runs that choose learning rates: none that a comparison has by itself
 _EARLIER_FOLDER_SIZE = 224  # of image folders, where a recipe said nothing, whatever size the images had
 
@@ -69,7 +71,7 @@ def comparison(recipe: Recipe, rates: Rates | None = None) -> runner.Comparison:
     rates = rates or {}
     recipe, splits = _loaded(recipe)
     roster = [one.at(lr) if (lr := rates.get(one.key, recipe.lr)) != recipe.lr else one for one in recipe.roster()]
-    chosen = {"tuned": ", ".join(f"{lr:g}" for lr in recipe.lr_grid)} if rates else {}
+    chosen: Row = {"tuned": ", ".join(f"{lr:g}" for lr in recipe.lr_grid)} if rates else {}
     runs = [_run(recipe, splits, index, one, seed, chosen) for seed in recipe.seeds for index, one in enumerate(roster)]
     return _comparison(recipe, splits, f"{recipe.model} on {recipe.data}, {_epochs(recipe)}", runs)
 
@@ -87,7 +89,7 @@ def tuning(recipe: Recipe) -> runner.Comparison:
 
 
 def best_rates(rows: Iterable[Row]) -> Rates:
-    """For each method the rate at which validation top-1 ends highest (of equals: validation loss lowest), of `tuning`'s rows."""
+    """For each method of `tuning`'s rows the rate at which validation top-1 ends highest; of equals, the lowest loss."""
     ends: dict[tuple[str, str], dict[float, Row]] = {}
     for row in rows:  # a run's rows are in order: the last one stays
         ends.setdefault(key_of(str(row["method"]), str(row["variant"])), {})[float(str(row["lr"]))] = row
@@ -131,7 +133,7 @@ def _run(
     recipe: Recipe, splits: ImageSplits, index: int, one: Compared, seed: int, chosen: Row, *, test: bool = True
 ) -> runner.Run:
     training = replace(recipe, **one.changes)
-    how = {key: getattr(training, key) for key in ("lr", "optimizer", "weight_decay")}
+    how = {key: getattr(training, key) for key in ("lr", "optimizer", "weight_decay", "factor_lr", "base_width")}
     return runner.Run(
         method=one.method.name,
         rank=one.method.rank,
@@ -140,14 +142,13 @@ def _run(
         epochs=recipe.epochs,
         # By number: a method is made of functions that no other process could be handed.
         build=partial(_build, recipe, splits, index, seed),
-        cost=partial(_fixed_fields, recipe, splits, one.width, {**how, **chosen}),
+        cost=partial(_fixed_fields, recipe, splits, one.width is not None, {**how, **chosen}),
         train=partial(_train, training, splits, seed, test),
     )
 
 
 def _build(recipe: Recipe, splits: ImageSplits, index: int, seed: int) -> tuple[nn.Module, Conversion]:
-    one = recipe.roster()[index]
-    return build(recipe, splits, one.method, seed, width=one.width)
+    return build(recipe, splits, recipe.roster()[index], seed)
 
 
 def _train(
@@ -165,10 +166,8 @@ def _train(
     train_images(model, splits, folder, recipe, seed=seed, test=test, **recorded_and_callbacks)
 
 
-def build(
-    recipe: Recipe, splits: ImageSplits, method: baselines.Method, seed: int, *, width: int | None = None
-) -> tuple[nn.Module, Conversion]:
-    """The network of `recipe` with the weights of `seed`, converted by `method`; `width` features a token, or the model's own."""
+def build(recipe: Recipe, splits: ImageSplits, one: Compared, seed: int) -> tuple[nn.Module, Conversion]:
+    """The network of `recipe` with the weights of `seed`, as the method has it."""
     torch.manual_seed(seed)
     model = t2t_vit(
         recipe.model,
@@ -176,19 +175,24 @@ def build(
         image_size=splits.image_size,
         in_channels=splits.channels,
         drop_path=recipe.drop_path,
-        **({} if width is None else {"embed_dim": width}),
+        **({} if one.width is None else {"embed_dim": one.width}),
     )
     example = torch.randn(2, splits.channels, splits.image_size, splits.image_size)
-    return model, method.apply(model, example, in_blocks)
+    conversion = one.method.apply(model, example, in_blocks)
+    if one.zero_last:
+        zero_last(model, _LAST_OF_BRANCHES)
+    if one.weight_norm is not None:
+        normalise_weights(model, per=one.weight_norm)
+    return model, conversion
 
 
 def _fixed_fields(
-    recipe: Recipe, splits: ImageSplits, width: int | None, more: Row, model: nn.Module, conversion: Conversion
+    recipe: Recipe, splits: ImageSplits, narrow: bool, more: Row, model: nn.Module, conversion: Conversion
 ) -> Row:
     """What is the same in all rows of a run: the cost of its model, against dense at the recipe's width, and how it trains."""
     found = cost_fields(model, conversion, splits)
-    if width is not None:
-        dense = cost_fields(*build(recipe, splits, baselines.dense(), 0), splits)
+    if narrow:
+        dense = cost_fields(*build(recipe, splits, Compared(baselines.dense(), ""), 0), splits)
         whole, own = float(str(found["flops_per_image"])), float(str(dense["flops_per_image"]))
         in_layers = whole * float(str(found["share_converted"])) / (own * float(str(dense["share_converted"])))
         found |= {
@@ -253,9 +257,9 @@ def _epochs(recipe: Recipe) -> str:
 
 def _notes(recipe: Recipe, splits: ImageSplits) -> list[str]:
     schedule = (
-        f"Every method trains the same {recipe.model} from the same start with the same recipe: {_OPTIMIZERS[recipe.optimizer]} at "
-        f"{_rate(recipe)}, weight decay {recipe.weight_decay:g} (none on encoders, decoders, biases and norms), {recipe.warmup:.0%} "
-        f"warm-up, cosine decay, label smoothing {recipe.label_smoothing:g}, drop path {recipe.drop_path:g}, batches of "
+        f"Every method trains the same {recipe.model} from the same start with the same recipe: "
+        f"{_OPTIMIZERS[recipe.optimizer]} at {_rate(recipe)}, weight decay {recipe.weight_decay:g} (none on encoders, "
+        f"decoders, biases and norms), {recipe.warmup:.0%} warm-up, cosine decay, label smoothing {recipe.label_smoothing:g}, drop path {recipe.drop_path:g}, batches of "
         f"{recipe.batch_size} on all devices together, {recipe.precision}, {_epochs(recipe)}, seeds "
         f"{', '.join(map(str, recipe.seeds))}."
     )

@@ -81,7 +81,10 @@ class RecipeTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """The recipe's; encoders, decoders, biases and norms without decay."""
         if self.optimizer is None:  # type: ignore[has-type, unused-ignore]
             how = self.training
-            self.optimizer = make_optimizer(how.optimizer, param_groups(self.model, how.lr, how.weight_decay))
+            groups = param_groups(
+                self.model, how.lr, how.weight_decay, factor_lr=how.factor_lr, base_width=how.base_width
+            )
+            self.optimizer = make_optimizer(how.optimizer, groups)
         return self.optimizer
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:

@@ -9,6 +9,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import torch
 
 from strassen_tile.errors import ConfigError
+from strassen_tile.nn.optim import FactorLR
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Optimizer = Literal["adamw", "sgd", "soap"]
@@ -40,6 +41,12 @@ class Training:
     weight_decay: float = field(
         default=0.05, metadata=about("decoupled (SGD: as L2); none on encoders, decoders, biases, norms")
     )
+    factor_lr: FactorLR = field(
+        default="one", metadata=about("one rate, or by a factor's fan-in: its share of what a step changes")
+    )
+    base_width: int | None = field(
+        default=None, metadata=about("features of a layer at which it trains at lr; wider ones at less in proportion")
+    )
     warmup: float = field(default=0.1, metadata=about("fraction of the steps in which the learning rate rises"))
     label_smoothing: float = field(default=0.1, metadata=about("in training; test losses are without"))
     precision: Precision = field(
@@ -55,6 +62,8 @@ class Training:
             raise ConfigError(f"lr must be a positive finite number; got {self.lr}")
         if not 0 <= self.weight_decay < math.inf:
             raise ConfigError(f"weight_decay must be finite and not negative; got {self.weight_decay}")
+        if self.base_width is not None and self.base_width < 1:
+            raise ConfigError(f"base_width must be positive, or none; got {self.base_width}")
         if not (0 <= self.warmup <= 1 and 0 <= self.label_smoothing <= 1):
             raise ConfigError(
                 f"warmup and label_smoothing must be from 0 to 1; got {self.warmup}, {self.label_smoothing}"
