@@ -79,7 +79,8 @@ def test_table_states_both_counts_and_the_share():
     assert line == {
         "Method": "stl", "Rank": "16", "Params": "4.3 M", "FLOPs per image": "450 M", "Conv. share": "83.0%",
         "FLOPs fewer, products": "2.67×", "FLOPs fewer, all-in": "2.05×", "FLOPs fewer, whole model": "2.51×",
-        "Time, s": "240",
+        "Time, s": "240", "Test loss": "0.518 ± 0.000", "Epochs to dense's end": "not reached", "Seconds to it": "–",
+        "times sooner": "–",
     }  # fmt: skip
 
 
@@ -139,9 +140,9 @@ def png_size(data):
 def test_nothing_measured_yet_is_still_a_report(tmp_path, rows):
     pytest.importorskip("matplotlib")
     page = write_report(tmp_path, rows, "t")
-    assert png_size((tmp_path / "plot.png").read_bytes()) == (1800, 900)
+    assert png_size((tmp_path / "plot.png").read_bytes()) == (2100, 1350)
     assert "<table" in page.read_text(encoding="utf-8")
-    assert [[text.get_text() for text in axes.texts] for axes in figure(rows).axes] == [["nothing to show yet"]] * 3
+    assert [[text.get_text() for text in axes.texts] for axes in figure(rows).axes] == [["nothing to show yet"]] * 5
 
 
 def test_report_leaves_rows_plot_and_page(tmp_path):
@@ -153,9 +154,17 @@ def test_report_leaves_rows_plot_and_page(tmp_path):
     assert sorted(path.name for path in page.parent.iterdir()) == ["plot.png", "report.html", "rows.json"]
     assert read_rows(page.parent / "rows.json") == rows
     plot = (page.parent / "plot.png").read_bytes()
-    assert png_size(plot) == (1800, 900)
+    assert png_size(plot) == (2100, 1350)
     text = page.read_text(encoding="utf-8")
-    for part in ("A &lt;title&gt;", "note &amp; more", "a machine", "00:00:01Z to 2026-01-01T00:00:03Z", "599 test"):
+    for part in (
+        "A &lt;title&gt;",
+        "note &amp; more",
+        "a machine",
+        "00:00:01Z to 2026-01-01T00:00:03Z",
+        "599 test",
+        "Against dense</h2>",
+        "Too few seeds",
+    ):
         assert part in text
     assert base64.b64encode(plot).decode() in text
     assert settings.copy() == before

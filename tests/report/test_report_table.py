@@ -5,9 +5,12 @@ import math
 import sys
 
 import pytest
+from training_rows import matrix
 
 from strassen_tile.errors import DataError
 from strassen_tile.report import table
+from strassen_tile.report.compare import columns as compare_columns
+from strassen_tile.report.compare import summarise
 from strassen_tile.report.table import Column, filled, number, plus_minus, rich_table, sample_sd
 
 ROWS = [{"name": "[bold]a|b", "n": 1_130_000_000, "x": 0.5}, {"name": "c\nd <i>*", "n": None, "x": None}]
@@ -43,6 +46,15 @@ COLUMNS = (
         (table.seconds, 200, "3 min 20 s"),
         (table.seconds, 3599.7, "1 h 00 min"),
         (table.seconds, 7500, "2 h 05 min"),
+        (table.rate, 1e-3, "1e-3"),
+        (table.rate, 2.5e-4, "2.5e-4"),
+        (table.rate, 0.0, "0"),
+        (table.rate, 2.0, "2e0"),
+        (table.signed, 0.517, "+0.52"),
+        (table.signed, -0.3, "−0.30"),
+        (table.signed, -0.001, "0.00"),
+        (table.p_value, 0.0214, "0.021"),
+        (table.p_value, 0.00005, "< 0.0001"),
         (table.plain, True, "yes"),
         (table.plain, 12345.6, "12346"),
         (table.plain, 3.14159, "3.142"),
@@ -53,7 +65,11 @@ def test_formatters(form, value, text):
     assert form(value) == text
 
 
-@pytest.mark.parametrize("form", [table.count, table.flops, table.percent, table.ratio, table.seconds, table.plain])
+@pytest.mark.parametrize(
+    "form",
+    [table.count, table.flops, table.percent, table.ratio, table.rate, table.signed, table.p_value, table.seconds,
+     table.plain],
+)  # fmt: skip
 def test_what_is_missing_is_never_zero(form):
     assert form(None) == "–"
     assert "nan" in form(math.nan)
@@ -104,6 +120,32 @@ def test_a_narrow_terminal_breaks_headings_before_numbers():
     buffer = io.StringIO()
     console.Console(file=buffer, width=80).print(rich_table("t", columns, [{"x": "123.45 M"}]))
     assert buffer.getvalue().count("123.45 M") == 8
+
+
+def test_a_terminal_too_narrow_leaves_out_what_is_spare_and_says_so():
+    console = pytest.importorskip("rich.console")
+    columns = [Column("Name", "name", "left"), *(Column(f"c{n}", "x", spare=n) for n in (2, 0, 3, 1))]
+    rows = [{"name": "method " * 5, "x": "123456789"}]
+    # Text folds and so takes 20 letters at most, the others 9 each, and there is one between and at the edges.
+    for width, left in ((62, []), (61, ["c3"]), (52, ["c3"]), (51, ["c2", "c3"])):
+        buffer = io.StringIO()
+        console.Console(file=buffer, width=width).print(rich_table("t", columns, rows))
+        text = buffer.getvalue()
+        said = [line for line in text.splitlines() if line.startswith("For want of width")]
+        assert said == ([f"For want of width without: {'; '.join(left)}."] if left else [])
+        assert text.count("123456789") == 4 - len(left)
+    # What is not spare stays, however little room there is.
+    assert rich_table("t", columns, rows).kept(20) == [0, 2]
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 160])
+def test_the_comparison_names_its_methods_on_any_screen(width):
+    console = pytest.importorskip("rich.console")
+    buffer, summary = io.StringIO(), summarise(matrix(mixes=("", "mix grid"), epochs=2))
+    console.Console(file=buffer, width=width).print(rich_table("t", compare_columns(), summary))
+    lines = buffer.getvalue().splitlines()
+    assert max(map(len, lines)) <= width and "…" not in buffer.getvalue()
+    assert [line.split()[0] for line in lines if "×" in line] == [record["method"] for record in summary]
 
 
 def test_a_missing_package_is_answered_with_the_extra(monkeypatch):

@@ -38,3 +38,53 @@ def sample(methods=METHODS, seeds=2, epochs=12):
         for seed in range(seeds)
         for epoch in range(1, epochs + 1)
     ]
+
+
+def fair(method, val_top1, *, rank=None, variant="", seed=0, flops=100, test=None, **fields):
+    """Rows of one run with a validation split: test top-1 in the last alone, or nowhere if `test` is None."""
+    rows = []
+    for epoch, value in enumerate(val_top1, 1):
+        row = {
+            "method": method,
+            "rank": rank,
+            "variant": variant,
+            "seed": seed,
+            "epoch": epoch,
+            "val_top1": value,
+            "val_loss": 1 / epoch,
+            "train_loss": 2 / epoch,
+            "params": 1000,
+            "flops_per_image": flops,
+            "share_converted": 0.8,
+            "flop_ratio_products": 0.5,
+            "flop_ratio_all_in": 0.75,
+            "flop_ratio": 0.8,
+            "train_images": 10,
+            "val_images": 10_000,
+            "test_images": 10_000,
+            "lr": 1e-3,
+            "optimizer": "adamw",
+            "weight_decay": 0.05,
+            "train_seconds": 2.0 * epoch,
+            **fields,
+        }
+        if test is not None and epoch == len(val_top1):
+            row |= {"top1": test, "loss": 0.25}
+        rows.append(row)
+    return rows
+
+
+def matrix(mixes=("", "mix tile", "mix grid"), seeds=2, epochs=6):
+    """Rows of ten methods with each of three mixes."""
+    methods = [(name, None, "") for name in ("dense", "narrow", "2:4", "low-rank", "monarch")]
+    methods += [("stl", rank, f"r={rank}") for rank in (16, 24, 32)]
+    methods += [("stl", 6, "r=6, mixing none"), ("naive", 64, "r=64")]
+    rows = []
+    for place, (name, rank, variant) in enumerate(methods):
+        for step, mix in enumerate(mixes):
+            said = ", ".join(part for part in (variant, mix) if part)
+            for seed in range(seeds):
+                course = [90 + place + step / 4 + seed / 8 - 40 / epoch**2 for epoch in range(1, epochs + 1)]
+                made = {"rank": rank, "variant": said, "flops": 100 + place + step, "test": course[-1], "seed": seed}
+                rows += fair(name, course, **made)
+    return rows

@@ -1,29 +1,37 @@
-"""The report of `strassen-tile compare`: its columns, its figure, and what is to be said of its numbers.
+"""The report of `strassen-tile compare`: its columns, its figure, and its page.
 
-What the rows hold and how they are summed up is in `report.runs`.
+What the rows hold is in `report.groups`, how they are summed up in `report.runs`, what is said of the numbers in
+`report.captions`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from strassen_tile.records import Value
 from strassen_tile.report import page
-from strassen_tile.report.figures import (
-    add_legend,
-    curves_of,
-    draw_course,
-    draw_results,
-    drawing,
-    mark_level,
-    new_figure,
-    png,
+from strassen_tile.report.captions import common, differences, table_caption
+from strassen_tile.report.figures import add_legend, drawing, new_figure, png
+from strassen_tile.report.groups import furthest_of, group_rows, plain_dense
+from strassen_tile.report.plots import curves_of, draw_course, draw_results, key_of, mark_end, mark_level
+from strassen_tile.report.runs import summarise
+from strassen_tile.report.sooner import flops_of
+from strassen_tile.report.table import (
+    MISSING,
+    Column,
+    count,
+    fewer,
+    field,
+    flops,
+    number,
+    p_value,
+    percent,
+    plus_minus,
+    rate,
+    signed,
 )
-from strassen_tile.report.runs import group_rows, summarise
-from strassen_tile.report.table import MISSING, Column, count, fewer, field, flops, number, percent, plus_minus
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +45,15 @@ _COUNTS = (
     "model is the FLOPs of a dense model's image over this one's, everything counted. Conv. share is the part of the "
     "dense model's FLOPs that lies in the layers converted; time is that of training."
 )
-_FEW_IMAGES = 1000
+_FIGURE = (
+    "Above: test top-1 after the last epoch against the FLOPs of one image through the whole model (filled: everything "
+    "counted; hollow beside it: without encoding and decoding), against parameters, and against measured seconds of "
+    "training; up and to the left is better; bars are a sample standard deviation over seeds. Below: top-1, on the "
+    "validation split where there is one, and training loss, against training FLOPs where they are known (three times those "
+    "of the forward passes, as the backward pass takes twice as many); lines are means over seeds, bands, where drawn, go "
+    "from the lowest to the highest seed; a line's markers are where it reaches dense's end, and its own end. Dotted: "
+    "where dense ends. The scale is that of the later three quarters of a long training."
+)
 
 
 def columns(state: bool = False) -> tuple[Column, ...]:
@@ -50,111 +66,72 @@ def columns(state: bool = False) -> tuple[Column, ...]:
         Column("Method", "method", "left"),
         Column("Rank", "rank"),
         Column("Variant", "variant", "left", optional=True),
-        Column("Top-1, %", lambda row: plus_minus(number(row, "top1"), number(row, "top1_sd"))),
-        Column("Params", field("params", count)),
-        Column("FLOPs per image", field("flops_per_image", flops)),
-        Column("Conv. share", field("share_converted", percent)),
+        Column("LR", field("lr", rate), optional=True, spare=3),
+        Column("Top-1, %", _mean("top1")),
+        *([Column("Validation top-1, %", _mean("val_top1"), optional=True)] if state else []),
+        Column("Test loss", _mean("loss", 3), optional=True, spare=8),
+        Column("Epochs to dense's end", _epochs_to_target, optional=True),
+        Column("Training FLOPs to it", field("flops_to_target", flops), optional=True, spare=6),
+        Column("times fewer", field("flops_ratio_to_target", fewer), optional=True),
+        Column("Seconds to it", field("seconds_to_target", _whole), optional=True, spare=5),
+        Column("times sooner", field("seconds_ratio_to_target", fewer), optional=True),
+        Column("Params", field("params", count), spare=4),
+        Column("FLOPs per image", field("flops_per_image", flops), spare=1),
+        Column("Conv. share", field("share_converted", percent), spare=9),
         Column("FLOPs fewer, products", field("flop_ratio_products", fewer)),
         Column("FLOPs fewer, all-in", field("flop_ratio_all_in", fewer)),
-        Column("FLOPs fewer, whole model", field("flop_ratio", fewer)),
-        Column("Time, s", field("train_seconds", lambda s: MISSING if s is None else f"{s:.0f}")),
+        Column("FLOPs fewer, whole model", field("flop_ratio", fewer), spare=2),
+        Column("Time, s", field("train_seconds", _whole), spare=7),
     )
     return (*shown, Column("Epoch reached", "state", "left")) if state else shown
 
 
-def table_caption(summary: Sequence[Mapping[str, Value]]) -> str:
-    """What the numbers of the table are, of which data and over how many seeds, and what chance makes of them.
-
-    Args:
-        summary: records of `summarise`. Of the data it says what their fields `train_images`, `test_images`, `classes`,
-            `image_size` and `stored_size` (pixels a side) and `chance` (per cent) say; older rows have none of them.
-    """
-    if not summary:
-        return "No rows yet."
-    epochs = sorted({int(number(record, "epoch") or 0) for record in summary})
-    seeds = sorted({int(number(record, "seeds") or 0) for record in summary})
-    epoch = f"epoch {epochs[0]}" if len(epochs) == 1 else f"the last epoch reached ({epochs[0]} to {epochs[-1]})"
-    if seeds == [1]:
-        said = [f"Test top-1 at {epoch}, of one seed: what another would change is not known."]
-    else:
-        over = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        said = [f"Test top-1 at {epoch}: mean ± sample standard deviation over {over} seeds."]
-    if not all(record["complete"] for record in summary):
-        said.append("Training has not finished: only the seeds at a method's last epoch are averaged.")
-    if len({record.get("draws") for record in summary}) > 1:  # rows of before do not say
-        said.append(
-            "Some rows are older and were augmented by other random draws: small differences may come from that."
-        )
-    return " ".join([*said, *_about_data(summary), *_about_test_set(summary)])
-
-
-def _about_data(summary: Sequence[Mapping[str, Value]]) -> list[str]:
-    train, test, classes, size, stored, chance = (
-        _common(summary, key)
-        for key in ("train_images", "test_images", "classes", "image_size", "stored_size", "chance")
+def difference_columns() -> tuple[Column, ...]:
+    """The columns of the table that holds methods against dense, for the same records."""
+    return (
+        Column("Method", "method", "left"),
+        Column("Rank", "rank"),
+        Column("Variant", "variant", "left", optional=True),
+        Column("Seeds shared", "difference_seeds"),
+        Column("Top-1 less dense's, points", _difference),
+        Column("p", field("p", p_value)),
+        Column("p, Holm-corrected", field("p_holm", p_value)),
     )
-    said = []
-    if train is not None and test is not None and classes is not None:
-        said.append(f"{train:,.0f} training and {test:,.0f} test images of {classes:,.0f} classes.".replace(",", " "))
-    if size is not None:
-        scaled = (
-            "" if stored in (None, size) else f", scaled {'up' if size > (stored or 0) else 'down'} from {stored:g}"
-        )
-        said.append(f"Images are {size:g} pixels a side{scaled}.")
-    if chance is not None:
-        said.append(f"Chance, the largest class named always, is {chance:.1f} %.")
-    return said
-
-
-def _about_test_set(summary: Sequence[Mapping[str, Value]]) -> list[str]:
-    """What the number of test images leaves open, as standard errors √(p(1 − p)/n) of a share p of n images."""
-    images, chance = _common(summary, "test_images"), _common(summary, "chance")
-    known = [top1 for record in summary if (top1 := number(record, "top1")) is not None]
-    if not images or not known:
-        return []
-    error = max(_standard_error(top1, images) for top1 in known)
-    said = [f"The choice of test images alone leaves a standard error of up to {error:.2g} points."]
-    if images < _FEW_IMAGES:
-        said.append(f"One image is {100 / images:.2g} points.")
-    if chance is not None:
-        margin = 2 * _standard_error(chance, images)
-        near = sum(top1 <= chance + margin for top1 in known)
-        rule = f"more than two standard errors ({margin:.2g} points) above it"
-        if near == len(known):
-            said.append(f"No method is clearly above chance: none is {rule}.")
-        elif near:
-            said.append(f"{near} of {len(known)} are not clearly above chance: not {rule}.")
-    return said
-
-
-def _standard_error(top1: float, images: float) -> float:
-    """Of a share in per cent of so many images, in per cent."""
-    return math.sqrt(max(top1 * (100 - top1), 0.0) / images)
-
-
-def _common(summary: Sequence[Mapping[str, Value]], key: str) -> float | None:
-    """The one value that the records have in field `key`; None if there is none, or more than one."""
-    values = {number(record, key) for record in summary} - {None}
-    return values.pop() if len(values) == 1 else None
 
 
 @drawing()
 def figure(rows: Sequence[Mapping[str, Value]]) -> Figure:
-    """Test top-1 at the last epoch against FLOPs of one image; beside it, test top-1 and training loss by epoch."""
+    """Test top-1 at the end against FLOPs of one image, parameters and seconds; below, the course of training.
+
+    The course is top-1 (on the validation split, or of runs without one on the test set) and training loss, against
+    training FLOPs; against epochs where a method's are not known.
+    """
     groups, summary = group_rows(rows), summarise(rows)
     curves = curves_of(groups, summary)
-    made = new_figure(12, 6)
-    axes = made.subplot_mosaic("ab;ac", sharex=False)
+    dense = plain_dense(groups)
+    by_flops = bool(groups) and all(flops_of(group, 1) is not None for group in groups)
+    validated = any(group.course == "val_top1" for group in groups)
+    split, course = ("Validation", "val_top1") if validated else ("Test", "top1")
+    made = new_figure(14, 9)
+    axes = made.subplot_mosaic("aabbcc;dddeee")
     axes["a"].set(title="Test top-1 against FLOPs", ylabel="test top-1, %")
-    axes["a"].set_xlabel("FLOPs per image (whole model, encoding and decoding included)")
-    axes["b"].set(title="Test top-1, %")
-    axes["c"].set(title="Training loss", xlabel="epoch")
-    draw_results(axes["a"], curves, cost="flops_per_image", result="top1")
-    draw_course(axes["b"], curves, "top1")
-    draw_course(axes["c"], curves, "train_loss")
-    for panel in "ab":
-        mark_level(axes[panel], _common(summary, "chance"), "chance")
-    add_legend(made)
+    axes["a"].set_xlabel("FLOPs per image, whole model (filled: all-in; hollow: products only)")
+    axes["b"].set(title="Test top-1 against parameters", xlabel="parameters")
+    axes["c"].set(title="Test top-1 against time", xlabel="seconds of training")
+    axes["d"].set(title=f"{split} top-1, %")
+    axes["e"].set(title="Training loss")
+    for panel, cost in (("a", "flops_per_image"), ("b", "params"), ("c", "train_seconds")):
+        draw_results(axes[panel], curves, cost=cost, result="top1", named=panel == "a", beside=panel == "a")
+        mark_level(axes[panel], common(summary, "chance"), "chance")
+    for panel, key in (("d", course), ("e", "train_loss")):
+        axes[panel].set_xlabel("training FLOPs (3 × forward, all-in)" if by_flops else "epoch")
+        draw_course(axes[panel], curves, key, by_flops=by_flops)
+        if dense is not None and dense.over(furthest_of(groups)):
+            # Of top-1 that is the target, over more than one epoch: where a curve's first marker says it is reached.
+            end = common(summary, "target") if panel == "d" else dense.mean(key, dense.epochs[-1])
+            mark_end(axes[panel], dense, end, by_flops=by_flops)
+    mark_level(axes["d"], common(summary, "chance"), "chance")
+    add_legend(made, key_of(curves))
     return made
 
 
@@ -181,16 +158,40 @@ def write_report(
 def _sections(rows: Sequence[Mapping[str, Value]], notes: Sequence[str]) -> list[page.Section]:
     summary = summarise(rows)
     shown = columns(state=not all(record["complete"] for record in summary))
+    against = [record for record in summary if number(record, "difference_seeds") is not None]
     return [
         page.Section(
             "Result", (*notes, _COUNTS), table=page.html_table(shown, summary), caption=table_caption(summary)
         ),
-        page.Section(
-            "Accuracy, FLOPs and training",
-            figure=png(figure(rows)),
-            caption="Left: test top-1 after the last epoch against the FLOPs of one image, encoding and decoding "
-            "included; up and to the left is better; bars are a sample standard deviation over seeds. Right: test top-1 "
-            "and training loss by epoch; lines are means over seeds, bands go from the lowest to the highest seed. The "
-            "scale is that of the later three quarters of a long training.",
+        *(
+            [
+                page.Section(
+                    "Against dense", table=page.html_table(difference_columns(), against), caption=_tests(summary)
+                )
+            ]
+            if against
+            else []
         ),
+        page.Section("Accuracy, cost and training", figure=png(figure(rows)), caption=_FIGURE),
     ]
+
+
+def _tests(summary: Sequence[Mapping[str, Value]]) -> str:
+    return " ".join(["Differences are means ± sample standard deviation over the seeds shared.", *differences(summary)])
+
+
+def _mean(key: str, digits: int = 2) -> Callable[[Mapping[str, Value]], str]:
+    return lambda row: plus_minus(number(row, key), number(row, f"{key}_sd"), digits)
+
+
+def _whole(s: float | None) -> str:
+    return MISSING if s is None else f"{s:.0f}"
+
+
+def _epochs_to_target(row: Mapping[str, Value]) -> str:
+    return "not reached" if row.get("reached") is False else field("epochs_to_target", _whole)(row)
+
+
+def _difference(row: Mapping[str, Value]) -> str:
+    mean, sd = number(row, "difference"), number(row, "difference_sd")
+    return signed(mean) + ("" if mean is None or sd is None else f" ± {sd:.2f}")

@@ -16,22 +16,24 @@ from typing import TYPE_CHECKING, Literal
 
 from strassen_tile.errors import DataError
 from strassen_tile.records import Value
+from strassen_tile.report.fitting import Fitting
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 MISSING = "–"
+_FOLDED = 20  # letters that a column of text needs at most: it may be folded
 
 
 @contextlib.contextmanager
-def report_extra() -> Iterator[None]:
-    """Around the import of an optional package: if it is missing, the error says which extra brings it."""
+def report_extra(extra: str = "report", need: str = "tables and plots") -> Iterator[None]:
+    """Around the import of an optional package: if it is missing, the error says what needs it and which extra brings it."""
     try:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "a package").partition(".")[0]
         raise ModuleNotFoundError(
-            f'{package} is not installed; tables and plots need it: pip install "strassen-tile[report]"',
+            f'{package} is not installed; {need} need it: pip install "strassen-tile[{extra}]"',
             name=error.name,
         ) from error
 
@@ -45,12 +47,14 @@ class Column:
         value: a field's name, shown as it is; or a function from a row to text, see `field`.
         justify: "left", "center" or "right".
         optional: left out of a table in which no row has anything in it.
+        spare: 0 if it is on every screen; of the others the highest goes first from a terminal that is too narrow.
     """
 
     title: str
     value: str | Callable[[Mapping[str, Value]], str]
     justify: Literal["left", "center", "right"] = "right"
     optional: bool = False
+    spare: int = 0
 
     def text(self, row: Mapping[str, Value]) -> str:
         """This column's cell for `row`."""
@@ -93,34 +97,43 @@ def filled(columns: Sequence[Column], rows: Iterable[Mapping[str, Value]]) -> tu
 
 def rich_table(
     title: str, columns: Sequence[Column], rows: Iterable[Mapping[str, Value]], caption: str | None = None
-) -> Table:
+) -> Fitting:
     """The rows as a table for the terminal; needs rich. Nothing in it is taken for rich's markup."""
     with report_extra():
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
 
-    table = Table(
-        title=Text(title, style="bold"),
-        caption=Text(caption, style="dim") if caption else None,
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
-    )
     shown, lines = filled(columns, rows)
-    for index, column in enumerate(shown):
-        if column.justify == "left":
-            table.add_column(Text(column.title), justify="left", overflow="fold")
-            continue
-        # Numbers never break, so that ten columns fit a narrow terminal; their heading breaks between words instead.
-        width = max([*(len(line[index]) for line in lines), *(len(word) for word in column.title.split())], default=1)
-        heading = "\n".join(textwrap.wrap(column.title, width, break_long_words=False, break_on_hyphens=False))
-        table.add_column(Text(heading), justify=column.justify, no_wrap=True)
-    for line in lines:
-        table.add_row(*(Text(cell) for cell in line))
-    return table
+    # Numbers never break, so that ten columns fit a narrow terminal; their heading breaks between words instead.
+    widths = [
+        max([*(len(line[at]) for line in lines), *(len(word) for word in column.title.split())], default=1)
+        for at, column in enumerate(shown)
+    ]
+
+    def build(kept: Sequence[int]) -> Table:
+        table = Table(
+            title=Text(title, style="bold"),
+            caption=Text(caption, style="dim") if caption else None,
+            title_justify="left",
+            caption_justify="left",
+            box=SIMPLE_HEAD,
+            padding=0,
+            pad_edge=False,
+        )
+        for at in kept:
+            column = shown[at]
+            if column.justify == "left":
+                table.add_column(Text(column.title), justify="left", overflow="fold")
+                continue
+            heading = textwrap.wrap(column.title, widths[at], break_long_words=False, break_on_hyphens=False)
+            table.add_column(Text("\n".join(heading)), justify=column.justify, no_wrap=True)
+        for line in lines:
+            table.add_row(*(Text(line[at]) for at in kept))
+        return table
+
+    needed = [min(w, _FOLDED) if column.justify == "left" else w for w, column in zip(widths, shown, strict=True)]
+    return Fitting(build, [column.title for column in shown], needed, [column.spare for column in shown])
 
 
 def plain(value: Value) -> str:
@@ -157,6 +170,29 @@ def ratio(x: float | None, digits: int = 2) -> str:
 def fewer(fraction: float | None, digits: int = 2) -> str:
     """A fraction of dense as how many times fewer: 0.375 is 2.67×."""
     return ratio(1 / fraction if fraction else None, digits)
+
+
+def rate(x: float | None) -> str:
+    """A learning rate: 1e-3, 2.5e-4."""
+    if x is None:
+        return MISSING
+    digits, _, power = f"{x:.3e}".partition("e")
+    return f"{float(digits):g}e{int(power)}" if x and math.isfinite(x) else f"{x:g}"
+
+
+def signed(x: float | None, digits: int = 2) -> str:
+    """A difference with its sign: +0.52, −0.30, 0.00."""
+    if x is None:
+        return MISSING
+    text = f"{x:+.{digits}f}"
+    return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "−")
+
+
+def p_value(p: float | None) -> str:
+    """A probability: 0.34, 0.021, 0.0034, < 0.0001."""
+    if p is None:
+        return MISSING
+    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def seconds(s: float | None) -> str:
