@@ -4,6 +4,7 @@ import pytest
 from training_rows import fair
 
 from strassen_tile.errors import DataError
+from strassen_tile.report.groups import plain_dense
 from strassen_tile.report.runs import group_rows, progress_note, run_of, summarise
 
 
@@ -94,3 +95,24 @@ def test_a_summary_keeps_the_splits_apart() -> None:
     assert (one["lr"], one["optimizer"], one["weight_decay"]) == (1e-3, "adamw", 0.05)
     running = summarise(fair("dense", [80.0, 90.0]))[0]
     assert (running["top1"], running["val_top1"]) == (None, 90)
+
+
+def test_a_rate_is_part_of_what_is_shown_only_where_it_tells_runs_apart() -> None:
+    def row(method: str, variant: str, lr: float, rank: int | None = None) -> dict:
+        return {"method": method, "rank": rank, "variant": variant, "seed": 0, "epoch": 1, "lr": lr, "top1": 50.0}
+
+    rows = [
+        row("dense", "lr 0.0005", 5e-4),
+        row("stl", "r=24, mix grid, lr 0.002", 2e-3, 24),
+        row("stl", "r=16, lr 0.002", 2e-3, 16),
+        row("stl", "r=16, lr 0.004", 4e-3, 16),
+    ]
+    groups = group_rows(rows)
+    assert [group.label for group in groups] == [
+        "dense", "stl r=24, mix grid", "stl r=16, lr 0.002", "stl r=16, lr 0.004"
+    ]  # fmt: skip
+    assert [group.settings for group in groups] == ["", "mix grid", "lr 0.002", "lr 0.004"]
+    assert plain_dense(groups) is groups[0]
+    both = group_rows([*rows, row("dense", "", 1e-3)])
+    assert [group.label for group in both if group.method == "dense"] == ["dense lr 0.0005", "dense"]
+    assert plain_dense(both) is both[-1]

@@ -19,6 +19,7 @@ from strassen_tile.integrations.training import Optimizer, Training, about, chec
 from strassen_tile.nn import STLConfig
 from strassen_tile.nn.config import Mixing, Scope
 from strassen_tile.nn.optim import FactorLR
+from strassen_tile.report.groups import without_rate
 from strassen_tile.tiling import Tile
 
 MOST_SEEDS = 1000
@@ -50,18 +51,12 @@ class Compared:
     @property
     def key(self) -> tuple[str, str]:
         """Method and variant, whatever its learning rate."""
-        return key_of(self.method.name, self.variant)
+        return self.method.name, without_rate(self.variant)
 
     def at(self, lr: float) -> Compared:
         """The same with another learning rate."""
         variant = ", ".join(filter(None, [self.key[1], f"lr {lr:g}"]))
         return replace(self, variant=variant, changes={**self.changes, "lr": lr})
-
-
-def key_of(method: str, variant: str) -> tuple[str, str]:
-    """Method and variant without its learning rate, which comes last in it."""
-    said = variant.split(", ")
-    return method, ", ".join(said[:-1] if said[-1].startswith("lr ") else said)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from strassen_tile import baselines
 from strassen_tile.convert import Conversion
 from strassen_tile.data import ImageSplits, hold_out, load_images
 from strassen_tile.experiments import runner
-from strassen_tile.experiments.methods import Compared, key_of
+from strassen_tile.experiments.methods import Compared
 from strassen_tile.experiments.recipe import Recipe
 from strassen_tile.experiments.settings import settings_of
 from strassen_tile.integrations.ranks import share
@@ -28,6 +28,8 @@ from strassen_tile.integrations.training import resolved_precision
 from strassen_tile.models import t2t_vit
 from strassen_tile.nn import normalise_weights, zero_last
 from strassen_tile.records import Row
+from strassen_tile.report.groups import without_rate
+from strassen_tile.report.table import number
 
 Rates = dict[tuple[str, str], float]
 _LAST_OF_BRANCHES = ["blocks.*.attn.proj*", "blocks.*.mlp.fc2*"]
@@ -89,17 +91,16 @@ def tuning(recipe: Recipe) -> runner.Comparison:
 
 
 def best_rates(rows: Iterable[Row]) -> Rates:
-    """For each method of `tuning`'s rows the rate at which validation top-1 ends highest; of equals, the lowest loss."""
-    ends: dict[tuple[str, str], dict[float, Row]] = {}
+    """For each method of `tuning`'s rows the rate at which the validation loss ends lowest.
+
+    The loss and not top-1: of a few hundred images, top-1 tells neighbouring rates apart by one image or two.
+    """
+    ends: dict[tuple[str, str], dict[float, float]] = {}
     for row in rows:  # a run's rows are in order: the last one stays
-        ends.setdefault(key_of(str(row["method"]), str(row["variant"])), {})[float(str(row["lr"]))] = row
-
-    def quality(row: Row) -> tuple[float, float]:
-        top1, loss = row.get("val_top1"), row.get("val_loss")
-        known = isinstance(top1, float) and isinstance(loss, float) and math.isfinite(loss)
-        return (top1, -loss) if known else (-math.inf, -math.inf)  # type: ignore[operator, return-value]
-
-    return {key: max(tried, key=lambda lr, tried=tried: quality(tried[lr])) for key, tried in ends.items()}  # type: ignore[misc]
+        loss = number(row, "val_loss")
+        key = str(row["method"]), without_rate(str(row["variant"]))
+        ends.setdefault(key, {})[float(str(row["lr"]))] = loss if loss is not None and math.isfinite(loss) else math.inf
+    return {key: min(tried, key=lambda lr, tried=tried: tried[lr]) for key, tried in ends.items()}  # type: ignore[misc]
 
 
 def _loaded(recipe: Recipe) -> tuple[Recipe, ImageSplits]:
@@ -241,7 +242,7 @@ def _rate(recipe: Recipe) -> str:
     if not recipe.lr_grid:
         return f"{recipe.lr:g} where its entry says nothing else"
     grid = ", ".join(f"{lr:g}" for lr in recipe.lr_grid)
-    return f"the rate of {grid} with which a run of another seed ended best on the validation images"
+    return f"the rate of {grid} with which a run of another seed ended at the lowest loss on the validation images"
 
 
 def _remarks(splits: ImageSplits) -> list[str]:
@@ -259,8 +260,8 @@ def _notes(recipe: Recipe, splits: ImageSplits) -> list[str]:
     schedule = (
         f"Every method trains the same {recipe.model} from the same start with the same recipe: "
         f"{_OPTIMIZERS[recipe.optimizer]} at {_rate(recipe)}, weight decay {recipe.weight_decay:g} (none on encoders, "
-        f"decoders, biases and norms), {recipe.warmup:.0%} warm-up, cosine decay, label smoothing {recipe.label_smoothing:g}, drop path {recipe.drop_path:g}, batches of "
-        f"{recipe.batch_size} on all devices together, {recipe.precision}, {_epochs(recipe)}, seeds "
+        f"decoders, biases and norms), {recipe.warmup:.0%} warm-up, cosine decay, label smoothing "
+        f"{recipe.label_smoothing:g}, drop path {recipe.drop_path:g}, batches of {recipe.batch_size} on all devices together, {recipe.precision}, {_epochs(recipe)}, seeds "
         f"{', '.join(map(str, recipe.seeds))}."
     )
     converted = (

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -58,22 +59,28 @@ class Group:
         rank: channels a tile; None for a method without them.
         variant: in what it differs from others of the method, such as "r=24, mixing none"; "" where there is no other.
         seeds: seed to epoch to row.
+        shown: the variant as it is shown: without its learning rate, which tables have apart, where no other group
+            differs by that alone.
     """
 
     method: str
     rank: int | None
     variant: str
     seeds: dict[int, dict[int, Mapping[str, Value]]] = field(default_factory=dict)
+    shown: str = ""
+
+    def __post_init__(self) -> None:
+        self.shown = self.shown or self.variant
 
     @property
     def label(self) -> str:
         """How figures name it: `2:4`, `stl r=24`, `stl r=24, mixing none`."""
-        return f"{self.method} {self.variant}".strip()
+        return f"{self.method} {self.shown}".strip()
 
     @property
     def settings(self) -> str:
         """The variant without the rank, which tables show apart."""
-        return self.variant if self.rank is None else self.variant.removeprefix(f"r={self.rank}").lstrip(", ")
+        return self.shown if self.rank is None else self.shown.removeprefix(f"r={self.rank}").lstrip(", ")
 
     @property
     def epochs(self) -> list[int]:
@@ -160,12 +167,23 @@ def group_rows(rows: Iterable[Mapping[str, Value]]) -> list[Group]:
             )
         group = groups.setdefault((method, rank, variant), Group(method, rank, variant))
         group.seeds.setdefault(seed, {})[epoch] = row
-    return list(groups.values())
+    found = list(groups.values())
+    alike = Counter((group.method, without_rate(group.variant)) for group in found)
+    for group in found:
+        if alike[group.method, (plain := without_rate(group.variant))] == 1:
+            group.shown = plain
+    return found
+
+
+def without_rate(variant: str) -> str:
+    """A variant without its learning rate, which comes last in it: "r=24, lr 0.002" is "r=24"."""
+    said = variant.split(", ")
+    return ", ".join(said[:-1] if said[-1].startswith("lr ") else said)
 
 
 def plain_dense(groups: Sequence[Group]) -> Group | None:
     """The runs that others are held against: the method `dense` in nothing different from the recipe; None if not there."""
-    return next((group for group in groups if group.method == "dense" and not group.variant), None)
+    return next((group for group in groups if group.method == "dense" and not group.shown), None)
 
 
 def furthest_of(groups: Sequence[Group]) -> int:

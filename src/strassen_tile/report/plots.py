@@ -72,7 +72,7 @@ def key_of(curves: Sequence[Curve]) -> dict[str, dict[str, Any]] | None:
 
 def split_mix(group: Group) -> tuple[str, str]:
     """A group's name without its mix of tokens, and the mix: "stl r=24" and "mix grid"; "" where there is none."""
-    parts = group.variant.split(", ")
+    parts = group.shown.split(", ")
     mix = ", ".join(part for part in parts if part.startswith("mix "))
     return f"{group.method} {', '.join(part for part in parts if not part.startswith('mix '))}".strip(), mix
 
