@@ -33,7 +33,10 @@ _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `strassen-tile`; the exit status: 0, 1 or 2 for a bad input (said in one line), 130 when interrupted."""
+    """Run `strassen-tile`; the exit status: 0, 1 or 2 for a bad input (said in one line), 130 when interrupted.
+
+    3: a comparison is finished, and runs of it diverged (a line each).
+    """
     parser = _Parser(prog="strassen-tile", description="Strassen-Tile: cheaper products for deep networks.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")

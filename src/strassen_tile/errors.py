@@ -36,6 +36,19 @@ class BackendError(STLError):
     """The backend asked for by name cannot run these arguments here."""
 
 
+class DivergedError(STLError):
+    """Training came to a loss or to weights that are not finite.
+
+    Attributes:
+        epoch: in which that was noticed, from 1.
+        step: the first with such a loss, from 1 over all epochs; the last of the epoch where it was seen in the weights.
+    """
+
+    def __init__(self, message: str, *, epoch: int = 0, step: int = 0) -> None:  # defaults: it can be pickled
+        super().__init__(message)
+        self.epoch, self.step = epoch, step
+
+
 def shape_text(shape: Sequence[object]) -> str:
     """`(2, 3)` for any sequence of sizes, symbolic ones included."""
     return "(" + ", ".join(str(size) for size in shape) + ")"

@@ -34,6 +34,26 @@ def network() -> nn.Module:
     return model
 
 
+def spoilt_at(step: int, value: float) -> tuple[nn.Module, list[int]]:
+    """A network whose outputs are `value` in training step `step`, and a list that grows with each step."""
+    model, steps = network(), []
+
+    def spoil(module: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
+        if module.training:
+            steps.append(len(steps) + 1)
+        return output * value if module.training and steps[-1] == step else output
+
+    model.register_forward_hook(spoil)
+    return model, steps
+
+
+def exact_network() -> nn.Module:
+    """The network in float64, but for its loss: what differs in another order of summation is then far below what is wrong."""
+    model = network().double()
+    model.register_forward_pre_hook(lambda _, given: (given[0].double(),))
+    return model
+
+
 def train(
     model: nn.Module,
     data: ImageSplits,
@@ -42,10 +62,11 @@ def train(
     seed: int = 3,
     recorded: int = 0,
     on_step: Callable[[int, int], None] = lambda *_: None,
+    records: list[dict] | None = None,
     **changes: object,
 ) -> list[dict]:
-    """The records of the first process; those of others are none."""
-    records: list[dict] = []
+    """The records of the first process (`records`, where it is given); those of others are none."""
+    records = [] if records is None else records
     how = replace(TRAINING, **changes)
     train_images(model, data, folder, how, seed=seed, recorded=recorded, on_step=on_step, on_epoch=records.append)
     return records
@@ -57,6 +78,20 @@ def rates_kept() -> Iterator[list[float]]:
     rates: list[float] = []
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     yield rates
+    hook.remove()
+
+
+@contextlib.contextmanager
+def norms_kept() -> Iterator[list[float]]:
+    """The norm of all gradients as every step takes them: after clipping."""
+    norms: list[float] = []
+
+    def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        gradients = [one.grad for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    hook = register_optimizer_step_pre_hook(keep)
+    yield norms
     hook.remove()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import TRAINING, measure, network, rates_kept, splits, train
+from small_runs import TRAINING, exact_network, measure, network, norms_kept, rates_kept, splits, train
 from test_compare import RECIPE, command
 from transformers import TrainingArguments
 
@@ -64,6 +64,20 @@ def test_two_processes_train_what_one_trains(tmp_path) -> None:
         for found in (first, second):
             assert found[f"{name} resumed"] == ([2] if found is first else [])
             assert found[f"{name} equal"]
+    for optimizer, lr in (("adamw", 3e-3), ("sgd", 0.1)):
+        model = exact_network()
+        with norms_kept() as norms:
+            train(model, splits(65), tmp_path / "one", optimizer=optimizer, lr=lr)
+        # Some gradients were clipped, some not, and all alike: what each process has is averaged first.
+        assert sum(norm > 0.999 for norm in norms) not in (0, len(norms)), norms
+        assert first[f"{optimizer} norms"] == second[f"{optimizer} norms"] == pytest.approx(norms, rel=1e-6)
+        both, start = torch.load(tmp_path / f"{optimizer}.pt"), exact_network().state_dict()
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(both[key], value, rtol=0, atol=1e-10)
+        assert max(float((both[key] - value).abs().max()) for key, value in start.items() if value.numel()) > 1e-3
+    for found in (first, second):  # both end, at the step of the one that found it, with what was good
+        assert found["diverged"][:2] == [2, 6] and str(tmp_path / "diverged" / "checkpoint-4") in found["diverged"][2]
+    assert [path.name for path in (tmp_path / "diverged").iterdir()] == ["checkpoint-4"]
     assert second["records"] == [[], []]  # the first alone hands over records
     assert first["told"] == second["told"] == ["from", 0]
     assert first["failed"] == ["OSError", "no space"]

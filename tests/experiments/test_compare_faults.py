@@ -1,17 +1,18 @@
 """Whatever stops `strassen-tile compare`, and whenever, the same command goes on to the rows it would have had."""
 
 import errno
+import hashlib
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerState
 
 from strassen_tile.cli import main
@@ -28,12 +29,26 @@ TIMES = ("train_seconds", "date", "command", "commit")
 
 def command(out: Path, *more: str) -> list[str]:
     fixed = ["--model", "t2t_vit_micro", "--methods", "dense,stl", "--ranks", "8", "--seeds", "1"]
-    return ["compare", *fixed, "--limit", "40", "--batch-size", "16", "--epochs", "3", "--out", str(out), *more]
+    return [
+        "compare",
+        *fixed,
+        "--limit",
+        "40",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "3",
+        "--save",
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 RECIPE = Recipe(
     data="digits", model="t2t_vit_micro", image_size=None, methods=("dense",), ranks=(8,), seeds=(0,),
     tile=(4, 4, 4), mixing="sequence", encoder_scope="layer", init="random", epochs=3, batch_size=16, lr=1e-3, limit=40,
+    save=True,
 )  # fmt: skip
 
 
@@ -43,29 +58,45 @@ def go_on(out: Path) -> None:
 
 
 def results(out: Path) -> list[dict]:
+    """The rows, with a digest of the weights kept of a run in its last one."""
     rows = json.loads((out / "rows.json").read_text())
+    last = {row["method"]: row for row in rows if row["epoch"] == RECIPE.epochs}
+    for path in (out / "models").glob("*"):
+        last[path.name.partition("-")[0]]["weights"] = digest(path)
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def digest(path: Path) -> str:
+    """Of names, types and all bits of the tensors in a safetensors file."""
+    found = hashlib.sha256()
+    for name, value in sorted(load_file(path).items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + value.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def left_over(out: Path) -> list[str]:
     """Files a finished comparison has no use for."""
     kept = {"rows.json", "recipe.json", "report.html", "plot.png", ".lock"}
-    return [path.name for path in out.rglob("*") if path.is_file() and path.name not in kept]
+    files = [path for path in out.rglob("*") if path.is_file() and path.name not in kept]
+    return [path.name for path in files if path.parent != out / "models"]
 
 
-def die(out: Path, kind: str, at: float) -> int:
-    """Run the command until it dies at that moment (see dying.py); its exit status."""
+def die(out: Path, *moments: tuple[str, float | str]) -> list[dict]:
+    """Run the command until it dies, at each of these moments (see dying.py): its exit statuses, and the files it left."""
     script = Path(__file__).with_name("dying.py")
-    arguments = [sys.executable, str(script), kind, str(int(at)), *command(out)]
-    child = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    with child:
-        if kind == "time":
-            child.stdout.readline()
-            time.sleep(at)
-            os.killpg(child.pid, signal.SIGKILL)
-        said = child.communicate()[0].decode()
-    assert "Traceback" not in said, said
-    return child.returncode
+    plain = [str(part) for moment in moments for part in moment]
+    done = subprocess.run(
+        [sys.executable, str(script), *plain, *command(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert "Traceback" not in done.stdout, done.stdout
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"status"')]
+    assert len(found) == len(moments), done.stdout
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -78,32 +109,47 @@ def whole(tmp_path_factory) -> list[dict]:
 
 
 @posix
-def test_killed_within_a_write_it_goes_on_to_the_same_rows(tmp_path, whole) -> None:
-    assert die(tmp_path, "bytes", 100_000) == -signal.SIGXFSZ  # half of the first checkpoint
-    (checkpoint,) = tmp_path.rglob("checkpoint-*")
-    assert not (checkpoint / "complete.json").exists()  # it did die within one
+def test_killed_again_and_again_it_comes_to_the_same_rows_and_the_same_weights(tmp_path, whole) -> None:
+    """Within a checkpoint, between two steps of an epoch, within the file of weights, and with that not in its place."""
+    moments = [("bytes", 100_000), ("batch", 5), ("within", "weights"), ("rename", "models/dense")]
+    within, between, weights, finished = die(tmp_path, *moments)
+    assert within["status"] == weights["status"] == -signal.SIGXFSZ
+    assert between["status"] == finished["status"] == -signal.SIGKILL
+    # They did die there.
+    checkpoint = [name for name in within["files"] if "/checkpoint-" in name]
+    assert checkpoint and not [name for name in checkpoint if name.endswith("complete.json")]
+    assert "runs/dense-0/checkpoint-3/complete.json" in between["files"]
+    assert [name for name in weights["files"] if name.startswith("runs/dense-0/.weights.safetensors.")]
+    assert "runs/dense-0/weights.safetensors" in finished["files"]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert main(command(tmp_path)) == 0
     assert results(tmp_path) == whole
+    assert [row["epoch"] for row in whole if "weights" in row] == [3, 3]
+    assert json.loads((tmp_path / "rows.json").read_text())[:3] == rows  # all of it: nothing was trained twice
     assert not left_over(tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @posix
-def test_killed_at_twenty_random_moments_it_goes_on_to_the_same_rows(tmp_path, whole) -> None:
-    """Eight before a change to the folder, six in the middle of writing a file, six at any time; four for each folder."""
+def test_killed_at_many_random_moments_it_goes_on_to_the_same_rows_and_weights(tmp_path, whole) -> None:
+    """Before a change to the folder, between steps, in the middle of writing a file, of the weights, at any time."""
     draw = random.Random(9)
-    moments = [("step", draw.randrange(3, 30)) for _ in range(8)]
+    moments: list[tuple[str, float | str]] = [("step", draw.randrange(3, 30)) for _ in range(8)]
+    moments += [("batch", draw.randrange(1, 9)) for _ in range(8)]
     moments += [("bytes", draw.randrange(1_000, 4_000_000)) for _ in range(6)]
-    moments += [("time", draw.uniform(0.0, 1.5)) for _ in range(6)]
+    moments += [("time", draw.uniform(0.0, 1.5)) for _ in range(8)]
+    moments += [("within", "weights")] * 3 + [("rename", "models/")] * 3
     draw.shuffle(moments)
-    for number in range(5):
+    for number in range(6):
         out = tmp_path / str(number)
-        for kind, at in moments[4 * number : 4 * number + 4]:
-            status = die(out, kind, at)
-            print(f"folder {number}: killed at {kind} {at:.4g}: exit status {status}")
-            # By then a comparison may have ended: only half-written files come for certain.
-            assert status == -signal.SIGXFSZ if kind == "bytes" else status in (0, -signal.SIGKILL)
+        here = moments[6 * number : 6 * number + 6]
+        for (kind, at), found in zip(here, die(out, *here), strict=True):
+            status = found["status"]
+            print(f"folder {number}: killed at {kind} {at}: exit status {status}")
+            # By then a comparison may have ended: only half-written files come for certain, while there are any to write.
+            assert status in (0, -signal.SIGXFSZ if kind in ("bytes", "within") else -signal.SIGKILL)
         assert main(command(out)) == 0
         assert results(out) == whole
         assert not left_over(out)
@@ -154,7 +200,7 @@ def test_a_disk_that_is_full_at_each_file_in_turn(tmp_path, whole, monkeypatch, 
 
     for name in (
         "recipe.json", "rows.json", "training_args.bin", "rng_state.pth", "trainer_state.json", "complete.json",
-        "plot.png", "report.html",
+        "weights.safetensors", "dense-0.safetensors", "plot.png", "report.html",
     ):  # fmt: skip
         for writer in (
             (Path, "replace", 1),

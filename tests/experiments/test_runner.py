@@ -1,14 +1,21 @@
 """The runner alone: runs that count and write records, of no images and no network worth the name."""
 
+import errno
 import json
+import os
+import pickle
 from dataclasses import replace
 
 import pytest
 from torch import nn
 
 from strassen_tile.convert import Conversion
-from strassen_tile.errors import ConfigError
-from strassen_tile.experiments.runner import Comparison, Progress, Run, run
+from strassen_tile.errors import ConfigError, DivergedError
+from strassen_tile.experiments import log
+from strassen_tile.experiments.endings import Place, diverged_record, finish
+from strassen_tile.experiments.runner import Comparison, Progress, Run, diverged, run
+from strassen_tile.integrations.weights import WEIGHTS
+from strassen_tile.report.runs import summarise
 
 
 class Trainings:
@@ -17,6 +24,7 @@ class Trainings:
     def __init__(self) -> None:
         self.done: list[tuple[str, int]] = []
         self.stop_at: tuple[str, int] | None = None
+        self.diverge_at: tuple[str, int] | None = None
 
     def run(self, method: str, variant: str, seed: int = 0, rank: int | None = None) -> Run:
         def train(model, folder, *, recorded, on_step, on_epoch) -> None:
@@ -25,6 +33,8 @@ class Trainings:
                 on_step(epoch, 2)
                 if (method + variant, epoch) == self.stop_at:
                     raise KeyboardInterrupt
+                if (method + variant, epoch) == self.diverge_at:
+                    raise DivergedError("not finite", epoch=epoch, step=10 * epoch)
                 self.done.append((method + variant, epoch))
                 on_epoch({"epoch": epoch, "perplexity": 10.0 - epoch, "seconds": 2.0})
 
@@ -105,3 +115,86 @@ def test_folders_are_safe_names_and_those_of_before() -> None:
             set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789=.+_-") and len(name) < 120
         )
         assert not name.startswith(".")
+
+
+def test_a_run_that_diverges_has_its_row_and_the_next_one_begins(tmp_path) -> None:
+    made = Trainings()
+    runs = [made.run("a", ""), made.run("b", "x"), made.run("a", "", seed=1)]
+    made.diverge_at = ("bx", 2)
+    shown: list[int] = []
+    rows = run(Comparison("x", runs, {}), tmp_path, on_rows=lambda rows: shown.append(len(rows)))
+    assert [(row["method"], row["seed"], row["epoch"], row.get("diverged")) for row in rows] == [
+        ("a", 0, 1, None), ("a", 0, 2, None), ("b", 0, 1, None), ("b", 0, 2, True), ("a", 1, 1, None), ("a", 1, 2, None),
+    ]  # fmt: skip
+    assert shown == [1, 2, 3, 4, 5, 6]
+    assert (rows[3]["diverged_epoch"], rows[3]["diverged_step"], rows[3]["train_seconds"]) == (2, 20, 2.0)
+    (line,) = diverged(runs, tmp_path, rows)
+    assert line.startswith("b x, seed 0: diverged in epoch 2, at step 20: ") and "checkpoint" not in line
+    (tmp_path / "runs" / "b-x-0" / "checkpoint-9").mkdir(parents=True)
+    (line,) = diverged(runs, tmp_path, rows)
+    assert line.endswith(f"its last good weights are in {tmp_path / 'runs' / 'b-x-0' / 'checkpoint-9'}")
+    trained = list(made.done)
+    made.diverge_at = None
+    assert run(Comparison("x", runs, {}), tmp_path) == rows and made.done == trained
+    assert (tmp_path / "runs" / "b-x-0" / "checkpoint-9").is_dir()
+
+
+def test_the_error_reaches_other_processes_whole() -> None:
+    error = pickle.loads(pickle.dumps(DivergedError("not finite", epoch=2, step=7)))
+    assert (str(error), error.epoch, error.step) == ("not finite", 2, 7)
+
+
+def test_a_full_disk_as_a_run_diverges_loses_no_row(tmp_path, monkeypatch) -> None:
+    made = Trainings()
+    comparison = Comparison("x", [made.run("a", ""), made.run("b", "")], {})
+    made.diverge_at = ("a", 2)
+    write = log.write_rows
+
+    def full(path, rows) -> None:
+        if any(row.get("diverged") for row in rows):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, rows)
+
+    monkeypatch.setattr(log, "write_rows", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(comparison, tmp_path)
+    assert [row["epoch"] for row in json.loads((tmp_path / "rows.json").read_text())] == [1]
+    monkeypatch.undo()
+    rows = run(comparison, tmp_path)  # it diverges again, as it would have
+    assert [(row["method"], row["epoch"], row.get("diverged")) for row in rows] == [
+        ("a", 1, None), ("a", 2, True), ("b", 1, None), ("b", 2, None),
+    ]  # fmt: skip
+
+
+def test_a_mean_over_seeds_does_not_pass_over_one_that_diverged() -> None:
+    def row(seed: int, **more) -> dict:
+        return {"method": "a", "rank": None, "variant": "", "seed": seed, "epoch": 4, "top1": 90.0, **more}
+
+    gone = {**row(1), **diverged_record(4, 2, 17)}
+    del gone["top1"], gone["seconds"]
+    assert summarise([row(0), row(2)])[0]["top1"] == 90.0
+    (record,) = summarise([row(0), gone, row(2)])
+    assert record["top1"] is None and record["complete"]
+
+
+def test_weights_of_a_run_that_has_all_rows_come_to_their_place_however_often_it_ends(tmp_path) -> None:
+    place = Place(tmp_path, "a-0")
+    place.work.mkdir(parents=True)
+    (place.work / WEIGHTS).write_bytes(b"weights")
+    (place.work / "checkpoint-1").mkdir()
+    for _ in range(2):
+        finish(place)
+        assert place.weights.read_bytes() == b"weights" and not place.work.exists()
+
+
+def test_finished_runs_without_weights_are_named_and_not_trained_again(tmp_path) -> None:
+    made = Trainings()
+    comparison = Comparison("x", [made.run("a", ""), made.run("b", "")], {})
+    run(comparison, tmp_path)
+    trained = list(made.done)
+    saving = replace(comparison, runs=[replace(one, saves=True) for one in comparison.runs])
+    Place(tmp_path, "b-0").weights.parent.mkdir()
+    Place(tmp_path, "b-0").weights.write_bytes(b"")
+    with pytest.warns(UserWarning, match="has no weights of a, seed 0: finished without save, or moved since"):
+        run(saving, tmp_path)
+    assert made.done == trained

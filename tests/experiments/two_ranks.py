@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import torch
-from small_runs import network, rates_kept, splits, train
+from small_runs import exact_network, network, norms_kept, rates_kept, splits, spoilt_at, train
 
+from strassen_tile.errors import DivergedError
 from strassen_tile.integrations.ranks import RankError, first, ranks
 
 
@@ -30,6 +31,18 @@ def main(folder: Path) -> None:
         found[f"{name} resumed"] = [record["epoch"] for record in later]
         state = model.state_dict()
         found[f"{name} equal"] = all(torch.equal(state[key], value) for key, value in again.state_dict().items())
+    for optimizer, lr in (("adamw", 3e-3), ("sgd", 0.1)):
+        model = exact_network()
+        with norms_kept() as found[f"{optimizer} norms"]:
+            train(model, splits(65), folder / optimizer, optimizer=optimizer, lr=lr)
+        if world.is_main_process:
+            torch.save(model.state_dict(), folder / f"{optimizer}.pt")
+    # Only one process has the loss that is not finite.
+    model = spoilt_at(6, float("nan"))[0] if world.process_index else network()
+    try:
+        train(model, splits(64), folder / "diverged", epochs=3)
+    except DivergedError as error:
+        found["diverged"] = [error.epoch, error.step, str(error)]
     found["told"] = first(lambda: ["from", world.process_index])
     try:
         first(fail)

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import math
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from strassen_tile.cost import machine
 from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import loading, planning, runner, speed, vision
+from strassen_tile.experiments.endings import MODELS
 from strassen_tile.experiments.recipe import Recipe, recipe_of
 from strassen_tile.experiments.settings import settings_of
 from strassen_tile.files import make_folder
@@ -29,9 +31,11 @@ from strassen_tile.report.compare import columns, summarise, table_caption, writ
 from strassen_tile.report.runs import progress_note
 from strassen_tile.report.table import ratio, rich_table, seconds
 
+DIVERGED = 3  # the exit status of a comparison that is finished, in which runs diverged
+
 
 def run_compare(options: argparse.Namespace) -> int:
-    """`strassen-tile compare`. Of several processes the first shows what there is to see."""
+    """`strassen-tile compare`; its exit status. Of several processes the first shows what there is to see."""
     given = {key: value for key, value in vars(options).items() if key in settings_of(Recipe)}
     recipe = recipe_of(options.recipe, options.changes, given)
     world = ranks()
@@ -39,13 +43,22 @@ def run_compare(options: argparse.Namespace) -> int:
         console = Console(markup=False, emoji=False, quiet=not world.is_main_process)
         rates: vision.Rates = {}
         if recipe.lr_grid:
-            rows = _show(vision.tuning(recipe), "Learning rates", options.out / "tuning", console, recipe.jobs)
+            out = options.out / "tuning"
+            tuning = vision.tuning(recipe)
+            rows = _show(tuning, "Learning rates", out, console, recipe.jobs)
+            for line in runner.diverged(tuning.runs, out, rows):  # which is an answer to what was asked
+                console.print(line, soft_wrap=True)
             rates = vision.best_rates(rows)
-        _show(vision.comparison(recipe, rates), "Dense, 2:4 and Strassen-Tile", options.out, console, recipe.jobs)
+        comparison = vision.comparison(recipe, rates)
+        rows = _show(comparison, "Dense, 2:4 and Strassen-Tile", options.out, console, recipe.jobs)
     except RankError:
         return 1  # the first process has said why
     world.destroy_process_group()  # not after an error: others may be waiting in the group
-    return 0
+    lines = runner.diverged(comparison.runs, options.out, rows)
+    if world.is_main_process:
+        for line in lines:
+            print(f"strassen-tile: {line}", file=sys.stderr)
+    return DIVERGED if lines else 0
 
 
 def _show(comparison: runner.Comparison, heading: str, out: Path, console: Console, jobs: int) -> list[Row]:
@@ -77,6 +90,8 @@ def _show(comparison: runner.Comparison, heading: str, out: Path, console: Conso
     if note := progress_note(rows):
         console.print(note, soft_wrap=True)
     console.print(f"{out / 'report.html'}\n{out / 'plot.png'}\n{out / 'rows.json'}", soft_wrap=True)
+    if (out / MODELS).is_dir():
+        console.print(str(out / MODELS), soft_wrap=True)
     return rows
 
 

@@ -42,6 +42,10 @@ class RunLog:
         epochs = {row["epoch"] for row in self.of(run)}
         return next(epoch for epoch in range(len(epochs) + 1) if epoch + 1 not in epochs)
 
+    def diverged(self, run: Row) -> Row | None:
+        """The row that says that the run diverged, if it did: it is not trained again."""
+        return next((row for row in self.of(run) if row.get("diverged")), None)
+
     def add(self, run: Row, fixed: Row, record: Row) -> list[Row]:
         """Add an epoch's record and return all rows.
 

@@ -7,121 +7,24 @@ torchrun started train together; the first of them alone holds the folder, write
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import re
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import nn
 
-from strassen_tile.convert import Conversion
-from strassen_tile.errors import ConfigError
+from strassen_tile.errors import ConfigError, DivergedError
+from strassen_tile.experiments.comparison import Comparison, Progress, Run
+from strassen_tile.experiments.endings import Place, diverged_line, diverged_record, finish, leave, warn_of_missing
 from strassen_tile.experiments.jobs import spread
 from strassen_tile.experiments.log import RunLog, keep_recipe, locked
 from strassen_tile.files import remove_unfinished
 from strassen_tile.integrations.ranks import first, ranks
 from strassen_tile.records import Row, environment
+from strassen_tile.report.runs import run_of
 
-_UNSAFE = re.compile(r"[^A-Za-z0-9=.+_-]+")
-
-
-class Train(Protocol):
-    """Trains a model in place, from its last checkpoint in `folder` that has its record; see `train_images`."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        folder: Path,
-        *,
-        recorded: int,
-        on_step: Callable[[int, int], None],
-        on_epoch: Callable[[Row], None],
-    ) -> None: ...
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: what tells it from the others, and how it is done.
-
-    Attributes:
-        method: name of the method.
-        rank: channels a tile; None for a method without them.
-        variant: in what it differs from others of its method and seed, as text; "" where there is no other.
-        seed: of weights, order and draws.
-        epochs: after which it is finished. Training hands over a record for each.
-        build: the converted model, with the weights of the seed.
-        cost: fields of the model's cost, the same in all rows of the run.
-        train: what trains it.
-    """
-
-    method: str
-    rank: int | None
-    variant: str
-    seed: int
-    epochs: int
-    build: Callable[[], tuple[nn.Module, Conversion]]
-    cost: Callable[[nn.Module, Conversion], Row]
-    train: Train
-
-    @property
-    def identity(self) -> Row:
-        """The fields that begin its rows."""
-        return {"method": self.method, "rank": self.rank, "variant": self.variant, "seed": self.seed}
-
-    @property
-    def label(self) -> str:
-        """How progress names it."""
-        return f"{self.method} {self.variant}".strip() + f", seed {self.seed}"
-
-    @property
-    def folder(self) -> str:
-        """A name for its folder, its own on any file system: "stl-r=24-0"."""
-        plain = f"{self.method} {self.variant}".strip().replace(":", "").replace(" ", "-")
-        safe = _UNSAFE.sub("-", plain)[:80]
-        # What could not be kept in the name is told apart by a digest of it.
-        mark = "" if safe == plain else f"-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
-        return f"{safe}{mark}-{self.seed}"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `run` takes.
-
-    Attributes:
-        title: of its table and page.
-        runs: in the order they are run.
-        recipe: what decides the results, kept in `recipe.json`.
-        earlier: what a key of the recipe was where an older `recipe.json` does not say.
-        may_change: keys of the recipe that only say which runs there are, or that change no result.
-        facts: fields of every row: of the data, of the precision.
-        notes: paragraphs of the page: how the runs were made.
-        remarks: paragraphs that are shown before training as well: what a user may not expect.
-    """
-
-    title: str
-    runs: Sequence[Run]
-    recipe: Mapping[str, object]
-    earlier: Mapping[str, object] = field(default_factory=dict)
-    may_change: frozenset[str] = frozenset()
-    facts: Row = field(default_factory=dict)
-    notes: Sequence[str] = ()
-    remarks: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a comparison is: run `run` of `runs`, and `step` of `steps` in it."""
-
-    label: str
-    run: int
-    runs: int
-    step: int
-    steps: int
+__all__ = ["Comparison", "Progress", "Run", "diverged", "run"]
 
 
 def run(
@@ -134,6 +37,8 @@ def run(
     jobs: int = 1,
 ) -> list[Row]:
     """Train every run; the rows, one an epoch, are in `folder`/rows.json from the moment they exist.
+
+    A run that diverges ends with a row that says so (`endings.diverged_record`), and the next one begins.
 
     Args:
         comparison: what to run.
@@ -163,13 +68,14 @@ def run(
         # The first process has the log; the others a copy, which they do not look at.
         log = first(partial(_opened, comparison, folder, held))
         keeper = _Keeper(comparison.runs, log, fixed, on_rows, on_progress)
-        tasks = [(index, first(partial(log.recorded, one.identity))) for index, one in enumerate(comparison.runs)]
+        tasks = [(index, first(partial(_recorded, log, one))) for index, one in enumerate(comparison.runs)]
         if jobs == 1:
             for task in tasks:
                 _train(comparison.runs, folder, task, keeper.receive)
         else:
             fixed["threads"] = max(1, torch.get_num_threads() // jobs)
             spread(partial(_train, comparison.runs, folder), tasks, jobs, keeper.receive)
+        first(partial(_warn, comparison.runs, log))
         first(lambda: on_end(log.rows))
         return first(lambda: log.rows)
 
@@ -192,7 +98,7 @@ class _Keeper:
     on_rows: Callable[[list[Row]], None]
     on_progress: Callable[[Progress], None]
 
-    def receive(self, message: _Step | _Epoch | _Done) -> None:
+    def receive(self, message: _Message) -> None:
         """Keep an epoch's record, pass on how far a run is, or clear up after it."""
         one = self.runs[message.run]
         if isinstance(message, _Step):
@@ -200,8 +106,13 @@ class _Keeper:
         elif isinstance(message, _Epoch):
             fields = {**one.identity, **message.cost, **self.fixed}
             self.on_rows(self.log.add(one.identity, fields, message.record))
+        elif isinstance(message, _Diverged):
+            fields = {**one.identity, **message.cost, **self.fixed}
+            record = diverged_record(one.epochs, message.epoch, message.step)
+            first(lambda: self.on_rows(self.log.add(one.identity, fields, record)))
         else:
-            first(lambda: shutil.rmtree(_work_folder(self.log.path.parent, one), ignore_errors=True))
+            place = Place(self.log.path.parent, one.folder)
+            first(lambda: (leave if self.log.diverged(one.identity) else finish)(place))
 
 
 @dataclass(frozen=True)
@@ -219,32 +130,58 @@ class _Epoch:
 
 
 @dataclass(frozen=True)
+class _Diverged:
+    run: int
+    cost: Row
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True)
 class _Done:
     run: int
 
 
-def _work_folder(folder: Path, one: Run) -> Path:
-    """The run's own: that of a finished run is removed with all that is in it."""
-    return folder / "runs" / one.folder
+_Message = _Step | _Epoch | _Diverged | _Done
 
 
-def _train(
-    runs: Sequence[Run], folder: Path, task: tuple[int, int], send: Callable[[_Step | _Epoch | _Done], None]
-) -> None:
+def _recorded(log: RunLog, one: Run) -> int:
+    """How many epochs of a run need no training; all, where it diverged."""
+    return one.epochs if log.diverged(one.identity) else log.recorded(one.identity)
+
+
+def diverged(runs: Sequence[Run], folder: Path, rows: Sequence[Row]) -> list[str]:
+    """A line for each of the runs that diverged, of the rows in `folder`."""
+    found = {run_of(row): row for row in rows if row.get("diverged")}
+    ended = [one for one in runs if run_of(one.identity) in found]
+    return [diverged_line(one.label, Place(folder, one.folder), found[run_of(one.identity)]) for one in ended]
+
+
+def _warn(runs: Sequence[Run], log: RunLog) -> None:
+    """Say which finished runs should have left weights and have not."""
+    folder = log.path.parent
+    finished = [one for one in runs if one.saves and not log.diverged(one.identity)]
+    warn_of_missing(folder, [one.label for one in finished if not Place(folder, one.folder).weights.exists()])
+
+
+def _train(runs: Sequence[Run], folder: Path, task: tuple[int, int], send: Callable[[_Message], None]) -> None:
     """Train run number `task[0]` from where it is, with `task[1]` epochs recorded; nothing if it is finished."""
     (index, recorded), one = task, runs[task[0]]
-    work = _work_folder(folder, one)
+    work = Place(folder, one.folder).work
     if recorded < one.epochs:
         model, conversion = one.build()
         cost = one.cost(model, conversion)
         first(partial(_prepare, work))
-        one.train(
-            model,
-            work,
-            recorded=recorded,
-            on_step=lambda step, steps: send(_Step(index, step, steps)),
-            on_epoch=lambda record: send(_Epoch(index, cost, record)),
-        )
+        try:
+            one.train(
+                model,
+                work,
+                recorded=recorded,
+                on_step=lambda step, steps: send(_Step(index, step, steps)),
+                on_epoch=lambda record: send(_Epoch(index, cost, record)),
+            )
+        except DivergedError as error:
+            send(_Diverged(index, cost, error.epoch, error.step))
     send(_Done(index))
 
 

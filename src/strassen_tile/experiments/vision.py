@@ -7,7 +7,7 @@ are, the token module and the head are not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, replace
 from functools import partial
 from pathlib import Path
@@ -123,7 +123,7 @@ def _comparison(recipe: Recipe, splits: ImageSplits, title: str, runs: Sequence[
         # Before recipes had a precision, the hardware decided.
         earlier={**defaults, "precision": resolved_precision("auto"), "image_size": size_before},
         # More of them only add runs, or change no result; a rate that is chosen is part of what a run is told by.
-        may_change=frozenset({"seeds", "ranks", "methods", "workers", "jobs", "lr_grid"}),
+        may_change=frozenset({"seeds", "ranks", "methods", "workers", "jobs", "lr_grid", "save"}),
         facts={**facts(splits), "precision": recipe.precision, **({"draws": "by batch"} if recipe.augment else {})},
         notes=_notes(recipe, splits),
         remarks=_remarks(splits),
@@ -133,8 +133,17 @@ def _comparison(recipe: Recipe, splits: ImageSplits, title: str, runs: Sequence[
 def _run(
     recipe: Recipe, splits: ImageSplits, index: int, one: Compared, seed: int, chosen: Row, *, test: bool = True
 ) -> runner.Run:
-    training = replace(recipe, **one.changes)
+    # Other entries have no part in a run, and with its rate one of them could be the same; runs that choose a rate are not
+    # what anybody wants the weights of.
+    own: dict[str, Any] = {**one.changes, "methods": ("dense",), "save": recipe.save and test}
+    training = replace(recipe, **own)
     how = {key: getattr(training, key) for key in ("lr", "optimizer", "weight_decay", "factor_lr", "base_width")}
+    about = {
+        "method": one.method.name,
+        "variant": one.variant,
+        "seed": seed,
+        "recipe": {**asdict(recipe), **one.changes},
+    }
     return runner.Run(
         method=one.method.name,
         rank=one.method.rank,
@@ -144,7 +153,8 @@ def _run(
         # By number: a method is made of functions that no other process could be handed.
         build=partial(_build, recipe, splits, index, seed),
         cost=partial(_fixed_fields, recipe, splits, one.width is not None, {**how, **chosen}),
-        train=partial(_train, training, splits, seed, test),
+        train=partial(_train, training, splits, seed, test, about),
+        saves=training.save,
     )
 
 
@@ -157,6 +167,7 @@ def _train(
     splits: ImageSplits,
     seed: int,
     test: bool,
+    about: Mapping[str, object],
     model: nn.Module,
     folder: Path,
     **recorded_and_callbacks: Any,
@@ -164,7 +175,7 @@ def _train(
     # Imported late: transformers takes seconds, and options are checked before it is wanted.
     from strassen_tile.integrations.images import train_images
 
-    train_images(model, splits, folder, recipe, seed=seed, test=test, **recorded_and_callbacks)
+    train_images(model, splits, folder, recipe, seed=seed, test=test, about=about, **recorded_and_callbacks)
 
 
 def build(recipe: Recipe, splits: ImageSplits, one: Compared, seed: int) -> tuple[nn.Module, Conversion]:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from strassen_tile.data import ImageSplits, collate
+from strassen_tile.integrations.ranks import first
 from strassen_tile.integrations.trainer import RecipeTrainer, SeededDraws, Watch, fit, training_arguments
 from strassen_tile.integrations.training import Training
+from strassen_tile.integrations.weights import WEIGHTS, save_weights
 from strassen_tile.records import Row
 
 
@@ -40,6 +42,7 @@ def train_images(
     on_step: Callable[[int, int], None],
     on_epoch: Callable[[Row], None],
     test: bool = True,
+    about: Mapping[str, object] | None = None,
 ) -> None:
     """Train; evaluate after every epoch, then write a checkpoint.
 
@@ -57,11 +60,14 @@ def train_images(
         on_epoch: called, in the first process, with epoch (from 1), top1 (per cent) and loss on the test set, where it is
             read, val_top1 and val_loss on a validation set, train_loss and seconds (of training, evaluation excluded).
         test: whether the test set is read after the last epoch where there is a validation set.
+        about: what the file of weights says of them. With `training.save` the weights that were evaluated last are in
+            `folder`/weights.safetensors before the last record is handed over: who has that record has them.
 
     Raises:
         ConfigError: the batch cannot be shared by the processes there are.
         DataError: an image cannot be read.
-        OSError: a checkpoint cannot be written.
+        DivergedError: a loss or the weights are not finite; the last checkpoint from before is kept.
+        OSError: a checkpoint, or the file of weights, cannot be written.
         RankError: in processes other than the first, what stopped the first.
     """
 
@@ -71,6 +77,10 @@ def train_images(
         return F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing, reduction="sum") / count
 
     def at_end() -> Row:
+        if training.save:
+            whole = trainer.accelerator.get_state_dict(trainer.model)  # in all processes: FSDP gathers shards
+            state = {name.removeprefix("model."): value for name, value in whole.items() if name.startswith("model.")}
+            first(partial(save_weights, folder / WEIGHTS, state, about))
         if splits.validation is None or not test:
             return {}
         return _measured(trainer.predict(splits.test).metrics, "test_")

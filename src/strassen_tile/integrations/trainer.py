@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from strassen_tile.errors import DataError
+from strassen_tile.errors import DataError, DivergedError
 from strassen_tile.integrations.checkpoints import resumable, seal
+from strassen_tile.integrations.divergence import Divergence
 from strassen_tile.integrations.ranks import first, share
 from strassen_tile.integrations.training import Optimizer, Training
 from strassen_tile.nn import param_groups
@@ -76,6 +77,8 @@ class RecipeTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     def __init__(self, training: Training, **more: Any) -> None:
         self.training = training
         super().__init__(**more)
+        self.divergence = Divergence(self.model)
+        self.add_callback(self.divergence)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The recipe's; encoders, decoders, biases and norms without decay."""
@@ -86,6 +89,12 @@ class RecipeTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             )
             self.optimizer = make_optimizer(how.optimizer, groups)
         return self.optimizer
+
+    def training_step(self, *arguments: Any, **more: Any) -> Tensor:
+        """Forward and backward; the loss (), which is noted to see whether it is finite."""
+        loss: Tensor = super().training_step(*arguments, **more)
+        self.divergence.note(loss, self.state.global_step + 1)
+        return loss
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The next batches, and how many labels count in them over all processes."""
@@ -233,6 +242,7 @@ def fit(trainer: RecipeTrainer, *, recorded: int) -> None:
 
     Raises:
         DataError: a sample cannot be read.
+        DivergedError: a loss or the weights are not finite, in all processes. The last checkpoint from before is kept.
         OSError: a checkpoint cannot be written.
         RankError: in processes other than the first, what stopped the first.
     """
@@ -241,6 +251,12 @@ def fit(trainer: RecipeTrainer, *, recorded: int) -> None:
     checkpoint = first(partial(resumable, Path(trainer.args.output_dir), trainer.model, recorded))
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except DivergedError as error:
+        folder, before = Path(trainer.args.output_dir), error.epoch - 1
+        kept = first(partial(resumable, folder, trainer.model, before))
+        where = "no epoch had ended before" if kept is None else f"the last good weights are in {kept}"
+        way_out = f"give a lower lr than {trainer.args.learning_rate:g} or more warmup"
+        raise DivergedError(f"{error}; {way_out}; {where}", epoch=error.epoch, step=error.step) from error
     except DataError as error:
         if "\n" not in (text := str(error).strip()):
             raise

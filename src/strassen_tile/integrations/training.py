@@ -53,6 +53,9 @@ class Training:
         default="auto", metadata=about("auto: bfloat16 autocast on a GPU with it, else float32")
     )
     workers: int = field(default=0, metadata=about("processes that load data; results do not depend on them"))
+    save: bool = field(
+        default=False, metadata=about("keep the weights of finished runs, as models/RUN.safetensors in the folder")
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)
