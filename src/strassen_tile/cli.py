@@ -162,7 +162,7 @@ def _add_compare(commands: _Commands) -> None:
     add = command.add_argument
     add(
         "--recipe",
-        help="digits, fashion-mnist, imagefolder, or a TOML file with the options below (default: by data)",
+        help="digits, fashion-mnist, imagefolder, t2t_vit_7_imagenet …, or a TOML with the options below (default: by data)",
     )
     add("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
     _add_settings(command, Recipe)

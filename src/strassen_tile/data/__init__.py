@@ -5,8 +5,9 @@ Importing this imports torch only; scikit-learn, Pillow and numpy when a source 
 
 from __future__ import annotations
 
+from strassen_tile.data.augment import augmentation_text, augmented
 from strassen_tile.data.images import collate
 from strassen_tile.data.sources import load_images
 from strassen_tile.data.splits import ImageSplits, hold_out
 
-__all__ = ["ImageSplits", "collate", "hold_out", "load_images"]
+__all__ = ["ImageSplits", "augmentation_text", "augmented", "collate", "hold_out", "load_images"]

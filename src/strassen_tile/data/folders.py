@@ -1,4 +1,4 @@
-"""Image folders, root/<class>/*, read lazily: only the file list is in memory, so that ImageNet fits.
+"""Images in files of their own, or rows of a table, read lazily: only their list is in memory, so that ImageNet fits.
 
 Needs Pillow. Images are decoded to RGB; 16-bit and float ones are refused, because Pillow would clip them to white.
 Crop and resize are one bicubic resampling of a box of the decoded image.
@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import statistics
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -23,9 +21,8 @@ from strassen_tile.data.images import Sample, byte_histogram, channel_statistics
 from strassen_tile.errors import ConfigError, DataError
 from strassen_tile.files import opened, too_large
 
-# Of what Pillow can read only what the names below promise: a file called .png may be PostScript, which it would run.
+# Of what Pillow can read only what `listing.SUFFIXES` promise: a file called .png may be PostScript, which it would run.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 _CROP_TRIES = 10
 MAX_BYTES = 256 << 20  # while decoding: 8192 × 8192 pixels at four bytes each, as most photographs take
 # Bytes a pixel, copies included, where a decoder takes more than the image that comes out of it: the canvases of an
@@ -38,17 +35,28 @@ _STATISTICS_IMAGES = 256
 Box = tuple[float, float, float, float]
 
 
+class Stored(Protocol):
+    """An image that is no file of its own. As text it is what errors call it."""
+
+    def opened(self, max_bytes: int) -> contextlib.AbstractContextManager[BinaryIO]:
+        """Its encoded bytes, to be read. Raises OSError: they cannot be had, or are more than `max_bytes`."""
+
+
+Source = str | Stored  # a path, or what opens itself
+
+
 class FolderImages(Dataset[Sample]):
     """Images decoded when fetched: "pixel_values" float32 (3, size, size), "labels" int64 ().
 
     Args:
-        paths: n files.
+        paths: n files, or what else can be opened.
         labels: int64 (n,).
         image_size: side of what comes out, in pixels.
         mean: per channel, of pixels scaled to 0..1, (3,).
         std: per channel, likewise (3,), positive.
         augment: random resized crop and horizontal flip, from torch's global RNG; otherwise the central crop.
         max_bytes: the most that a file, or decoding it, may take.
+        change: made of each image, uint8 (3, size, size) before and after, once it is cropped. None: nothing.
 
     Raises:
         DataError: on fetching an image that cannot be decoded, which it names.
@@ -56,7 +64,7 @@ class FolderImages(Dataset[Sample]):
 
     def __init__(
         self,
-        paths: Sequence[str],
+        paths: Sequence[Source],
         labels: Tensor,
         *,
         image_size: int,
@@ -64,9 +72,11 @@ class FolderImages(Dataset[Sample]):
         std: Tensor,
         augment: bool,
         max_bytes: int = MAX_BYTES,
+        change: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.paths, self.labels, self.image_size = paths, labels, image_size
         self.mean, self.std, self.augment, self.max_bytes = mean, std, augment, max_bytes
+        self.change = change
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -74,13 +84,14 @@ class FolderImages(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Sample `index`: "pixel_values" float32 (3, size, size), "labels" int64 ()."""
         pixels = read_pixels(self.paths[index], self.image_size, augment=self.augment, max_bytes=self.max_bytes)
+        pixels = pixels if self.change is None else self.change(pixels)
         return {"pixel_values": normalise(pixels, self.mean, self.std), "labels": self.labels[index]}
 
     def __repr__(self) -> str:
         return f"FolderImages({len(self)} files, image_size={self.image_size}, augment={self.augment})"
 
 
-def read_pixels(path: str, size: int, *, augment: bool, max_bytes: int = MAX_BYTES) -> Tensor:
+def read_pixels(path: Source, size: int, *, augment: bool, max_bytes: int = MAX_BYTES) -> Tensor:
     """Decode one image, cropped at random (and perhaps mirrored) or centrally: uint8 (3, size, size).
 
     Raises:
@@ -102,12 +113,13 @@ def read_pixels(path: str, size: int, *, augment: bool, max_bytes: int = MAX_BYT
 
 
 @contextlib.contextmanager
-def _image(path: str, max_bytes: int) -> Iterator[Any]:
+def _image(path: Source, max_bytes: int) -> Iterator[Any]:
     """The file as Pillow has it, its header read; what goes wrong within is a DataError that names the file."""
     image_module = need("PIL.Image")
     try:
-        with opened(path, max_bytes) as file, image_module.open(file, formats=_FORMATS) as image:
-            yield image
+        with contextlib.ExitStack() as held:
+            file = held.enter_context(opened(path, max_bytes) if isinstance(path, str) else path.opened(max_bytes))
+            yield held.enter_context(image_module.open(file, formats=_FORMATS))
     except (DataError, ConfigError):
         raise
     except image_module.UnidentifiedImageError as error:
@@ -156,7 +168,7 @@ def random_box(width: int, height: int, size: int, draws: Sequence[float]) -> Bo
     return left, top, min(left + box_width, width), min(top + box_height, height)
 
 
-def folder_statistics(paths: Sequence[str], size: int, *, max_bytes: int = MAX_BYTES) -> tuple[Tensor, Tensor]:
+def folder_statistics(paths: Sequence[Source], size: int, *, max_bytes: int = MAX_BYTES) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (3,) of pixels scaled to 0..1, over up to 256 images spread over `paths`."""
     histogram = torch.zeros(3, 256, dtype=torch.int64)
     for path in _sample(paths):
@@ -164,7 +176,7 @@ def folder_statistics(paths: Sequence[str], size: int, *, max_bytes: int = MAX_B
     return channel_statistics(histogram)
 
 
-def stored_size(paths: Sequence[str], *, max_bytes: int = MAX_BYTES) -> int:
+def stored_size(paths: Sequence[Source], *, max_bytes: int = MAX_BYTES) -> int:
     """The median of the shorter sides, in pixels, over up to 256 images spread over `paths`; they are not decoded."""
     sides: list[int] = []
     for path in _sample(paths):
@@ -173,45 +185,6 @@ def stored_size(paths: Sequence[str], *, max_bytes: int = MAX_BYTES) -> int:
     return statistics.median_low(sides)
 
 
-def _sample(paths: Sequence[str]) -> list[str]:
+def _sample(paths: Sequence[Source]) -> list[Source]:
     count = min(len(paths), _STATISTICS_IMAGES)
     return [paths[i * len(paths) // count] for i in range(count)]
-
-
-def list_classes(folder: Path) -> dict[str, list[str]]:
-    """Class name to image files, both sorted, for folder/<class>/**; names that start with a dot are passed over.
-
-    Raises:
-        DataError: there is no class folder, one of them holds no image, or one cannot be read.
-    """
-    classes = {name: _list_images(folder / name) for name in subfolders(folder)}
-    if not classes:
-        raise DataError(f"{folder}: holds no class folders; expected {folder}/<class>/<image>")
-    return classes
-
-
-def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in `folder`, sorted, without those that start with a dot."""
-    try:
-        return sorted(one.name for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror or error}); expected a folder") from error
-
-
-def _list_images(folder: Path) -> list[str]:
-    def fail(error: OSError) -> None:
-        # os.walk passes over what it cannot list unless told otherwise, and classes would lose images in silence.
-        raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); expected images") from error
-
-    files = []
-    for parent, inside, names in os.walk(folder, onerror=fail):
-        if odd := next((name for name in inside if name.lower().endswith(_SUFFIXES)), None):
-            raise DataError(f"{parent}{os.sep}{odd}: is a folder; expected an image")
-        files += [
-            os.path.join(parent, name)  # noqa: PTH118  a million Path objects are slow
-            for name in names
-            if name.lower().endswith(_SUFFIXES) and not name.startswith(".")
-        ]
-    if not files:
-        raise DataError(f"{folder}: class folder without images; expected files ending in {' '.join(_SUFFIXES)}")
-    return sorted(files)

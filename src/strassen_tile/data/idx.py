@@ -35,7 +35,7 @@ _STEMS = {
 }
 
 
-def need(module: str) -> Any:
+def need(module: str, purpose: str = "reading these images", extra: str = "vision") -> Any:
     """Import an optional package, or say which extra brings it.
 
     Raises:
@@ -43,10 +43,12 @@ def need(module: str) -> Any:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    # Not ImportError alone: compiled packages made for another torch fail with RuntimeError and others.
+    except Exception as error:
+        said = str(error).partition("\n")[0]
         raise ImportError(
-            f"reading these images needs {module.partition('.')[0]}, which could not be imported ({error}): "
-            'pip install "strassen-tile[vision]"'
+            f"{purpose} needs {module.partition('.')[0]}, which could not be imported ({said}): "
+            f'pip install "strassen-tile[{extra}]"'
         ) from error
 
 

@@ -9,7 +9,7 @@ not their shifts and crops: accelerate fetches a batch ahead, and has drawn the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,17 +25,21 @@ def collate(samples: Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor]) -> S
     """One batch from samples, or from what is a batch already; `data_collator=collate` for transformers' Trainer.
 
     Args:
-        samples: B samples of "pixel_values" (C, H, W) and "labels" (), or one mapping with both batched.
+        samples: B samples of "pixel_values" (C, H, W) and "labels" (), or one mapping with both batched. Labels of mixed
+            images are their classes' shares, floating point (num_classes,).
 
     Returns:
-        {"pixel_values": float32 (B, C, H, W), "labels": int64 (B,)}.
+        {"pixel_values": float32 (B, C, H, W), "labels": int64 (B,), or float32 (B, num_classes) of mixed images}.
     """
     if isinstance(samples, Mapping):
         pixels, labels = samples["pixel_values"], samples["labels"]
     else:
         pixels = torch.stack([sample["pixel_values"] for sample in samples])
         labels = torch.stack([sample["labels"] for sample in samples])
-    return {"pixel_values": pixels.to(torch.float32), "labels": labels.to(torch.int64)}
+    return {
+        "pixel_values": pixels.to(torch.float32),
+        "labels": labels.float() if labels.is_floating_point() else labels.to(torch.int64),
+    }
 
 
 class InMemoryImages(Dataset[Sample]):
@@ -49,13 +53,22 @@ class InMemoryImages(Dataset[Sample]):
         max_shift: each image is moved by up to this many pixels up or down and left or right; what moves in is 0,
             the background. 0: not moved.
         flip: mirror each image left to right with probability 1/2.
+        change: made of each image, uint8 (C, H, W) before and after, once it is moved and mirrored. None: nothing.
 
     Raises:
         ShapeError: shapes or dtypes are not those above.
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, *, mean: Tensor, std: Tensor, max_shift: int = 0, flip: bool = False
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        mean: Tensor,
+        std: Tensor,
+        max_shift: int = 0,
+        flip: bool = False,
+        change: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if images.ndim != 4 or images.dtype != torch.uint8:
             raise ShapeError(f"images are {images.dtype} {shape_text(images.shape)}; expected torch.uint8 (n, C, H, W)")
@@ -66,6 +79,7 @@ class InMemoryImages(Dataset[Sample]):
         self.images, self.labels = images, labels
         self.mean, self.std = mean, std
         self.max_shift, self.flip = max_shift, flip
+        self.change = change
 
     def __len__(self) -> int:
         return len(self.images)
@@ -82,6 +96,8 @@ class InMemoryImages(Dataset[Sample]):
         """
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         images = random_shift_flip(self.images[chosen], self.max_shift, self.flip)
+        if self.change is not None:
+            images = torch.stack([self.change(image) for image in images])
         pixels = normalise(images, self.mean, self.std)
         return [
             {"pixel_values": one, "labels": label}

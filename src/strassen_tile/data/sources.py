@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from strassen_tile.data import folders, idx
-from strassen_tile.data.folders import FolderImages, folder_statistics, list_classes, stored_size, subfolders
+from strassen_tile.data.folders import FolderImages, Source, folder_statistics, stored_size
+from strassen_tile.data.hub import PREFIX, load_rows
 from strassen_tile.data.idx import idx_paths, is_idx_folder, need, read_idx_part
 from strassen_tile.data.images import (
     InMemoryImages,
@@ -21,6 +23,7 @@ from strassen_tile.data.images import (
     resize,
     stratified_split,
 )
+from strassen_tile.data.listing import LAYOUTS, list_parts
 from strassen_tile.data.splits import ImageSplits
 from strassen_tile.errors import ConfigError, DataError
 from strassen_tile.files import too_large
@@ -30,11 +33,6 @@ _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Sh
 _LARGEST_FOLDER_SIZE = 224
 _LARGEST_SIDE = 1 << 12
 _DIGITS_PARTS = 3
-_FOLDER_PARTS = 5
-_LAYOUTS = (
-    "holds train-images-idx3-ubyte[.gz] and the other three IDX files, or train/<class>/<image> with val/ or test/, "
-    "or <class>/<image>"
-)
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,10 @@ def load_images(
             - "digits": scikit-learn's 1797 digits of 8×8, a third of each class held out (always the same third);
             - an IDX folder, as MNIST and Fashion-MNIST ship: {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz];
             - an image folder, root/train/<class>/… with root/val (or, without that, root/test), or root/<class>/… of
-              which a fifth of each class is held out (always the same fifth). Decoded when fetched; three channels.
+              which a fifth of each class is held out (always the same fifth). Decoded when fetched; three channels;
+            - "hub:NAME", a data set of images and classes that the library `datasets` loads by that name, from Hugging
+              Face's hub (hub:imagenet-1k) or from a folder of its files (hub:./folder), and keeps on disk. As an image
+              folder otherwise; of what it holds besides "train", "validation" (or "val", or "test") is tested on.
 
             A folder that is itself called digits is "./digits".
         image_size: side in pixels. None: as stored for digits and IDX; for image folders the shorter side of the images,
@@ -90,7 +91,7 @@ def load_images(
     Raises:
         DataError: the source is unknown, or a file is missing, malformed or too large; the message names it.
         ConfigError: `image_size`, `limit` or `seed` is no integer, or out of range.
-        ImportError: scikit-learn, Pillow or numpy is needed and missing; the message names the extra.
+        ImportError: scikit-learn, Pillow, numpy or datasets is needed and missing; the message names the extra.
     """
     for name, value, most in (("image_size", image_size, _LARGEST_SIDE), ("limit", limit, 2**63 - 1)):
         if value is not None and not 1 <= (as_integer(value) or 0) <= most:
@@ -100,6 +101,9 @@ def load_images(
     options = _Options(as_integer(image_size), as_integer(limit), integer, augment, max_bytes)
     if isinstance(source, str) and source == "digits":
         return _digits(options)
+    if isinstance(source, str) and source.startswith(PREFIX):
+        name = source.removeprefix(PREFIX)
+        return _lazy(*load_rows(name), name.rstrip("/").rpartition("/")[2], options)
     try:
         folder = Path(source).expanduser()
         # An empty string is the current folder to Path, and a mistake to everybody else.
@@ -109,9 +113,7 @@ def load_images(
     except (OSError, RuntimeError) as error:  # a name too long, a home that nobody has
         given = f"cannot be looked up ({getattr(error, 'strerror', None) or error})"
     if given:
-        raise DataError(
-            f"source {os.fspath(source)!r} {given}; expected 'digits' or a path to a folder that {_LAYOUTS}"
-        )
+        raise DataError(f"source {os.fspath(source)!r} {given}; expected 'digits' or a path to a folder that {LAYOUTS}")
     return _idx_folder(folder, options) if is_idx_folder(folder) else _image_folder(folder, options)
 
 
@@ -191,9 +193,20 @@ def _in_memory(
 
 
 def _image_folder(folder: Path, options: _Options) -> ImageSplits:
-    train, test, names = _list_parts(folder)
+    train, test, names = list_parts(folder)
     if len(names) < 2:
         raise DataError(f"{folder}: holds one class only ({names[0]}); expected a folder for each of several classes")
+    return _lazy(train, test, names, _name(folder), options)
+
+
+def _lazy(
+    train: tuple[Sequence[Source], Tensor],
+    test: tuple[Sequence[Source], Tensor],
+    names: tuple[str, ...],
+    name: str,
+    options: _Options,
+) -> ImageSplits:
+    """Splits of images, with labels int64 (n,), that are decoded when they are fetched."""
     kept = options.kept(train[1])
     paths = [train[0][i] for i in kept.tolist()]
     most = folders.MAX_BYTES if options.max_bytes is None else options.max_bytes
@@ -204,56 +217,10 @@ def _image_folder(folder: Path, options: _Options) -> ImageSplits:
     return ImageSplits(
         train=made(paths, train[1][kept], augment=options.augment),
         test=made(test[0], test[1], augment=False),
-        name=_name(folder),
+        name=name,
         num_classes=len(names),
         class_names=names,
         channels=3,
         image_size=size,
         stored_size=stored,
     )
-
-
-Files = tuple[list[str], Tensor]
-
-
-def _list_parts(folder: Path) -> tuple[Files, Files, tuple[str, ...]]:
-    """Files and labels to train on, files and labels held out, and the classes; nothing is decoded."""
-    inside = subfolders(folder)
-    held_name = next((name for name in ("val", "test") if name in inside), None)
-    if "train" in inside:
-        if held_name is None:
-            raise DataError(f"{folder}: has train/ but neither val/ nor test/; expected one of them beside it")
-        train, held = list_classes(folder / "train"), list_classes(folder / held_name)
-        if train.keys() != held.keys():
-            raise DataError(
-                f"{folder / held_name}: its classes differ from those of {folder / 'train'}: "
-                f"missing {_some(train.keys() - held.keys())}, unexpected {_some(held.keys() - train.keys())}"
-            )
-        return _flat(train), _flat(held), tuple(train)
-    if held_name is not None and subfolders(folder / held_name):
-        raise DataError(f"{folder}: has {held_name}/ with class folders in it but no train/; expected train/ beside it")
-    if not inside:
-        raise DataError(f"{folder}: holds neither IDX files nor class folders; expected a folder that {_LAYOUTS}")
-    classes = list_classes(folder)
-    for name, files in classes.items():
-        if len(files) < 2:
-            raise DataError(f"{folder / name}: holds one image; expected two or more, to train and to test on")
-    paths, labels = _flat(classes)
-    train_index, test_index = stratified_split(labels, _FOLDER_PARTS)
-    return (
-        ([paths[i] for i in train_index.tolist()], labels[train_index]),
-        ([paths[i] for i in test_index.tolist()], labels[test_index]),
-        tuple(classes),
-    )
-
-
-def _flat(classes: dict[str, list[str]]) -> Files:
-    """Files in order of class, and the number of its class for each."""
-    counts = torch.tensor([len(files) for files in classes.values()])
-    return [path for files in classes.values() for path in files], torch.arange(len(classes)).repeat_interleave(counts)
-
-
-def _some(names: set[str]) -> str:
-    """Up to five names, and how many more."""
-    shown = ", ".join(sorted(names)[:5]) or "none"
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

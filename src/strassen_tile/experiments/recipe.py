@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from strassen_tile.data import ImageSplits
 from strassen_tile.errors import ConfigError
@@ -31,7 +31,7 @@ class Recipe(Methods, Training):
         BasisError: there is no basis for an STL run to start from.
     """
 
-    data: str = field(metadata=about("digits (bundled), or a folder: IDX files, or images by class"))
+    data: str = field(metadata=about("digits (bundled), or a folder: IDX files, or images by class; or hub:NAME"))
     model: str = field(default="auto", metadata=about("T2T-ViT size; auto: by image size"))
     image_size: int | None = field(
         default=None, metadata=about("side in pixels; none: as stored, and of image folders at most 224")
@@ -49,6 +49,17 @@ class Recipe(Methods, Training):
     lr_grid: tuple[float, ...] = field(
         default=(),
         metadata=about("learning rates tried for each method that names none, on the validation images; none: lr"),
+    )
+    scope: Literal["blocks", "all"] = field(
+        default="blocks",
+        metadata=about("linear layers replaced: of the blocks, or of the token module too; not the head"),
+    )
+    checkpoint: str | None = field(
+        default=None, metadata=about("weights that the dense network starts from; none: at random, by seed")
+    )
+    qk_scale: float | None = field(
+        default=None,
+        metadata=about("factor of attention's products; none: head_dim^-0.5; published checkpoints: embed_dim^-0.5"),
     )
     jobs: int = field(default=1, metadata=about("runs at the same time, each on its share of the threads"))
 
@@ -98,8 +109,9 @@ def recipe_of(name: str | None = None, changes: Sequence[str] = (), options: Map
 
 
 def _file(name: str) -> Path:
-    if (path := RECIPES / f"{name}.toml").parent == RECIPES and path.is_file():
-        return path
+    for spelt in (name, name.replace("_", "-")):  # fashion_mnist, as data sets are often written
+        if (path := RECIPES / f"{spelt}.toml").parent == RECIPES and path.is_file():
+            return path
     if Path(name).suffix == ".toml":
         with contextlib.suppress(RuntimeError):  # a home that nobody has: it is not found, then
             return Path(name).expanduser()

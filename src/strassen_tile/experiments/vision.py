@@ -23,9 +23,9 @@ from strassen_tile.experiments import runner
 from strassen_tile.experiments.methods import Compared
 from strassen_tile.experiments.recipe import Recipe
 from strassen_tile.experiments.settings import settings_of
+from strassen_tile.experiments.start import SCOPES, check, network, start_notes
 from strassen_tile.integrations.ranks import share
 from strassen_tile.integrations.training import resolved_precision
-from strassen_tile.models import t2t_vit
 from strassen_tile.nn import normalise_weights, zero_last
 from strassen_tile.records import Row
 from strassen_tile.report.groups import without_rate
@@ -35,11 +35,6 @@ Rates = dict[tuple[str, str], float]
 _LAST_OF_BRANCHES = ["blocks.*.attn.proj*", "blocks.*.mlp.fc2*"]
 _TUNING_SEED = 1_000_000  # of the runs that choose learning rates: none that a comparison has by itself
 _EARLIER_FOLDER_SIZE = 224  # of image folders, where a recipe said nothing, whatever size the images had
-
-
-def in_blocks(module: nn.Module, name: str) -> bool:
-    """The layers the paper replaces: the linear ones of the transformer blocks."""
-    return name.startswith("blocks.")
 
 
 def compare(recipe: Recipe, folder: Path, **callbacks: Any) -> list[Row]:
@@ -110,7 +105,9 @@ def _loaded(recipe: Recipe) -> tuple[Recipe, ImageSplits]:
     splits = load_images(recipe.data, image_size=recipe.image_size, limit=limit, augment=recipe.augment)
     if recipe.validation:
         splits = hold_out(splits, recipe.validation)
-    return recipe.fitted(splits), splits
+    recipe = recipe.fitted(splits)
+    check(recipe, splits)
+    return recipe, splits
 
 
 def _comparison(recipe: Recipe, splits: ImageSplits, title: str, runs: Sequence[runner.Run]) -> runner.Comparison:
@@ -181,16 +178,9 @@ def _train(
 def build(recipe: Recipe, splits: ImageSplits, one: Compared, seed: int) -> tuple[nn.Module, Conversion]:
     """The network of `recipe` with the weights of `seed`, as the method has it."""
     torch.manual_seed(seed)
-    model = t2t_vit(
-        recipe.model,
-        num_classes=splits.num_classes,
-        image_size=splits.image_size,
-        in_channels=splits.channels,
-        drop_path=recipe.drop_path,
-        **({} if one.width is None else {"embed_dim": one.width}),
-    )
+    model = network(recipe, splits, width=one.width)
     example = torch.randn(2, splits.channels, splits.image_size, splits.image_size)
-    conversion = one.method.apply(model, example, in_blocks)
+    conversion = one.method.apply(model, example, SCOPES[recipe.scope])
     if one.zero_last:
         zero_last(model, _LAST_OF_BRANCHES)
     if one.weight_norm is not None:
@@ -249,6 +239,12 @@ def facts(splits: ImageSplits) -> Row:
 _OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD with momentum", "soap": "SOAP"}
 
 
+_SCOPES = {
+    "blocks": "are converted; the token module and the head are not",
+    "all": "and of the token module are converted; the head is not",
+}
+
+
 def _rate(recipe: Recipe) -> str:
     if not recipe.lr_grid:
         return f"{recipe.lr:g} where its entry says nothing else"
@@ -272,13 +268,14 @@ def _notes(recipe: Recipe, splits: ImageSplits) -> list[str]:
         f"Every method trains the same {recipe.model} from the same start with the same recipe: "
         f"{_OPTIMIZERS[recipe.optimizer]} at {_rate(recipe)}, weight decay {recipe.weight_decay:g} (none on encoders, "
         f"decoders, biases and norms), {recipe.warmup:.0%} warm-up, cosine decay, label smoothing "
-        f"{recipe.label_smoothing:g}, drop path {recipe.drop_path:g}, batches of {recipe.batch_size} on all devices together, {recipe.precision}, {_epochs(recipe)}, seeds "
+        f"{recipe.label_smoothing:g}, drop path {recipe.drop_path:g}, batches of {recipe.batch_size} on all "
+        f"devices together, {recipe.precision}, {_epochs(recipe)}, seeds "
         f"{', '.join(map(str, recipe.seeds))}."
     )
     converted = (
-        "The linear layers of the transformer blocks are converted; the token module and the head are not. STL, where its "
+        f"The linear layers of the transformer blocks {_SCOPES[recipe.scope]}. STL, where its "
         f"variant says nothing else: tile {'×'.join(map(str, recipe.tile))}, mixing {recipe.mixing}, encoder scope "
         f"{recipe.encoder_scope}, start {recipe.init}"
         f"{'' if recipe.train_encoder else ', encoders fixed'}{'' if recipe.train_decoder else ', decoders fixed'}."
     )
-    return [schedule, f"Images: {splits.preparation}.", converted]
+    return [schedule, f"Images: {splits.preparation}.", converted, *start_notes(recipe)]

@@ -11,20 +11,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
-from strassen_tile.data import ImageSplits, collate
+from strassen_tile.data import ImageSplits, augmented, collate
+from strassen_tile.integrations.averaging import Average, Averaging
 from strassen_tile.integrations.ranks import first
-from strassen_tile.integrations.trainer import RecipeTrainer, SeededDraws, Watch, fit, training_arguments
+from strassen_tile.integrations.trainer import (
+    IGNORED,
+    RecipeTrainer,
+    SeededDraws,
+    Watch,
+    fit,
+    training_arguments,
+)
 from strassen_tile.integrations.training import Training
 from strassen_tile.integrations.weights import WEIGHTS, save_weights
 from strassen_tile.records import Row
 
 
 class ImageClassifier(nn.Module):
-    """What Trainer drives: pixels (B, C, H, W) → {"logits"}."""
+    """What Trainer drives: pixels (B, C, H, W) → {"logits"}.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: pixels → logits.
+        average: of its weights, to be in checkpoints with it; None: there is none.
+    """
+
+    def __init__(self, model: nn.Module, average: Average | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.average = model, average
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Trainer takes outputs by name."""
@@ -50,7 +63,7 @@ def train_images(
     epochs are evaluated on the test set.
 
     Args:
-        model: pixels → logits; trained in place.
+        model: pixels → logits; trained in place. With `training.ema` it is left with the average, which was evaluated.
         splits: what to train, to validate and to test on.
         folder: for checkpoints. Training goes on from the last that is complete, of this network and has its record.
         training: how.
@@ -66,6 +79,7 @@ def train_images(
     Raises:
         ConfigError: the batch cannot be shared by the processes there are.
         DataError: an image cannot be read.
+        ImportError: the augmentation needs timm or torchvision, and it is missing.
         DivergedError: a loss or the weights are not finite; the last checkpoint from before is kept.
         OSError: a checkpoint, or the file of weights, cannot be written.
         RankError: in processes other than the first, what stopped the first.
@@ -73,8 +87,7 @@ def train_images(
 
     def loss(outputs: dict[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
         count = len(labels) if num_items_in_batch is None else num_items_in_batch
-        logits = outputs["logits"].float()
-        return F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing, reduction="sum") / count
+        return classification_loss(outputs["logits"].float(), labels, training.label_smoothing, count)
 
     def at_end() -> Row:
         if training.save:
@@ -86,20 +99,37 @@ def train_images(
         return _measured(trainer.predict(splits.test).metrics, "test_")
 
     validating = splits.validation is not None
+    average = Average(model) if training.ema else None
+    watch = Watch(partial(_measured, prefix="eval_", name="val_" if validating else ""), at_end, on_step, on_epoch)
     trainer = RecipeTrainer(
         training,
-        model=ImageClassifier(model),
+        model=ImageClassifier(model, average),
         args=training_arguments(training, folder, samples=len(splits.train), seed=seed),
-        train_dataset=SeededDraws(splits.train, seed),
+        train_dataset=SeededDraws(augmented(splits.train, training, splits.num_classes), seed),
         eval_dataset=splits.validation if validating else splits.test,
         data_collator=collate,
         compute_loss_func=loss,
         compute_metrics=_metrics,
-        callbacks=[
-            Watch(partial(_measured, prefix="eval_", name="val_" if validating else ""), at_end, on_step, on_epoch)
-        ],
+        # In this order: what is measured at the end is measured while the average is in place.
+        callbacks=[watch] if average is None else [watch, Averaging(model, average, training.ema)],
     )
     fit(trainer, recorded=recorded)
+
+
+def classification_loss(logits: Tensor, labels: Tensor, smoothing: float, count: int | Tensor) -> Tensor:
+    """Cross-entropy over `count`, where images labelled `IGNORED` count for nothing; ().
+
+    Args:
+        logits: (B, C).
+        labels: of each image its class, int64 (B,), or, of mixed images, the classes' shares, (B, C).
+        smoothing: the part of a label that all classes share.
+        count: the numbers in labels, over all processes, that are not `IGNORED`.
+    """
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum") / count
+    losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+    # Each image that counts has a number for each class in `count`.
+    return losses.where(labels[:, 0] != IGNORED, 0.0).sum() * labels.shape[1] / count
 
 
 def _metrics(found: EvalPrediction) -> dict[str, float]:

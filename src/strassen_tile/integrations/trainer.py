@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from strassen_tile.errors import DataError, DivergedError
+from strassen_tile.integrations.arguments import machinery, schedule
 from strassen_tile.integrations.checkpoints import resumable, seal
 from strassen_tile.integrations.divergence import Divergence
 from strassen_tile.integrations.ranks import first, share
@@ -211,8 +212,8 @@ def training_arguments(training: Training, folder: Path, *, samples: int, seed: 
         per_device_eval_batch_size=4 * batch,
         learning_rate=training.lr,
         weight_decay=training.weight_decay,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(training.warmup * training.epochs * -(-samples // training.batch_size)),
+        **schedule(training, samples),
+        **machinery(training),
         max_grad_norm=1.0,
         seed=seed,
         data_seed=seed,
@@ -224,7 +225,6 @@ def training_arguments(training: Training, folder: Path, *, samples: int, seed: 
         use_cpu=not torch.cuda.is_available(),
         bf16=training.precision == "bfloat16",
         ddp_find_unused_parameters=False,
-        dataloader_num_workers=training.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
         disable_tqdm=True,

@@ -22,7 +22,7 @@ def about(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a network is trained: linear warm-up, cosine decay to zero. Fields say what they are in their metadata.
+    """How a network is trained: linear warm-up, cosine decay. Fields say what they are in their metadata.
 
     A field added here reaches the trainer, recipe files, `--set` and the command line. Its default must be what was done
     before there was the field: comparisons begun then go on with it.
@@ -56,6 +56,20 @@ class Training:
     save: bool = field(
         default=False, metadata=about("keep the weights of finished runs, as models/RUN.safetensors in the folder")
     )
+    min_lr: float = field(default=0.0, metadata=about("learning rate that warm-up begins at and the cosine ends at"))
+    cooldown: int = field(default=0, metadata=about("epochs, of all, that are trained at min_lr after the cosine"))
+    randaugment: str | None = field(
+        default=None, metadata=about("timm's configuration, as rand-m9-mstd0.5-inc1; none: no RandAugment")
+    )
+    erasing: float = field(default=0.0, metadata=about("probability that part of a training image is erased"))
+    mixup: float = field(default=0.0, metadata=about("alpha of the shares of mixed images; 0: not mixed"))
+    cutmix: float = field(default=0.0, metadata=about("alpha of the shares of pasted images; 0: none pasted"))
+    ema: float = field(
+        default=0.0,
+        metadata=about("decay a step of the average of the weights that is tested; 0: the weights themselves"),
+    )
+    compile: bool = field(default=False, metadata=about("torch.compile the network"))
+    fsdp: bool = field(default=False, metadata=about("shard weights over the processes (FSDP2)"))
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -73,6 +87,17 @@ class Training:
             )
         if not 0 <= self.workers <= 1024:
             raise ConfigError(f"workers must be from 0 to 1024; got {self.workers}")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ConfigError(f"min_lr must be from 0 to lr={self.lr}; got {self.min_lr}")
+        if not (self.cooldown >= 0 and self.warmup * self.epochs + self.cooldown <= self.epochs):
+            raise ConfigError(
+                f"cooldown must not be negative, and warmup={self.warmup:g} of epochs={self.epochs} must leave room for it; "
+                f"got {self.cooldown} (0 for none)"
+            )
+        if not (0 <= self.erasing <= 1 and 0 <= self.ema < 1):
+            raise ConfigError(f"erasing must be from 0 to 1 and ema from 0 to below 1; got {self.erasing}, {self.ema}")
+        if not (0 <= self.mixup < math.inf and 0 <= self.cutmix < math.inf):
+            raise ConfigError(f"mixup and cutmix must be finite and not negative; got {self.mixup}, {self.cutmix}")
         # Resolved at once, so that recipe and rows say what was computed in, not what was asked for.
         object.__setattr__(self, "precision", resolved_precision(self.precision))
 

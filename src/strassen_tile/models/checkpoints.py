@@ -6,7 +6,7 @@ Requires torch; safetensors only when a .safetensors file is read.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,7 +23,9 @@ PREFIX = "module."  # left by DistributedDataParallel
 NAMED = 8  # keys named in an error before "and N more"
 
 
-def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_checkpoint(
+    model: nn.Module, path: str | os.PathLike[str], *, may_differ: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Load weights into `model` in place: all of them, or none and an error.
 
     Reads `.safetensors`, and any other suffix as a torch file with `weights_only=True`. A top-level "state_dict_ema" or
@@ -31,6 +33,15 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     resized: a checkpoint of other sizes is refused, and so is one whose numbers the model cannot hold (complex for real,
     fractions for whole, finite ones that would be infinite) or that lacks them (sparse, quantised or meta tensors). Until all
     of it is in, a copy of what the model held is kept in CPU memory.
+
+    Args:
+        model: what to load into.
+        path: the file.
+        may_differ: beginnings of the names of tensors that may have another shape in the file, such as "head." where
+            there are other classes; the model then keeps its own.
+
+    Returns:
+        The names of the tensors that the model kept.
 
     Raises:
         DataError: the file is missing or unreadable, or does not fit the model; both sides are named. The model is as it was.
@@ -47,6 +58,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         )
     strange = {key: kind for key, value in state.items() if (kind := _kind(value))}
     pairs = {key: (expected[key], state[key]) for key in (expected.keys() & state.keys()) - strange.keys()}
+    kept = sorted(k for k, (a, b) in pairs.items() if a.shape != b.shape and k.startswith(tuple(may_differ)))
+    state |= {key: pairs.pop(key)[0] for key in kept}
     layers = model.named_modules(remove_duplicate=False)
     unsaid = {f"{name}.meaning".lstrip(".") for name, layer in layers if isinstance(layer, TileLayer)}  # by older files
     problems = [
@@ -91,6 +104,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if not isinstance(error, Exception):
             raise
         raise DataError(f"{path} cannot be loaded, and the model is as it was: {error}") from error
+    return tuple(kept)
 
 
 def _read(path: Path) -> object:
