@@ -17,8 +17,8 @@ from strassen_tile.baselines import dense, sparse_24, stl
 from strassen_tile.cli import main
 from strassen_tile.data import load_images
 from strassen_tile.errors import ConfigError
-from strassen_tile.experiments import runner, vision
-from strassen_tile.experiments.methods import Compared
+from strassen_tile.experiments import building, runner, vision
+from strassen_tile.experiments.entries import Compared
 from strassen_tile.experiments.recipe import Recipe
 from strassen_tile.report.runs import summarise
 
@@ -187,7 +187,7 @@ def test_results_of_before_variants_load_resume_and_report(tmp_path, name) -> No
 def test_every_method_starts_from_the_same_network() -> None:
     splits = load_images("digits", limit=64)
     models = [
-        vision.build(RECIPE, splits, Compared(method, ""), 5)[0]
+        building.build(RECIPE, splits, Compared(method, ""), 5)[0]
         for method in (dense(), sparse_24(), stl(RECIPE.config(8)))
     ]
     for name, parameter in models[0].named_parameters():
@@ -203,8 +203,8 @@ def test_every_method_starts_from_the_same_network() -> None:
 
 def test_flops_per_image_are_those_the_counter_sees() -> None:
     splits = load_images("digits", limit=64)
-    model, conversion = vision.build(RECIPE, splits, Compared(stl(RECIPE.config(24)), ""), 0)
-    fields = vision.cost_fields(model, conversion, splits)
+    model, conversion = building.build(RECIPE, splits, Compared(stl(RECIPE.config(24)), ""), 0)
+    fields = building.cost_fields(model, conversion, splits)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.randn(1, 1, 8, 8))
     assert fields["flops_per_image"] == counter.get_total_flops()

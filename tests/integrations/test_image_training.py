@@ -8,8 +8,8 @@ from torch import nn
 
 from strassen_tile.data import load_images
 from strassen_tile.errors import ConfigError, DataError
+from strassen_tile.integrations.draws import SeededDraws
 from strassen_tile.integrations.images import train_images
-from strassen_tile.integrations.trainer import SeededDraws
 from strassen_tile.integrations.training import Training
 
 

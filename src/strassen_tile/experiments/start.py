@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from strassen_tile.data import ImageSplits, augmentation_text, augmented
+from strassen_tile.data import ImageSplits, augmented
 from strassen_tile.errors import DataError
 from strassen_tile.experiments.recipe import Recipe
 from strassen_tile.models import T2TViT, load_checkpoint, t2t_vit
@@ -66,21 +66,3 @@ def network(recipe: Recipe, splits: ImageSplits, *, width: int | None = None) ->
     if recipe.checkpoint is not None:
         load_checkpoint(model, recipe.checkpoint, may_differ=_MAY_DIFFER)
     return model
-
-
-def start_notes(recipe: Recipe) -> list[str]:
-    """What pages say of a recipe's start, schedule and augmentation that recipes did not always have."""
-    found = []
-    if recipe.checkpoint is not None:
-        found.append(
-            f"The dense network starts from {Path(recipe.checkpoint).name}; its head is new where the classes are others."
-        )
-    if recipe.min_lr or recipe.cooldown:
-        found.append(
-            f"The cosine ends at {recipe.min_lr:g}, and the last {recipe.cooldown} epochs are trained at that."
-        )
-    if text := augmentation_text(recipe):
-        found.append(f"More augmentation in training: {text.removeprefix(', ')}.")
-    if recipe.ema:
-        found.append(f"An average of the weights is evaluated, of decay {recipe.ema:g} a step, less at the start.")
-    return found

@@ -1,19 +1,82 @@
-"""What transformers' TrainingArguments call the parts of a `Training` that change no sample: schedule and machinery."""
+"""A `Training` in the words of torch and transformers: its optimiser, and the arguments of Trainer."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import TrainingArguments
+
 from strassen_tile.errors import ConfigError
-from strassen_tile.integrations.ranks import ranks
-from strassen_tile.integrations.training import Training
+from strassen_tile.integrations.ranks import ranks, share
+from strassen_tile.integrations.training import Optimizer, Training
 
 _LAYERS = ["Block"]  # what FSDP gathers and frees as one: the blocks of our models
 
 
-def schedule(training: Training, samples: int) -> dict[str, Any]:
+def make_optimizer(name: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimiser called `name` for parameter groups that have their rate and decay.
+
+    "soap" (Vyas et al. 2024, arXiv 2409.11321) is pytorch-optimizer's: Adam in the eigenbasis of each factor of a
+    Kronecker approximation of the gradient's covariance, so that it hardly depends on the basis a weight is written in.
+
+    Raises:
+        ImportError: "soap", and pytorch-optimizer is not installed.
+    """
+    if name == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    try:
+        from pytorch_optimizer import SOAP
+    except ImportError as error:
+        raise ImportError("optimizer soap needs pytorch-optimizer: pip install 'strassen-tile[optimizers]'") from error
+    return SOAP(groups)  # type: ignore[no-any-return, unused-ignore]
+
+
+def training_arguments(training: Training, folder: Path, *, samples: int, seed: int) -> TrainingArguments:
+    """What Trainer takes for a `Training` on so many samples, with checkpoints in `folder`.
+
+    Raises:
+        ConfigError: the batch cannot be shared by the processes there are.
+    """
+    batch = share(training.batch_size)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=training.epochs,
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=4 * batch,
+        learning_rate=training.lr,
+        weight_decay=training.weight_decay,
+        **_schedule(training, samples),
+        **machinery(training),
+        max_grad_norm=1.0,
+        seed=seed,
+        data_seed=seed,
+        eval_strategy="epoch",
+        logging_strategy="epoch",
+        logging_nan_inf_filter=False,  # a run that diverges should say so
+        save_strategy="epoch",
+        save_total_limit=2,  # the one before stays until the new one is sealed
+        use_cpu=not torch.cuda.is_available(),
+        bf16=training.precision == "bfloat16",
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        label_names=["labels"],
+        disable_tqdm=True,
+        report_to=[],
+        log_level="error",
+    )
+    # Else Trainer takes all the GPUs a single process sees, in nn.DataParallel, each with a batch of its own. There is
+    # no argument for it; Trainer itself sets this one where a model says it is spread over the devices already.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _schedule(training: Training, samples: int) -> dict[str, Any]:
     """The learning rate of every step: a linear rise, a cosine, and `cooldown` epochs at the end at `min_lr`.
 
     Args:

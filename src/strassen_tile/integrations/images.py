@@ -12,16 +12,11 @@ from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from strassen_tile.data import ImageSplits, augmented, collate
+from strassen_tile.integrations.arguments import training_arguments
 from strassen_tile.integrations.averaging import Average, Averaging
+from strassen_tile.integrations.draws import SeededDraws
 from strassen_tile.integrations.ranks import first
-from strassen_tile.integrations.trainer import (
-    IGNORED,
-    RecipeTrainer,
-    SeededDraws,
-    Watch,
-    fit,
-    training_arguments,
-)
+from strassen_tile.integrations.trainer import IGNORED, RecipeTrainer, Watch, fit
 from strassen_tile.integrations.training import Training
 from strassen_tile.integrations.weights import WEIGHTS, save_weights
 from strassen_tile.records import Row

@@ -7,9 +7,8 @@ start anew in a run that goes on with another number.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,53 +17,18 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from strassen_tile.errors import DataError, DivergedError
-from strassen_tile.integrations.arguments import machinery, schedule
+from strassen_tile.integrations.arguments import make_optimizer
 from strassen_tile.integrations.checkpoints import resumable, seal
 from strassen_tile.integrations.divergence import Divergence
-from strassen_tile.integrations.ranks import first, share
-from strassen_tile.integrations.training import Optimizer, Training
+from strassen_tile.integrations.ranks import first
+from strassen_tile.integrations.training import Training
 from strassen_tile.nn import param_groups
 from strassen_tile.records import Row
 
 IGNORED = -100  # the label of what counts for nothing, to Trainer and to cross_entropy
-
-
-class SeededDraws(Dataset[Any]):
-    """A data set whose random draws (augmentation) are a batch's own: they depend on seed, epoch and the batch's indices.
-
-    Else they would come from the state of the process that happens to load the batch, and depend on how many there are.
-
-    Args:
-        data: draws from torch's global generator and from nothing else.
-        seed: of the run.
-    """
-
-    def __init__(self, data: Dataset[Any], seed: int) -> None:
-        self.data, self.seed, self.epoch = data, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.data)  # type: ignore[arg-type]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's loader as an epoch begins, before its workers start."""
-        self.epoch = epoch
-
-    def __getitems__(self, indices: Sequence[int]) -> Any:
-        """The samples of a batch."""
-        generator = torch.default_generator  # the CPU's alone: on GPUs, dropout goes on drawing where it was
-        before = generator.get_state()
-        try:
-            # Batches of an epoch share no index, so that the first one stands for all.
-            batch = f"{self.seed} {self.epoch} {int(indices[0])}".encode()
-            generator.manual_seed(int.from_bytes(hashlib.sha256(batch).digest()[:4]))
-            fetch = getattr(self.data, "__getitems__", None)
-            return fetch(indices) if fetch is not None else [self.data[index] for index in indices]
-        finally:
-            generator.set_state(before)
 
 
 class RecipeTrainer(Trainer):  # type: ignore[misc, unused-ignore]
@@ -176,65 +140,6 @@ class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if state.global_step >= state.max_steps:
             record |= self.at_end()
         first(partial(self.on_epoch, {**record, "train_loss": self.train_loss, "seconds": self.seconds}))
-
-
-def make_optimizer(name: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The optimiser called `name` for parameter groups that have their rate and decay.
-
-    "soap" (Vyas et al. 2024, arXiv 2409.11321) is pytorch-optimizer's: Adam in the eigenbasis of each factor of a
-    Kronecker approximation of the gradient's covariance, so that it hardly depends on the basis a weight is written in.
-
-    Raises:
-        ImportError: "soap", and pytorch-optimizer is not installed.
-    """
-    if name == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
-    if name == "adamw":
-        return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
-    try:
-        from pytorch_optimizer import SOAP
-    except ImportError as error:
-        raise ImportError("optimizer soap needs pytorch-optimizer: pip install 'strassen-tile[optimizers]'") from error
-    return SOAP(groups)  # type: ignore[no-any-return, unused-ignore]
-
-
-def training_arguments(training: Training, folder: Path, *, samples: int, seed: int) -> TrainingArguments:
-    """What Trainer takes for a `Training` on so many samples, with checkpoints in `folder`.
-
-    Raises:
-        ConfigError: the batch cannot be shared by the processes there are.
-    """
-    batch = share(training.batch_size)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=training.epochs,
-        per_device_train_batch_size=batch,
-        per_device_eval_batch_size=4 * batch,
-        learning_rate=training.lr,
-        weight_decay=training.weight_decay,
-        **schedule(training, samples),
-        **machinery(training),
-        max_grad_norm=1.0,
-        seed=seed,
-        data_seed=seed,
-        eval_strategy="epoch",
-        logging_strategy="epoch",
-        logging_nan_inf_filter=False,  # a run that diverges should say so
-        save_strategy="epoch",
-        save_total_limit=2,  # the one before stays until the new one is sealed
-        use_cpu=not torch.cuda.is_available(),
-        bf16=training.precision == "bfloat16",
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        label_names=["labels"],
-        disable_tqdm=True,
-        report_to=[],
-        log_level="error",
-    )
-    # Else Trainer takes all the GPUs a single process sees, in nn.DataParallel, each with a batch of its own. There is
-    # no argument for it; Trainer itself sets this one where a model says it is spread over the devices already.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
 
 
 def fit(trainer: RecipeTrainer, *, recorded: int) -> None:

@@ -1,0 +1,242 @@
+"""Entries of a comparison, methods with settings of their own: `dense`, `2:4`, `stl`, `stl[rank=24,mixing=none]` …
+
+An entry is a name, and in brackets what differs from the recipe. `stl` without a rank is one run for each of the recipe's
+ranks. What tells a run from the others of its method is its variant, a text such as "r=24, tile 1×4×4, mixing none".
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from strassen_tile import baselines
+from strassen_tile.errors import ConfigError
+from strassen_tile.experiments import settings
+from strassen_tile.integrations.training import Optimizer, Training, about, check_choices
+from strassen_tile.nn import STLConfig
+from strassen_tile.nn.config import Mixing, Scope
+from strassen_tile.nn.optim import FactorLR
+from strassen_tile.report.groups import without_rate
+from strassen_tile.tiling import Tile
+
+Mix = Literal["none", "tile", "conv", "grid"]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A method of a comparison.
+
+    Attributes:
+        method: what is done to the network.
+        variant: in what it differs from others of its name; "" where there is no other.
+        changes: what it trains with that is not as the recipe has it, by field of `Training`.
+        width: features of a token, where they are not the model's own.
+        weight_norm: what of the encoded weights of STL layers is trained as norm and direction: each term, or the layer.
+        zero_last: whether the last layer of each residual branch starts at zero.
+    """
+
+    method: baselines.Method
+    variant: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    width: int | None = None
+    weight_norm: Literal["term", "layer"] | None = None
+    zero_last: bool = False
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Method and variant, whatever its learning rate."""
+        return self.method.name, without_rate(self.variant)
+
+    def at(self, lr: float) -> Compared:
+        """The same with another learning rate."""
+        variant = ", ".join(filter(None, [self.key[1], f"lr {lr:g}"]))
+        return replace(self, variant=variant, changes={**self.changes, "lr": lr})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """What every entry may have of its own: how it trains, and what comes before its layers."""
+
+    mix: Mix = field(
+        default="none",
+        metadata=about("mix of rows ahead of each layer: of 4 in a tile, by 4 taps, or 3×3 on the grid of tokens"),
+    )
+    width: int | None = field(default=None, metadata=about("features of a token, for a network made smaller"))
+    optimizer: Optimizer | None = field(default=None, metadata=about("of this entry alone"))
+    weight_decay: float | None = field(default=None, metadata=about("of this entry alone"))
+    factor_lr: FactorLR | None = field(default=None, metadata=about("of this entry alone"))
+    base_width: int | None = field(default=None, metadata=about("of this entry alone"))
+    weight_norm: Literal["none", "term", "layer"] = field(
+        default="none", metadata=about("encoded weights trained as norm and direction: of each term, or of the layer")
+    )
+    zero_last: bool = field(default=False, metadata=about("residual branches start at zero"))
+    lr: float | None = field(default=None, metadata=about("of this entry alone"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class STLSettings:
+    """How STL layers are made: the recipe's, and the entry's where it says so."""
+
+    tile: Tile = field(default=(4, 4, 4), metadata={**about("side, or p,q,s"), "parse": settings.tile})
+    mixing: Mixing = field(default="sequence", metadata=about("which rows of a tile see each other"))
+    encoder_scope: Scope = field(default="layer", metadata=about("one encoder a layer, or one a column tile"))
+    init: Literal["random", "orthogonal", "signs", "approximate", "truncated", "strassen", "naive"] = field(
+        default="random",
+        metadata=about(
+            "where STL starts: random factors of three kinds, the best known, Strassen's best terms, or exact ones "
+            "(rank 49, pqs)"
+        ),
+    )
+    weight_start: Literal["auto", "random", "fit", "spectral"] = field(
+        default="auto",
+        metadata=about("where the encoded weight starts: noise, the weight replaced, or noise of a spectral scale"),
+    )
+    train_encoder: bool = field(default=True, metadata=about("train encoders"))
+    train_decoder: bool = field(default=True, metadata=about("train decoders"))
+
+    def config(self, rank: int) -> STLConfig:
+        """The configuration of the layers at this rank."""
+        return STLConfig(
+            tile=self.tile,
+            rank=rank,
+            basis=self.init,
+            init=self.weight_start,
+            mixing=self.mixing,
+            encoder_scope=self.encoder_scope,
+            train_encoder=self.train_encoder,
+            train_decoder=self.train_decoder,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _STLEntry(_Entry, STLSettings):
+    rank: int | None = field(default=None, metadata=about("of this entry alone"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ThinEntry(_Entry):
+    flop_ratio: float | None = field(default=None, metadata=about("FLOPs as a fraction of dense"))
+
+
+def compared(entry: str, recipe: STLSettings, ranks: tuple[int, ...]) -> list[Compared]:
+    """The methods that an entry names: of STL one for each rank where it has none of its own.
+
+    Args:
+        entry: such as "stl[rank=24,mixing=none]".
+        recipe: what entries have where they say nothing; with the fields of `Training`, if it has them.
+        ranks: the recipe's.
+
+    Raises:
+        ConfigError: it cannot be read, or what it says makes no sense.
+    """
+    read = re.fullmatch(r"([^\[\]]*)(?:\[([^\[\]]*)\])?", entry)
+    if read is None:
+        raise ConfigError(f"methods: name or name[key=value,…] is wanted; got {settings.short(entry)}")
+    name, inside = read.groups()
+    if name not in _ENTRIES:
+        raise ConfigError(
+            f"unknown methods {settings.short(name)[1:-1] or 'without a name'}; there are {', '.join(_ENTRIES)}"
+        )
+    record, make = _ENTRIES[name]
+    texts = [] if inside is None else settings.listed(inside)
+    given = settings.values_of(record, settings.pairs(texts, f"methods: {name}"), f"methods: {name}")
+    own = {key: value for key, value in given.items() if key in _OWN and value not in (None, "none", False)}
+    made = make(recipe, ranks, {key: value for key, value in given.items() if key not in _OWN})
+    return [_with_own(one, own, recipe) for one in made]
+
+
+def _with_own(one: Compared, own: Mapping[str, Any], recipe: STLSettings) -> Compared:
+    """The method with what its entry says of mix, width and training."""
+    changes = {key: value for key, value in own.items() if key in _TRAINING and getattr(recipe, key, None) != value}
+    _check_changes(recipe, changes)
+    values = {key: own[key] for key in own if key not in _TRAINING} | changes
+    said = [word.format(values[key]) for key, word in _WORDS.items() if key in values]
+    # Still called by its own name: the mix is part of its variant.
+    method = replace(baselines.mixed(one.method, own["mix"]), name=one.method.name) if "mix" in own else one.method
+    variant = ", ".join(filter(None, [one.variant, *said]))
+    network = {key: own[key] for key in ("width", "weight_norm", "zero_last") if key in own}
+    return Compared(method, variant, changes, **network)
+
+
+def _check_changes(recipe: STLSettings, changes: Mapping[str, Any]) -> None:
+    """Refuse what a recipe could not hold. Raises ConfigError."""
+    if isinstance(recipe, Training) and changes:
+        Training(**{one.name: changes.get(one.name, getattr(recipe, one.name)) for one in fields(Training)})
+
+
+def _stl(recipe: STLSettings, ranks: tuple[int, ...], given: Mapping[str, Any]) -> list[Compared]:
+    base = {one.name: getattr(recipe, one.name) for one in fields(STLSettings)}
+    values = {**base, **given}
+    rank = values.pop("rank", None)
+    own = STLSettings(**values)
+    check_choices(own)
+    ranks = ranks if rank is None else (rank,)
+    if not ranks:
+        raise ConfigError("stl needs at least one rank: give ranks, or stl[rank=…]")
+    made = []
+    for rank in ranks:
+        config = own.config(rank)
+        config.load_basis()  # raises where there is none
+        made.append(Compared(baselines.stl(config), ", ".join([f"r={rank}", *_differences(own, base)])))
+    return made
+
+
+def _differences(own: STLSettings, base: Mapping[str, Any]) -> list[str]:
+    """The settings in which an entry is not as the recipe has it, as words."""
+    before, now = _effective(base), _effective(asdict(own))
+    p, q, s = now["tile"]
+    words = {
+        "tile": f"tile {p}×{q}×{s}",
+        "mixing": f"mixing {now['mixing']}",
+        "encoder_scope": f"scope {now['encoder_scope']}",
+        "init": f"start {now['init']}",
+        "weight_start": f"weight {now['weight_start']}",
+        "train_encoder": f"encoder {'trained' if now['train_encoder'] else 'fixed'}",
+        "train_decoder": f"decoder {'trained' if now['train_decoder'] else 'fixed'}",
+    }
+    return [said for key, said in words.items() if now[key] != before[key]]
+
+
+def _effective(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With the tile that its mixing leaves: p = 1 where rows do not mix."""
+    _, q, s = values["tile"]
+    return {**values, "tile": (1, q, s)} if values["mixing"] == "none" else dict(values)
+
+
+def _thin(name: str, make: Callable[[float], baselines.Method]) -> _Make:
+    """Entries of a method that has a fraction of the FLOPs: the entry's, or that of the products of the smallest rank."""
+
+    def made(recipe: STLSettings, ranks: tuple[int, ...], given: Mapping[str, Any]) -> list[Compared]:
+        ratio = given.get("flop_ratio")
+        if ratio is None:
+            if not ranks:
+                raise ConfigError(f"{name} takes the FLOPs of the smallest rank: give ranks, or {name}[flop_ratio=…]")
+            p, q, s = _effective(asdict(recipe))["tile"]
+            ratio = min(ranks) / (p * q * s)
+        if not 0 < ratio < math.inf:
+            raise ConfigError(f"methods: {name}: flop_ratio must be positive and finite; got {ratio}")
+        return [Compared(make(ratio), f"{ratio!r} of the FLOPs")]
+
+    return made
+
+
+_Make = Callable[[STLSettings, tuple[int, ...], Mapping[str, Any]], list[Compared]]
+_WORDS = {
+    "mix": "mix {}", "width": "width {}", "weight_norm": "norm of each {}", "zero_last": "branches from zero",
+    "optimizer": "{}", "weight_decay": "decay {:g}", "factor_lr": "rates {}", "base_width": "base width {}", "lr": "lr {:g}",
+}  # fmt: skip
+_TRAINING = frozenset(one.name for one in fields(Training))
+_OWN = frozenset(one.name for one in fields(_Entry))
+# Name of an entry: the record of its settings, and what makes its methods of the recipe and of the settings given.
+_ENTRIES: dict[str, tuple[type, _Make]] = {
+    "dense": (_Entry, lambda recipe, ranks, given: [Compared(baselines.dense(), "")]),
+    "2:4": (_Entry, lambda recipe, ranks, given: [Compared(baselines.sparse_24(), "")]),
+    "stl": (_STLEntry, _stl),
+    "low-rank": (_ThinEntry, _thin("low-rank", baselines.low_rank)),
+    "monarch": (_ThinEntry, _thin("monarch", baselines.monarch)),
+    "rotated": (_Entry, lambda recipe, ranks, given: [Compared(baselines.rotated(), "")]),
+    "dense+mix": (_Entry, lambda recipe, ranks, given: [Compared(baselines.token_mix(), "")]),
+}
