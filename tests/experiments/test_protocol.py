@@ -19,6 +19,7 @@ from strassen_tile.experiments.jobs import JobError, spread
 from strassen_tile.experiments.recipe import recipe_of
 from strassen_tile.experiments.runner import run
 from strassen_tile.integrations.arguments import make_optimizer
+from strassen_tile.report.runs import summarise
 
 SMALL = {
     "model": "t2t_vit_micro",
@@ -202,3 +203,14 @@ def test_optimizers_decay_what_the_groups_say_and_go_down(name) -> None:
         other.grad = 2 * (other.detach() - target)
         optimizer.step()
     assert float((other.detach() - target).square().sum()) < before / 2
+
+
+def test_an_entry_may_have_a_schedule_of_its_own(tmp_path) -> None:
+    """Half as long, its rate falls to zero by then; the others go on."""
+    rows = vision.compare(recipe(methods=("dense", "dense[epochs=1]")), tmp_path)
+    ends = {row["variant"]: row for row in rows if "top1" in row}
+    assert {variant: row["epoch"] for variant, row in ends.items()} == {"": 2, "1 epochs": 1}
+    first = next(row for row in rows if row["variant"] == "" and row["epoch"] == 1)
+    assert first["train_loss"] != ends["1 epochs"]["train_loss"]
+    shown = {row["variant"]: row for row in summarise(rows)}
+    assert shown[None]["complete"] and shown["1 epochs"]["complete"]

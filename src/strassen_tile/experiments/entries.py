@@ -65,6 +65,7 @@ class _Entry:
         metadata=about("mix of rows ahead of each layer: of 4 in a tile, by 4 taps, or 3×3 on the grid of tokens"),
     )
     width: int | None = field(default=None, metadata=about("features of a token, for a network made smaller"))
+    epochs: int | None = field(default=None, metadata=about("of this entry alone: a schedule of its own"))
     optimizer: Optimizer | None = field(default=None, metadata=about("of this entry alone"))
     weight_decay: float | None = field(default=None, metadata=about("of this entry alone"))
     factor_lr: FactorLR | None = field(default=None, metadata=about("of this entry alone"))
@@ -226,6 +227,7 @@ def _thin(name: str, make: Callable[[float], baselines.Method]) -> _Make:
 _Make = Callable[[STLSettings, tuple[int, ...], Mapping[str, Any]], list[Compared]]
 _WORDS = {
     "mix": "mix {}", "width": "width {}", "weight_norm": "norm of each {}", "zero_last": "branches from zero",
+    "epochs": "{} epochs",
     "optimizer": "{}", "weight_decay": "decay {:g}", "factor_lr": "rates {}", "base_width": "base width {}", "lr": "lr {:g}",
 }  # fmt: skip
 _TRAINING = frozenset(one.name for one in fields(Training))

@@ -144,7 +144,7 @@ def _run(
         rank=one.method.rank,
         variant=one.variant,
         seed=seed,
-        epochs=recipe.epochs,
+        epochs=training.epochs,
         # By number: a method is made of functions that no other process could be handed.
         build=partial(_build, recipe, splits, index, seed),
         cost=partial(fixed_fields, recipe, splits, one.width is not None, {**how, **chosen}),
