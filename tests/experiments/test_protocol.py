@@ -207,7 +207,7 @@ def test_optimizers_decay_what_the_groups_say_and_go_down(name) -> None:
 
 def test_an_entry_may_have_a_schedule_of_its_own(tmp_path) -> None:
     """Half as long, its rate falls to zero by then; the others go on."""
-    rows = vision.compare(recipe(methods=("dense", "dense[epochs=1]")), tmp_path)
+    rows = vision.compare(recipe(methods=("dense", "dense[epochs=1]"), limit=36), tmp_path)
     ends = {row["variant"]: row for row in rows if "top1" in row}
     assert {variant: row["epoch"] for variant, row in ends.items()} == {"": 2, "1 epochs": 1}
     first = next(row for row in rows if row["variant"] == "" and row["epoch"] == 1)

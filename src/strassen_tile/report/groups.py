@@ -91,12 +91,12 @@ class Group:
         """Whether training has ended, of all its seeds and at the same epoch.
 
         Args:
-            furthest: the last epoch of all groups. Runs with a validation split are over when the test set has been read;
+            furthest: the last epoch of all groups. Runs with a validation split are over when the test set has been read, or when they diverged;
                 older rows do not say by themselves whether more are to come, and those that stop earlier count as behind.
         """
         last = self.epochs[-1]
         rows = [run.get(last, {}) for run in self.seeds.values()]
-        tested = all(number(row, "top1") is not None for row in rows)
+        tested = all(number(row, "top1") is not None or row.get("diverged") for row in rows)
         return all(rows) and (tested if self.course == "val_top1" else last == furthest)
 
     def at(self, key: str, epoch: int) -> dict[int, float | None]:

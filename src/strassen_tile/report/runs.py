@@ -24,7 +24,7 @@ def summarise(rows: Iterable[Mapping[str, Value]]) -> list[Row]:
     Returns:
         Records with `method`, `rank`, `variant` (without the rank; None where that says all), `epoch` (the last),
         `seeds` (how many reached it, the ones averaged),
-        `seeds_started`, `complete` (whether every seed has reached the last epoch of all groups), `state` (how far each
+        `seeds_started`, `complete` (whether training has ended, of every seed), `state` (how far each
         seed is, as text), the means `top1`, `loss`, `val_top1`, `val_loss`, `train_loss`, `train_seconds`, their sample
         standard deviations (None for one seed) under the name with `_sd`, the fields that all rows of the group share, the
         cost fields among them, and what `sooner.fields_of` and `paired.fields_of` say of the group and dense. A mean is
@@ -53,7 +53,7 @@ def _summary(group: Group, furthest: int) -> Row:
         "epoch": last,
         "seeds": sum(epoch == last for epoch in reached.values()),
         "seeds_started": len(reached),
-        "complete": all(epoch == furthest for epoch in reached.values()),
+        "complete": group.over(furthest),
         "state": ", ".join(f"seed {seed}: {epoch}" for seed, epoch in reached.items()),
     }
     for key in MEASURED:
