@@ -2,9 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,3 +218,43 @@ def test_an_entry_may_have_a_schedule_of_its_own(tmp_path) -> None:
     assert first["train_loss"] != ends["1 epochs"]["train_loss"]
     shown = {row["variant"]: row for row in summarise(rows)}
     assert shown[None]["complete"] and shown["1 epochs"]["complete"]
+
+
+_PARENT = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from test_protocol import _tells_and_waits
+from strassen_tile.experiments.jobs import spread
+
+if __name__ == "__main__":
+    spread(_tells_and_waits, [{folder!r}, {folder!r}], 2, print)
+"""
+
+
+def _tells_and_waits(folder, send) -> None:
+    (Path(folder) / str(os.getpid())).touch()
+    while len(list(Path(folder).iterdir())) < 3:
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_jobs_end_with_the_process_that_started_them(tmp_path) -> None:
+    """On kill -9 as well, when nobody tells them, and also where they wait for work."""
+    script, folder = tmp_path / "parent.py", tmp_path / "ids"
+    folder.mkdir()
+    script.write_text(_PARENT.format(tests=str(Path(__file__).parent), folder=str(folder)))
+    parent = subprocess.Popen([sys.executable, str(script)])
+    ids = waited_for(lambda: (found := [int(path.name) for path in folder.iterdir()]) and len(found) == 2 and found)
+    parent.kill()
+    parent.wait()
+    (folder / "0").touch()  # their tasks are done, and there are no others
+    assert waited_for(lambda: not any(Path(f"/proc/{one}").exists() for one in ids))
+
+
+def waited_for(found):
+    """What `found` comes to be, for a minute."""
+    for _ in range(600):
+        if value := found():
+            return value
+        time.sleep(0.1)
+    return None

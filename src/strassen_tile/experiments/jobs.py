@@ -87,22 +87,26 @@ def _work(work: Work, waiting: Queue[Any], inbox: Queue[Any], threads: int) -> N
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
 
-    def send(message: Any) -> None:
+    def end_with_parent() -> None:
         if parent is not None and not parent.is_alive():
+            inbox.cancel_join_thread()  # nobody reads any more: else it would wait for that
             raise SystemExit(1)  # killed: nobody would keep the rows
+
+    def send(message: Any) -> None:
+        end_with_parent()
         inbox.put(("message", message))
 
     while True:
-        task = waiting.get()
+        try:
+            task = waiting.get(timeout=_PATIENCE)
+        except queue.Empty:
+            end_with_parent()
+            continue
         try:
             work(task, send)
         except Exception as error:
-            inbox.put(
-                (
-                    "error",
-                    error if isinstance(error, STLError | OSError) else JobError(f"{type(error).__name__}: {error}"),
-                )
-            )
+            known = isinstance(error, STLError | OSError)
+            inbox.put(("error", error if known else JobError(f"{type(error).__name__}: {error}")))
             return
         except KeyboardInterrupt:  # the process that started this one says so
             return

@@ -91,8 +91,9 @@ class Group:
         """Whether training has ended, of all its seeds and at the same epoch.
 
         Args:
-            furthest: the last epoch of all groups. Runs with a validation split are over when the test set has been read, or when they diverged;
-                older rows do not say by themselves whether more are to come, and those that stop earlier count as behind.
+            furthest: the last epoch of all groups. Runs with a validation split are over when the test set has been
+                read, or when they diverged; older rows do not say by themselves whether more are to come, and those that
+                stop earlier count as behind.
         """
         last = self.epochs[-1]
         rows = [run.get(last, {}) for run in self.seeds.values()]
