@@ -47,7 +47,10 @@ ATTACKS = {
     "no recipe file": ([*COMPARE, "--recipe", "nowhere.toml"], "nowhere.toml cannot be read as TOML: No such file"),
     "recipe that is a folder": ([*COMPARE, "--recipe", f"{Path(__file__).parent}/.toml"], "there is no recipe"),
     "method of no setting": ([*COMPARE, "--methods", "stl[rnk=8]"], "unknown key 'rnk'; there are"),
-    "method without settings": ([*COMPARE, "--methods", "dense[rank=2]"], "unknown key 'rank'; it has no settings"),
+    "method without settings": (
+        [*COMPARE, "--methods", "dense[rank=2]"],
+        "dense: unknown key 'rank'; there are mix, width",
+    ),
     "no method": ([*COMPARE, "--methods", ""], "unknown methods without a name; there are dense"),
     "method half open": ([*COMPARE, "--methods", "stl[rank=8,dense"], "name or name[key=value,…] is wanted"),
     "method twice": ([*COMPARE, "--methods", "stl,stl[rank=16]"], "the same run twice: stl r=16"),

@@ -1,6 +1,7 @@
 """A network and a recipe without random draws, for runs that must agree however many processes share them."""
 
 import contextlib
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from strassen_tile import STLConfig, convert
+from strassen_tile import STLConfig, STLLinear
 from strassen_tile.data import ImageSplits, collate, load_images
+from strassen_tile.data.images import InMemoryImages
 from strassen_tile.integrations.images import train_images
 from strassen_tile.integrations.training import Training
 from strassen_tile.models import t2t_vit
@@ -19,15 +21,29 @@ TRAINING = Training(epochs=2, batch_size=16, lr=3e-3, warmup=0.25, precision="fl
 
 
 def splits(limit: int) -> ImageSplits:
-    return load_images("digits", limit=limit, augment=False)
+    """Of the images to test on, enough for a batch and a part of one: two processes have 64 at once."""
+    data = load_images("digits", limit=limit, augment=False)
+    few = InMemoryImages(data.test.images[:83], data.test.labels[:83], mean=data.test.mean, std=data.test.std)
+    return replace(data, test=few)
+
+
+def few_images(folder: Path, images: ImageSplits, *, train: int, test: int) -> None:
+    """An IDX folder of the first of them, for commands: these test on all there are."""
+    folder.mkdir()
+    for part, data, count in (("train", images.train, train), ("t10k", images.test, test)):
+        for name, code, array in (("images-idx3", 3, data.images[:count, 0]), ("labels-idx1", 1, data.labels[:count])):
+            header = bytes([0, 0, 8, code]) + struct.pack(f">{code}I", *array.shape)
+            (folder / f"{part}-{name}-ubyte").write_bytes(header + array.to(torch.uint8).numpy().tobytes())
 
 
 def network() -> nn.Module:
+    """Its layers are put in by hand: for `convert` to find out which rows may mix takes seconds, in every process."""
     torch.manual_seed(5)
     model = t2t_vit("t2t_vit_micro", num_classes=10, image_size=8, in_channels=1)
-    convert(
-        model, STLConfig(rank=8), example_inputs=torch.randn(2, 1, 8, 8), filter_fn=lambda _, fqn: fqn[:6] == "blocks"
-    )
+    linear = [name for name, module in model.blocks.named_modules() if isinstance(module, nn.Linear)]
+    for name in linear:
+        layer = STLLinear.from_linear(model.blocks.get_submodule(name), STLConfig(rank=8, init="random"))
+        model.blocks.set_submodule(name, layer)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

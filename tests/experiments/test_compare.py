@@ -22,8 +22,9 @@ from strassen_tile.experiments.entries import Compared
 from strassen_tile.experiments.recipe import Recipe
 from strassen_tile.report.runs import summarise
 
+pytestmark = pytest.mark.usefixtures("among_few")
 RECIPE = Recipe(
-    data="digits", model="t2t_vit_micro", image_size=None, methods=("dense", "stl"), ranks=(8,), seeds=(0,),
+    data="few", model="t2t_vit_micro", image_size=None, methods=("dense", "stl"), ranks=(8,), seeds=(0,),
     tile=(4, 4, 4), mixing="sequence", encoder_scope="layer", init="random", epochs=2, batch_size=16, lr=1e-3, limit=64,
 )  # fmt: skip
 CONTRACT = {
@@ -36,8 +37,9 @@ RESULTS = Path(__file__).parents[2] / "results"
 
 
 def command(out, *more: str) -> list[str]:
-    fixed = ["--model", "t2t_vit_micro", "--limit", "64", "--epochs", "1", "--seeds", "1", "--ranks", "8"]
-    return ["compare", *fixed, "--out", str(out), *more]
+    data = "--recipe digits --data few --limit 64"
+    fixed = f"{data} --model t2t_vit_micro --epochs 1 --seeds 1 --ranks 8"
+    return ["compare", *fixed.split(), "--out", str(out), *more]
 
 
 def measured(rows):
@@ -112,7 +114,7 @@ def test_two_settings_of_one_rank_in_one_command(tmp_path, capsys) -> None:
 
 
 def test_rows_say_what_their_numbers_are_measured_by(tmp_path) -> None:
-    assert main(command(tmp_path, "--methods", "dense")) == 0
+    assert main(command(tmp_path, "--methods", "dense", "--data", "digits")) == 0
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     labels = load_images("digits").test.labels.tolist()
     expected = {

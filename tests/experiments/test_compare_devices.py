@@ -21,6 +21,7 @@ from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import vision
 from strassen_tile.integrations.training import resolved_precision
 
+pytestmark = pytest.mark.usefixtures("among_few")
 distributed = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
 
@@ -57,7 +58,7 @@ def test_two_processes_train_what_one_trains(tmp_path) -> None:
         both = torch.load(tmp_path / f"{name}.pt")
         for key, value in model.state_dict().items():
             torch.testing.assert_close(both[key], value, rtol=0, atol=2e-4)
-        # Each test image counts once in two processes: 599 of them leave a last batch that is not whole.
+        # Each test image counts once in two processes: 83 of them leave a last batch that is not whole.
         model.load_state_dict(both)
         last = first["records"][number][-1]
         assert {key: last[key] for key in ("top1", "loss")} == pytest.approx(measure(model, data), rel=1e-6)

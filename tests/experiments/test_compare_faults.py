@@ -22,31 +22,20 @@ from strassen_tile.experiments.log import locked
 from strassen_tile.experiments.recipe import Recipe
 from strassen_tile.integrations import checkpoints, trainer
 
+pytestmark = pytest.mark.usefixtures("among_few")
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, limits and locks of POSIX")
 # What a second training, or another day, changes in a row.
 TIMES = ("train_seconds", "date", "command", "commit")
 
 
 def command(out: Path, *more: str) -> list[str]:
-    fixed = ["--model", "t2t_vit_micro", "--methods", "dense,stl", "--ranks", "8", "--seeds", "1"]
-    return [
-        "compare",
-        *fixed,
-        "--limit",
-        "40",
-        "--batch-size",
-        "16",
-        "--epochs",
-        "3",
-        "--save",
-        "--out",
-        str(out),
-        *more,
-    ]
+    data = "--recipe digits --data few --limit 40"
+    fixed = f"{data} --model t2t_vit_micro --methods dense,stl --ranks 8 --seeds 1 --batch-size 16 --epochs 3"
+    return ["compare", *fixed.split(), "--save", "--out", str(out), *more]
 
 
 RECIPE = Recipe(
-    data="digits", model="t2t_vit_micro", image_size=None, methods=("dense",), ranks=(8,), seeds=(0,),
+    data="few", model="t2t_vit_micro", image_size=None, methods=("dense",), ranks=(8,), seeds=(0,),
     tile=(4, 4, 4), mixing="sequence", encoder_scope="layer", init="random", epochs=3, batch_size=16, lr=1e-3, limit=40,
     save=True,
 )  # fmt: skip
@@ -100,7 +89,7 @@ def die(out: Path, *moments: tuple[str, float | str]) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> list[dict]:
+def whole(tmp_path_factory, among_few) -> list[dict]:
     """The rows of a run that nothing stops."""
     out = tmp_path_factory.mktemp("whole")
     assert main(command(out)) == 0

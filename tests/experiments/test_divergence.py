@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from strassen_tile.cli import main
+from strassen_tile.data import load_images
 from strassen_tile.errors import DivergedError, STLError
 from strassen_tile.experiments import building, vision
 from strassen_tile.experiments.commands import DIVERGED
@@ -21,6 +22,7 @@ from strassen_tile.integrations.checkpoints import resumable
 from strassen_tile.integrations.weights import WEIGHTS, save_weights
 from strassen_tile.models import load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("among_few")
 STEPS = 4  # an epoch of 64 images
 
 
@@ -133,9 +135,10 @@ def test_weights_kept_are_those_that_were_tested_and_load_again(tmp_path) -> Non
     recipe = replace(RECIPE, methods=("stl",), save=True, augment=False)
     rows = vision.compare(recipe, tmp_path)
     path = tmp_path / "models" / "stl-r=8-0.safetensors"
-    model = building.build(replace(recipe, model="t2t_vit_micro"), splits(64), recipe.roster()[0], 1)[0]
+    data = load_images("few", limit=64, augment=False)
+    model = building.build(replace(recipe, model="t2t_vit_micro"), data, recipe.roster()[0], 1)[0]
     load_checkpoint(model, path)
-    assert measure(model, splits(64)) == pytest.approx({key: rows[-1][key] for key in ("top1", "loss")}, rel=1e-6)
+    assert measure(model, data) == pytest.approx({key: rows[-1][key] for key in ("top1", "loss")}, rel=1e-6)
     with safe_open(path, "pt") as file:
         about = {key: json.loads(value) for key, value in file.metadata().items()}
     assert (about["method"], about["variant"], about["seed"]) == ("stl", "r=8", 0)

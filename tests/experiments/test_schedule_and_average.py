@@ -1,18 +1,15 @@
 """The least rate and the cool-down, and the average of the weights: values, what is evaluated, and resuming."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from small_runs import TRAINING, measure, rates_kept, train
+from small_runs import TRAINING, measure, rates_kept, splits, train
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainerControl, TrainerState
 
-from strassen_tile.data import ImageSplits, load_images
-from strassen_tile.data.images import InMemoryImages
 from strassen_tile.errors import ConfigError
 from strassen_tile.integrations.arguments import cores, machinery
 from strassen_tile.integrations.averaging import Average, Averaging
@@ -23,13 +20,6 @@ from strassen_tile.integrations.training import Training
 def network() -> nn.Module:
     torch.manual_seed(5)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.GELU(), nn.LayerNorm(12), nn.Linear(12, 10))
-
-
-def splits(limit: int) -> ImageSplits:
-    """Few images to test on as well."""
-    data = load_images("digits", limit=limit, augment=False)
-    few = InMemoryImages(data.test.images[:50], data.test.labels[:50], mean=data.test.mean, std=data.test.std)
-    return replace(data, test=few)
 
 
 def test_rates_rise_from_the_least_and_end_at_it_for_as_long_as_is_said(tmp_path) -> None:
