@@ -21,7 +21,7 @@ def written(folder: Path, text: str) -> str:
 
 
 def test_the_recipes_that_ship_are_recipes() -> None:
-    assert NAMES == ["digits", "fashion-mnist", "imagefolder", "t2t_vit_14_imagenet", "t2t_vit_7_imagenet"]
+    assert NAMES == ["digits", "fashion-mnist", "imagefolder", "matrix", "t2t_vit_14_imagenet", "t2t_vit_7_imagenet"]
     for name in NAMES:
         recipe = recipe_of(name, ["data=x"])
         assert recipe.data == "x" and recipe.epochs > 0
