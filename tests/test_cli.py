@@ -41,7 +41,7 @@ ATTACKS = {
     "set of no number": ([*COMPARE, "--set", "epochs=1_0"], "epochs: a whole number"),
     "set twice": ([*COMPARE, "--set", "lr=1", "--set", "lr=2"], "lr is given twice"),
     "set and option": ([*COMPARE, "--set", "lr=1", "--lr", "2"], "lr: given twice, by --set and by an option"),
-    "no recipe": ([*COMPARE, "--recipe", "digit"], "there is no recipe 'digit'; there are digits, fashion-mnist"),
+    "no recipe": ([*COMPARE, "--recipe", "digit"], "there is no recipe 'digit'; there are demo, digits"),
     "recipe without data": (["compare", "--recipe", "imagefolder"], "imagefolder.toml leaves data open; give --data"),
     "recipe of another folder": ([*COMPARE, "--recipe", "../recipes/digits"], "there is no recipe"),
     "no recipe file": ([*COMPARE, "--recipe", "nowhere.toml"], "nowhere.toml cannot be read as TOML: No such file"),

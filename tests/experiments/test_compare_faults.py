@@ -29,7 +29,7 @@ TIMES = ("train_seconds", "date", "command", "commit")
 
 
 def command(out: Path, *more: str) -> list[str]:
-    data = "--recipe digits --data few --limit 40"
+    data = "--recipe digits --data few --limit 40 --validation 0"
     fixed = f"{data} --model t2t_vit_micro --methods dense,stl --ranks 8 --seeds 1 --batch-size 16 --epochs 3"
     return ["compare", *fixed.split(), "--save", "--out", str(out), *more]
 

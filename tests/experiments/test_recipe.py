@@ -21,12 +21,20 @@ def written(folder: Path, text: str) -> str:
 
 
 def test_the_recipes_that_ship_are_recipes() -> None:
-    assert NAMES == ["digits", "fashion-mnist", "imagefolder", "matrix", "t2t_vit_14_imagenet", "t2t_vit_7_imagenet"]
+    assert NAMES == [
+        "demo",
+        "digits",
+        "fashion-mnist",
+        "imagefolder",
+        "matrix",
+        "t2t_vit_14_imagenet",
+        "t2t_vit_7_imagenet",
+    ]
     for name in NAMES:
         recipe = recipe_of(name, ["data=x"])
         assert recipe.data == "x" and recipe.epochs > 0
-    assert recipe_of("digits").data == "digits"
-    for name in NAMES[1:]:
+    assert recipe_of("digits").data == recipe_of("demo").data == "digits"
+    for name in NAMES[2:]:
         with pytest.raises(ConfigError, match=f"{name}.toml leaves data open; give --data"):
             recipe_of(name)
 
