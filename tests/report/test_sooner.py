@@ -123,3 +123,24 @@ def test_short_runs_are_averaged_over_a_quarter_at_most():
 def test_training_flops_are_three_forward_passes():
     assert training_flops(50e6, 1000, 4) == 3 * 50e6 * 1000 * 4
     assert training_flops(None, 1000, 4) is None and training_flops(50e6, None, 4) is None
+
+
+def test_what_a_whole_run_takes_is_held_against_the_whole_of_dense() -> None:
+    """Where one of them trains for less: 2 epochs of half the FLOPs against 4 are a quarter."""
+
+    def rows(method: str, epochs: int, flops: int, seconds: float) -> list[dict]:
+        told = {"method": method, "rank": None, "variant": "", "seed": 0, "train_images": 10, "flops_per_image": flops}
+        ends = [{}] * (epochs - 1) + [{"top1": 50.0}]
+        return [
+            {**told, "epoch": epoch, "val_top1": 50.0, "train_seconds": seconds * epoch, **end}
+            for epoch, end in enumerate(ends, 1)
+        ]
+
+    dense, short = rows("dense", 4, 100, 2.0), rows("2:4", 2, 50, 3.0)
+    of = {record["method"]: record for record in summarise([*dense, *short])}
+    assert [of["2:4"][key] for key in ("schedule", "run_flops_ratio", "run_seconds_ratio")] == [2, 0.25, 0.75]
+    assert [of["dense"][key] for key in ("schedule", "run_flops_ratio", "run_seconds_ratio")] == [4, 1, 1]
+    assert "Schedules are not all equally long" in table_caption(list(of.values()))
+    # Nothing of it where all are equally long, nor of a run that has not ended.
+    for others in (rows("2:4", 4, 50, 3.0), short[:1]):
+        assert all(record["run_flops_ratio"] is None for record in summarise([*dense, *others]))

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
@@ -21,12 +21,17 @@ from strassen_tile.report.table import number
 class RunLog:
     """The rows of a comparison, on disk as soon as they exist.
 
+    Args:
+        path: of the file.
+        runs: what tells them, in the order their rows are to have, whichever of them is ahead; rows of others come first.
+
     Raises:
         DataError: the file is there and is not rows of a comparison.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, runs: Sequence[Row] = ()) -> None:
         self.path = path
+        self.order = {run_of(run): index for index, run in enumerate(runs)}
         self.rows: list[Row] = read_rows(path) if path.exists() else []
         try:
             group_rows(self.rows)
@@ -59,6 +64,7 @@ class RunLog:
         del record["seconds"]
         others = [row for row in self.rows if run_of(row) != run_of(run)]
         rows = [*others, *earlier, {**fixed, **record, "train_seconds": round(spent + seconds, 3)}]
+        rows.sort(key=lambda row: self.order.get(run_of(row), -1))
         write_rows(self.path, rows)
         self.rows = rows
         return rows

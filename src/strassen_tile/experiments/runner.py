@@ -85,7 +85,7 @@ def _opened(comparison: Comparison, folder: Path, held: contextlib.ExitStack) ->
     held.enter_context(locked(folder))
     remove_unfinished(folder)
     keep_recipe(folder, comparison.recipe, comparison.earlier, comparison.may_change)
-    return RunLog(folder / "rows.json")
+    return RunLog(folder / "rows.json", [one.identity for one in comparison.runs])
 
 
 @dataclass

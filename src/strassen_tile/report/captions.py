@@ -38,6 +38,11 @@ def table_caption(summary: Sequence[Mapping[str, Value]]) -> str:
         said.append(
             "Some rows are older and were augmented by other random draws: small differences may come from that."
         )
+    if any(number(record, "run_flops_ratio") is not None for record in summary):
+        said.append(
+            "Schedules are not all equally long: training FLOPs and seconds fewer are of a whole run, against the whole of "
+            "dense's."
+        )
     said += [*_about_data(summary), *_about_test_set(summary), *_about_rates(summary), *_about_target(summary)]
     return " ".join([*said, *differences(summary)])
 

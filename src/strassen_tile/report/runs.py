@@ -38,7 +38,12 @@ def summarise(rows: Iterable[Mapping[str, Value]]) -> list[Row]:
     furthest = furthest_of(groups)
     target = sooner.target_of(groups)
     return [
-        {**_summary(group, furthest), **sooner.fields_of(group, target, furthest), **against}
+        {
+            **_summary(group, furthest),
+            **sooner.fields_of(group, target, furthest),
+            **sooner.whole_of(group, groups),
+            **against,
+        }
         for group, against in zip(groups, paired.fields_of(groups), strict=True)
     ]
 

@@ -133,5 +133,29 @@ def fields_of(group: Group, target: Target | None, furthest: int) -> Row:
     }
 
 
+def whole_of(group: Group, groups: Sequence[Group]) -> Row:
+    """What the whole of a method's training takes, as fractions of dense's, where schedules are not all equally long.
+
+    Args:
+        group: the method's runs.
+        groups: of all methods.
+
+    Returns:
+        `schedule` (epochs), `run_flops_ratio` and `run_seconds_ratio`; None where all schedules are equally long, dense is
+        not there, or one of the two has not ended.
+    """
+    fields: Row = dict.fromkeys(("schedule", "run_flops_ratio", "run_seconds_ratio"))
+    dense, furthest = plain_dense(groups), furthest_of(groups)
+    ended = {one.epochs[-1] for one in groups if one.over(furthest)}
+    if dense is None or len(ended) < 2 or not (dense.over(furthest) and group.over(furthest)):
+        return fields
+    own, last = group.epochs[-1], dense.epochs[-1]
+    return {
+        "schedule": own,
+        "run_flops_ratio": _ratio(flops_of(group, own), flops_of(dense, last)),
+        "run_seconds_ratio": _ratio(group.mean("train_seconds", own), dense.mean("train_seconds", last)),
+    }
+
+
 def _ratio(own: float | None, dense: float | None) -> float | None:
     return None if own is None or not dense else own / dense
