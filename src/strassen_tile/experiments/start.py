@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from strassen_tile.data import ImageSplits, augmented
+from strassen_tile.data.idx import need
 from strassen_tile.errors import DataError
 from strassen_tile.experiments.recipe import Recipe
 from strassen_tile.models import T2TViT, load_checkpoint, t2t_vit
@@ -36,8 +37,10 @@ def check(recipe: Recipe, splits: ImageSplits) -> None:
     Raises:
         ConfigError: `randaugment` is no configuration.
         DataError: `checkpoint` is no file.
-        ImportError: the augmentation needs timm or torchvision, and it is missing.
+        ImportError: the augmentation needs timm or torchvision, or an optimiser its package, and it is missing.
     """
+    if "soap" in {recipe.optimizer, *(one.changes.get("optimizer") for one in recipe.roster())}:
+        need("pytorch_optimizer", "optimizer soap", "optimizers")
     augmented(splits.train, recipe, splits.num_classes)
     if recipe.checkpoint is not None and not Path(recipe.checkpoint).is_file():
         raise DataError(f"checkpoint={recipe.checkpoint!r}: no such file; expected the weights of a {recipe.model}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from strassen_tile.data.idx import need
 from strassen_tile.errors import ConfigError
 from strassen_tile.integrations.ranks import ranks, share
 from strassen_tile.integrations.training import Optimizer, Training
@@ -30,11 +31,8 @@ def make_optimizer(name: Optimizer, groups: list[dict[str, Any]]) -> torch.optim
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
     if name == "adamw":
         return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
-    try:
-        from pytorch_optimizer import SOAP
-    except ImportError as error:
-        raise ImportError("optimizer soap needs pytorch-optimizer: pip install 'strassen-tile[optimizers]'") from error
-    return SOAP(groups)  # type: ignore[no-any-return, unused-ignore]
+    made: torch.optim.Optimizer = need("pytorch_optimizer", "optimizer soap", "optimizers").SOAP(groups)
+    return made
 
 
 def training_arguments(training: Training, folder: Path, *, samples: int, seed: int) -> TrainingArguments:
