@@ -258,3 +258,19 @@ def waited_for(found):
             return value
         time.sleep(0.1)
     return None
+
+
+def test_what_an_optimizer_lacks_is_said_before_anything_is_written(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(ImportError, match=r"optimizer soap needs pytorch_optimizer.*strassen-tile\[optimizers\]"):
+        vision.compare(recipe(methods=("dense", "stl[rank=8,optimizer=soap]")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_finished_starts_no_process(tmp_path, monkeypatch) -> None:
+    how = recipe(methods=("dense",), limit=12)
+    rows = vision.compare(how, tmp_path)
+    monkeypatch.setattr(
+        "multiprocessing.context.SpawnContext.Process", lambda **_: pytest.fail("a process was started")
+    )
+    assert vision.compare(replace(how, jobs=2), tmp_path) == rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
+import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.queues import Queue
 from typing import Any, Protocol
@@ -46,7 +47,7 @@ def spread(work: Work, tasks: Sequence[Any], jobs: int, receive: Callable[[Any],
     waiting, inbox = context.Queue(), context.Queue()
     for task in tasks:
         waiting.put(task)
-    threads = max(1, torch.get_num_threads() // jobs)
+    threads = threads_of(jobs)
     workers = [
         context.Process(target=_work, args=(work, waiting, inbox, threads)) for _ in range(min(jobs, len(tasks)))
     ]
@@ -60,6 +61,11 @@ def spread(work: Work, tasks: Sequence[Any], jobs: int, receive: Callable[[Any],
             worker.terminate()
         for worker in workers:
             worker.join()
+
+
+def threads_of(jobs: int) -> int:
+    """The share of this process's threads that each of so many has."""
+    return max(1, torch.get_num_threads() // jobs)
 
 
 def _until_done(
@@ -106,6 +112,8 @@ def _work(work: Work, waiting: Queue[Any], inbox: Queue[Any], threads: int) -> N
             work(task, send)
         except Exception as error:
             known = isinstance(error, STLError | OSError)
+            if not known:  # a fault of ours: where it is would be lost on the way
+                traceback.print_exc()
             inbox.put(("error", error if known else JobError(f"{type(error).__name__}: {error}")))
             return
         except KeyboardInterrupt:  # the process that started this one says so

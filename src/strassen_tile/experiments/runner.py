@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from strassen_tile.errors import ConfigError, DivergedError
 from strassen_tile.experiments.comparison import Comparison, Progress, Run
 from strassen_tile.experiments.endings import Place, diverged_line, diverged_record, finish, leave, warn_of_missing
-from strassen_tile.experiments.jobs import spread
+from strassen_tile.experiments.jobs import spread, threads_of
 from strassen_tile.experiments.log import RunLog, keep_recipe, locked
 from strassen_tile.files import remove_unfinished
 from strassen_tile.integrations.ranks import first, ranks
@@ -73,8 +71,13 @@ def run(
             for task in tasks:
                 _train(comparison.runs, folder, task, keeper.receive)
         else:
-            fixed["threads"] = max(1, torch.get_num_threads() // jobs)
-            spread(partial(_train, comparison.runs, folder), tasks, jobs, keeper.receive)
+            fixed["threads"] = threads_of(jobs)
+            # What is finished needs no process, which takes seconds to start.
+            for index, recorded in tasks:
+                if recorded >= comparison.runs[index].epochs:
+                    keeper.receive(_Done(index))
+            left = [(index, recorded) for index, recorded in tasks if recorded < comparison.runs[index].epochs]
+            spread(partial(_train, comparison.runs, folder), left, jobs, keeper.receive)
         first(partial(_warn, comparison.runs, log))
         first(lambda: on_end(log.rows))
         return first(lambda: log.rows)

@@ -93,7 +93,7 @@ def best_rates(rows: Iterable[Row]) -> Rates:
         loss = number(row, "val_loss")
         key = str(row["method"]), without_rate(str(row["variant"]))
         ends.setdefault(key, {})[float(str(row["lr"]))] = loss if loss is not None and math.isfinite(loss) else math.inf
-    return {key: min(tried, key=lambda lr, tried=tried: tried[lr]) for key, tried in ends.items()}  # type: ignore[misc]
+    return {key: min(tried, key=tried.__getitem__) for key, tried in ends.items()}
 
 
 def _loaded(recipe: Recipe) -> tuple[Recipe, ImageSplits]:
