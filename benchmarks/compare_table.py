@@ -21,18 +21,16 @@ def spread(row, key, digits=2):
     return "–" if mean is None else f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
 
 
-def line(row, dense):
-    epochs = row["epoch"]
-    whole = epochs * row["flops_per_image"]
+def line(row):
     cells = [
         " ".join(filter(None, [row["method"], f"r={row['rank']}" if row["rank"] else "", row["variant"] or ""])),
         f"{row['lr']:g}",
         spread(row, "top1"),
         spread(row, "loss", 3),
         value(row, "difference", "{:+.2f}"),
-        value(row, "p_holm", "{:.3f}"),
-        str(epochs),
-        "1.0×" if row is dense else f"{dense['epoch'] * dense['flops_per_image'] / whole:.1f}×",
+        "<0.001" if (row["p_holm"] or 1.0) < 5e-4 else value(row, "p_holm", "{:.3f}"),
+        str(row["epoch"]),
+        fewer(row["run_flops_ratio"]),
         fewer(row["flop_ratio_products"]),
         fewer(row["flop_ratio_all_in"]),
         count(row["params"]),
@@ -47,14 +45,13 @@ def main():
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
     rows = summarise(read_rows(options.folder / "rows.json"))
-    dense = next(row for row in rows if row["method"] == "dense" and not row["variant"])
     heads = (
         "method", "rate", "top-1, %", "test loss", "against dense", "p", "epochs", "training FLOPs fewer", "products", "all-in",
         "params", "FLOPs per image", "seeds",
     )  # fmt: skip
     print("| " + " | ".join(heads) + " |\n|:---|" + "---:|" * (len(heads) - 1))
     for row in rows:
-        print(line(row, dense))
+        print(line(row))
 
 
 if __name__ == "__main__":
