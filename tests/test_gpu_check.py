@@ -37,6 +37,7 @@ MISSING = {
 }
 
 
+@pytest.mark.slow
 def test_dry_run_with_torch_and_triton_alone(tmp_path) -> None:
     """A borrowed machine has the common packages at best."""
     (tmp_path / "sitecustomize.py").write_text(BARE.format(missing=MISSING))

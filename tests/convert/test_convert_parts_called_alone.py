@@ -1,5 +1,7 @@
 """If these fail, a part of a transformers model that is called past it lets padding leak, or is refused inside a call of it."""
 
+import copy
+
 import pytest
 import torch
 
@@ -17,8 +19,8 @@ FOUR_D = torch.zeros(2, 1, 10, 10, dtype=torch.float64).masked_fill(
 )
 
 
-@pytest.fixture(params=["sdpa", "eager"])
-def model(request):
+@pytest.fixture(params=["sdpa", "eager"], scope="module")
+def converted(request):
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
@@ -28,6 +30,11 @@ def model(request):
     model = transformers.BertModel(config, add_pooling_layer=False).double().eval()
     convert(model, STLConfig(tile=4, rank=24), example_inputs={"input_ids": IDS, "attention_mask": MASK.long()})
     return model
+
+
+@pytest.fixture
+def model(converted):
+    return copy.deepcopy(converted)  # a conversion takes a second
 
 
 def first(output):
