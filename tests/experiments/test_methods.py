@@ -37,6 +37,8 @@ def test_an_entry_alone_has_no_variant_but_its_rank() -> None:
         ("stl[rank=24,mixing=sequence,tile=4]", [("stl", 24, "r=24")]),
         ("stl[rank=49,init=strassen,train_encoder=false]", [("stl", 49, "r=49, start strassen, encoder fixed")]),
         ("low-rank[flop_ratio=0.25]", [("low-rank", None, "0.25 of the FLOPs")]),
+        ("dense[weight_decay=0]", [("dense", None, "decay 0")]),
+        ("dense[weight_decay=0.05,lr=1e-3]", [("dense", None, "decay 0.05, lr 0.001")]),
     ],
 )
 def test_a_variant_says_what_is_not_as_the_recipe_has_it(entry, expected) -> None:

@@ -144,9 +144,13 @@ def compared(entry: str, recipe: STLSettings, ranks: tuple[int, ...]) -> list[Co
     record, make = _ENTRIES[name]
     texts = [] if inside is None else settings.listed(inside)
     given = settings.values_of(record, settings.pairs(texts, f"methods: {name}"), f"methods: {name}")
-    own = {key: value for key, value in given.items() if key in _OWN and value not in (None, "none", False)}
+    own = {key: value for key, value in given.items() if key in _OWN and not _unset(value)}
     made = make(recipe, ranks, {key: value for key, value in given.items() if key not in _OWN})
     return [_with_own(one, own, recipe) for one in made]
+
+
+def _unset(value: object) -> bool:
+    return value is None or value is False or value == "none"  # a decay of 0 is set
 
 
 def _with_own(one: Compared, own: Mapping[str, Any], recipe: STLSettings) -> Compared:
