@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import pickle
 import weakref
 
@@ -353,3 +354,19 @@ def test_exported_model_takes_masks_and_refuses_padding_on_the_left():
         torch.testing.assert_close(program(X, MASK.flip(0)), model(X, MASK.flip(0)))
         with pytest.raises(RuntimeError, match="pad on the right"):
             program(X, MASK.flip(1))
+
+
+def test_forward_called_as_such_follows_its_mask_too():
+    """As sentence-transformers does."""
+    model = attached()
+    expected = model(X, attention_mask=MASK)
+    assert torch.equal(model.forward(X, attention_mask=MASK), expected)
+    assert not torch.equal(model.forward(X), expected)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(twin.forward(X, attention_mask=MASK), expected)  # of the copy, not of what it was copied from
+    assert (
+        list(inspect.signature(model.forward).parameters) == list(inspect.signature(type(model).forward).parameters)[1:]
+    )

@@ -106,6 +106,13 @@ def live(key: str) -> Call | None:
     return top(key)
 
 
+def called(module: nn.Module) -> bool:
+    """Whether a call of `module` is in progress that was entered through its hooks."""
+    if not torch.compiler.is_dynamo_compiling():
+        live("")  # drops those that were broken off
+    return any(call.module is module for call in _thread.stack)
+
+
 def held(key: str) -> Tensor | None:
     """What a `with` around all calls of this task says: the one opened last of those still open."""
     return next(reversed(_held.get({}).get(key, ())), None)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from strassen_tile.errors import ShapeError, shape_text
 from strassen_tile.nn import calls
 from strassen_tile.nn.calls import Call
+from strassen_tile.nn.direct import Direct
 from strassen_tile.nn.masks import OTHERS, PATTERNS, ROWS, Takes, check_one_sequence, check_pattern, real_rows, takes_of
 
 _library = torch.library.Library("strassen_tile", "FRAGMENT")
@@ -50,7 +51,7 @@ class PaddingMask:
         self.__init__()  # type: ignore[misc]
         vars(self).update(state)
 
-    def attach(self, model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+    def attach(self, model: nn.Module) -> list[torch.utils.hooks.RemovableHandle | Direct]:
         """Follow the calls of `model` and of the modules inside it that take a mask, which may be called past it.
 
         Parts of a transformers model are followed only then: what it hands down to them is a mask in forms of its own.
@@ -58,7 +59,7 @@ class PaddingMask:
         Returns:
             Handles that detach again.
         """
-        handles = []
+        handles: list[torch.utils.hooks.RemovableHandle | Direct] = []
         whole: list[str] = []  # transformers' models
         for name, module in model.named_modules():
             takes = takes_of(module, module is model)
@@ -73,6 +74,8 @@ class PaddingMask:
                     continue
             handles.append(module.register_forward_pre_hook(partial(self._enter, takes), with_kwargs=True))
             handles.append(module.register_forward_hook(self._leave, always_call=True))
+            if takes.positions.keys() & {*ROWS, *OTHERS} and not takes.part:
+                handles.append(Direct(module, partial(_followed, module)))
         return handles
 
     @contextmanager
@@ -213,6 +216,11 @@ class PaddingMask:
                 f"{type(module).__name__}.forward runs after its call has ended (it is a generator or a coroutine), when its "
                 "padding mask is gone: run it inside `with strassen_tile.padding(model, mask)`"
             )
+
+
+def _followed(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks.values()
+    return any(getattr(getattr(hook, "func", None), "__func__", None) is PaddingMask._enter for hook in hooks)
 
 
 def _check_describes(mask: Tensor, x: Tensor) -> None:
