@@ -28,6 +28,10 @@ class ConversionError(STLError):
     """A model cannot be converted as asked."""
 
 
+class CheckpointError(STLError):
+    """A saved model is damaged, of another model, or of a newer version."""
+
+
 class DataError(STLError):
     """A data file is missing or malformed; the message names the file."""
 

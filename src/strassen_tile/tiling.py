@@ -42,7 +42,7 @@ def as_integer(value: object) -> int | None:
 
 def tile_count(size: int, side: int) -> int:
     """How many tiles of `side` cover `size` entries; the last may hang over the edge."""
-    return -(-size // side)
+    return (size + side - 1) // side  # not −(−size // side): ONNX rounds towards zero
 
 
 def as_samples(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from strassen_tile.convert.layers import Candidate, candidates
 from strassen_tile.convert.replace import modules_by_name, replace_modules
 from strassen_tile.convert.select import Filter, matching, materialise, mixing_of
-from strassen_tile.convert.swap import Conversion, grouped, swap
+from strassen_tile.convert.swap import Conversion, changed, grouped, swap
 from strassen_tile.cost import machine
 from strassen_tile.errors import ConversionError
 from strassen_tile.nn import PaddingMask, STLConfig, STLLinear, STLLinearFP8
@@ -166,7 +167,9 @@ def quantize_fp8(model: nn.Module) -> Conversion:
         )
     made = {layer: STLLinearFP8(layer) for layer in dict.fromkeys(chosen.values())}  # one used twice stays one
     converted: dict[str, nn.Module] = {name: made[layer] for name, layer in chosen.items()}
-    return Conversion(converted, skipped, _undo=[replace_modules(model, converted)])
+    conversion = Conversion(converted, skipped, _undo=[replace_modules(model, converted), partial(changed, model)])
+    changed(model)
+    return conversion
 
 
 def _not_in_fp8(layer: STLLinear) -> str | None:

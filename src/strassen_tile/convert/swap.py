@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
+from functools import partial
 
 from torch import nn
 
@@ -22,6 +23,7 @@ from strassen_tile.errors import ConversionError
 from strassen_tile.nn import PaddingMask, STLLinear, STLLinearFP8
 
 Replace = Callable[[nn.Linear], nn.Module | str]  # a replacement, or the reason why there is none
+_listeners: list[Callable[[nn.Module, Mapping[str, str]], None]] = []
 _SHOWN = 12  # of the names of layers that share a reason
 
 
@@ -128,7 +130,21 @@ def swap(
     calls = {name: call.shapes for name, call in (selection.calls or {}).items()}
     if dry_run:
         return Conversion({n: _on_meta(layer) for n, layer in replacements.items()}, skipped, calls, dry_run=True)
-    return Conversion(replacements, skipped, calls, _undo=[replace_modules(model, replacements)])
+    undo: list[Callable[[], object]] = [replace_modules(model, replacements), partial(changed, model)]
+    conversion = Conversion(replacements, skipped, calls, _undo=undo)
+    changed(model, skipped)
+    return conversion
+
+
+def on_change(listener: Callable[[nn.Module, Mapping[str, str]], None]) -> None:
+    """Have `listener(model, skipped)` called when layers of a model were replaced or put back."""
+    _listeners.append(listener)
+
+
+def changed(model: nn.Module, skipped: Mapping[str, str] | None = None) -> None:
+    """Say that layers of `model` were replaced, or put back."""
+    for listener in _listeners:
+        listener(model, skipped or {})
 
 
 def grouped(texts: Mapping[str, str], among: Collection[str] = ()) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from strassen_tile.errors import ConfigError
 from strassen_tile.nn.base import TileLayer, only
+from strassen_tile.nn.config import STLConfig
 from strassen_tile.nn.linear import STLLinear
 from strassen_tile.ops.cuda.fp8 import Rounded, fp8_linear, rounded
 from strassen_tile.ops.functional import autocasts
@@ -32,27 +33,48 @@ class STLLinearFP8(TileLayer):
     """
 
     def __init__(self, layer: STLLinear) -> None:
-        config, device = layer.config, layer.encoded_weight.device
-        super().__init__(layer.in_features, layer.out_features, config, device)
-        if (
-            config.encoder_scope != "layer"
-            or device.type == "meta"
-            or (config.mixing == "causal" and config.mixes_rows)
-        ):
+        device = layer.encoded_weight.device
+        super().__init__(layer.in_features, layer.out_features, layer.config, device)
+        _check(layer.config)
+        if device.type == "meta":
             raise ConfigError(
-                "fp8 products take one encoder a layer (encoder_scope='layer'), a weight that is there, and no causal tiles "
-                "(whose rows would see later ones by the scale they share); got "
-                f"encoder_scope={config.encoder_scope!r}, mixing={config.mixing!r}, on {device}"
+                "a weight on the meta device has no numbers to round; use STLLinearFP8.blank to load them"
             )
         self.padding, self.norm = layer.padding, layer.norm
         with torch.no_grad():
             encoder, decoder = layer.factors()
-            weight = rounded(layer.encoded_weight, encoder)
+            self._hold(rounded(layer.encoded_weight, encoder), encoder, decoder, layer.bias)
+        self.train(layer.training)
+
+    @classmethod
+    def blank(
+        cls,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        config: STLConfig,
+        dtype: torch.dtype | None = None,
+    ) -> STLLinearFP8:
+        """One on the meta device, for numbers that are to be loaded; `dtype` is that of encoder, decoder and bias.
+
+        Raises:
+            ConfigError: as the constructor.
+        """
+        _check(config)
+        made = cls.__new__(cls)
+        TileLayer.__init__(made, in_features, out_features, config, "meta")
+        made.norm = None
+        layer = STLLinear.blank(in_features, out_features, bias, config=config, dtype=dtype)
+        with torch.no_grad():
+            made._hold(rounded(layer.encoded_weight, layer.encoder), layer.encoder, layer.decoder, layer.bias)
+        return made
+
+    def _hold(self, weight: Rounded, encoder: Tensor, decoder: Tensor, bias: Tensor | None) -> None:
         for name, tensor in weight._asdict().items():
             self.register_buffer(name, tensor)
-        for name, factor in (("encoder", encoder), ("decoder", decoder), ("bias", layer.bias)):
+        for name, factor in (("encoder", encoder), ("decoder", decoder), ("bias", bias)):
             self.register_buffer(name, None if factor is None else factor.detach().clone())
-        self.train(layer.training)
 
     values: Tensor
     scale: Tensor
@@ -95,3 +117,11 @@ class STLLinearFP8(TileLayer):
             if getattr(self, name).dtype != tensor.dtype:
                 setattr(self, name, tensor.to(getattr(self, name).device))
         return self
+
+
+def _check(config: STLConfig) -> None:
+    if config.encoder_scope != "layer" or (config.mixing == "causal" and config.mixes_rows):
+        raise ConfigError(
+            "fp8 products take one encoder a layer (encoder_scope='layer') and no causal tiles (whose rows would see later "
+            f"ones by the scale they share); got encoder_scope={config.encoder_scope!r}, mixing={config.mixing!r}"
+        )

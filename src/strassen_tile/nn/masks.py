@@ -74,7 +74,7 @@ def real_rows(mask: Tensor, name: str = "attention_mask") -> Tensor:
         real = mask != 0
         if mask.is_floating_point():
             _require((mask >= 0).all(), _SCORES)
-    _require((real[:, :-1] | ~real[:, 1:]).all(), _LEFT)
+    _require((real == ((~real).cumsum(1) == 0)).all(), _LEFT)  # of any length, where a program is traced
     return real
 
 

@@ -1,0 +1,93 @@
+"""If these fail, a converted encoder cannot be served where this package, or PyTorch, is not."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import strassen_tile as st
+from strassen_tile.errors import ConversionError
+
+hf = pytest.importorskip("transformers")
+from tiny_transformers import IDS, MASK, TEXT, built  # noqa: E402
+
+BATCH, LENGTH = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=32)
+SHAPES = {"input_ids": {0: BATCH, 1: LENGTH}, "attention_mask": {0: BATCH, 1: LENGTH}}
+OTHERS = [(5, 23), (1, 3), (2, 16), (1, 32)]
+
+
+class Encoder(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    model = hf.BertModel(built("bert").config, add_pooling_layer=False).eval()
+    st.convert(model, st.STLConfig(rank=20), example_inputs=TEXT)
+    return Encoder(model).eval()
+
+
+@pytest.fixture(scope="module")
+def program(encoder):
+    return st.export(encoder, (), TEXT, dynamic_shapes=SHAPES)
+
+
+def batch(rows, length):
+    generator = torch.Generator().manual_seed(rows)
+    ids = torch.randint(1, 60, (rows, length), generator=generator)
+    lengths = torch.randint(1, length + 1, (rows,), generator=generator)
+    return {"input_ids": ids, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}
+
+
+def test_the_program_is_of_standard_operators_and_takes_other_sizes(encoder, program):
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert targets and not any("strassen" in target for target in targets)
+    with torch.no_grad():
+        for size in OTHERS:
+            inputs = batch(*size)
+            torch.testing.assert_close(program.module()(**inputs), encoder(**inputs), rtol=1e-5, atol=1e-5)
+        with pytest.raises(RuntimeError, match="pad on the right"):
+            program.module()(input_ids=IDS, attention_mask=MASK.flip(1))
+
+
+def test_it_runs_without_this_package(encoder, program, tmp_path):
+    torch.export.save(program, tmp_path / "model.pt2")
+    inputs = batch(3, 9)
+    torch.save(inputs, tmp_path / "inputs.pt")
+    code = f"""
+import sys, torch
+sys.modules["strassen_tile"] = sys.modules["transformers"] = None
+folder = {str(tmp_path)!r}
+torch.save(torch.export.load(folder + "/model.pt2").module()(**torch.load(folder + "/inputs.pt")), folder + "/outputs.pt")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), encoder(**inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_onnx_of_any_batch_and_length(encoder, program, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_inputs()]
+    for size in OTHERS:
+        inputs = batch(*size)
+        (found,) = session.run(None, {name: inputs[name].numpy() for name in names})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), encoder(**inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_exported_says_so(encoder):
+    with pytest.raises(ConversionError, match="training mode"):
+        st.export(encoder.train(), (), TEXT)
+    done = st.quantize_fp8(encoder.eval())
+    with pytest.raises(ConversionError, match="in fp8"):
+        st.export(encoder, (), TEXT)
+    done.undo()
