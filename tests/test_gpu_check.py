@@ -80,6 +80,7 @@ def test_a_check_that_fails_or_never_ends_is_said(tmp_path) -> None:
         assert message in done.stdout
 
 
+@pytest.mark.slow
 def test_it_stops_when_the_time_is_up_and_keeps_what_there_is(tmp_path) -> None:
     command = [sys.executable, SCRIPT, "--dry-run", "--seconds", "1", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)

@@ -1,5 +1,7 @@
 """If these fail, a converted model that was saved comes back as another one, or as a dense one with random layers."""
 
+import copy
+import functools
 import json
 import os
 import subprocess
@@ -19,11 +21,16 @@ from tiny_transformers import IDS, MASK, MODELS, TEXT, built, outputs  # noqa: E
 from strassen_tile.integrations.transformers import STLQuantConfig, conversion_of  # noqa: E402
 
 
-def converted(name, **options):
+@functools.cache
+def _converted(name, options):
     _, _, mixing, inputs = MODELS[name]
     model = built(name)
-    st.convert(model, st.STLConfig(mixing=mixing, **options), example_inputs=inputs)
+    st.convert(model, st.STLConfig(mixing=mixing, **dict(options)), example_inputs=inputs)
     return model
+
+
+def converted(name, **options):
+    return copy.deepcopy(_converted(name, tuple(options.items())))  # a conversion takes a second
 
 
 def stl_layers(model):
@@ -90,6 +97,7 @@ def test_in_another_process_after_one_import(tmp_path):
     assert (done.returncode, done.stdout.strip()) == (0, "all equal"), done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_whoever_forgets_the_import_is_told_so_by_transformers_alone(tmp_path, bert):
     """All that can be reached: it does not know the method, and lists what it left. docs/transformers.md says so."""
     bert.save_pretrained(tmp_path)
