@@ -191,6 +191,20 @@ def test_undone_it_is_saved_as_a_dense_model(tmp_path):
     assert torch.equal(outputs(hf.BertForMaskedLM.from_pretrained(tmp_path), TEXT), expected)
 
 
+def test_another_model_of_the_same_config_stays_dense(tmp_path):
+    config = built("bert").config
+    one, other = hf.BertForMaskedLM(config).eval(), hf.BertForMaskedLM(config).eval()
+    done = st.convert(one, st.STLConfig(mixing="none"))
+    assert one.config is one.bert.config is one.bert.encoder.layer[0].attention.self.config is not config
+    other.save_pretrained(tmp_path / "other")
+    again = hf.BertForMaskedLM.from_pretrained(tmp_path / "other")
+    assert not stl_layers(again) and torch.equal(outputs(again, TEXT), outputs(other, TEXT))
+    one.save_pretrained(tmp_path / "one")
+    assert torch.equal(outputs(hf.BertForMaskedLM.from_pretrained(tmp_path / "one"), TEXT), outputs(one, TEXT))
+    done.undo()
+    assert not hasattr(one.config, "quantization_config")
+
+
 def test_each_layer_comes_back_as_what_it_was(tmp_path):
     model = built("bert")
     st.convert(

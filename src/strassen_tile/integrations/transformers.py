@@ -8,6 +8,7 @@ trains, casts and compiles.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -160,9 +161,20 @@ def _write_down(model: nn.Module, skipped: Mapping[str, str]) -> None:
         why = old | {name.removeprefix(prefix): text for name, text in skipped.items() if name.startswith(prefix)}
         if (record := Record.of(module)) is not None:
             kept = {name: text for name, text in why.items() if name not in record.layers}
+            config = _config_of_its_own(module) if before is None else config
             config.quantization_config = STLQuantConfig.of(Record(record.layers, kept))
+            seen.add(id(config))
         elif before is not None:
             del config.quantization_config
+
+
+def _config_of_its_own(model: PreTrainedModel) -> Any:
+    """A copy of its config, put wherever the model holds it: other models, dense ones, may have been built of the same."""
+    shared, own = model.config, copy.copy(model.config)
+    for module in model.modules():
+        if vars(module).get("config") is shared:
+            module.config = own
+    return own
 
 
 def _here(model: PreTrainedModel, name: str) -> str | None:
