@@ -98,6 +98,7 @@ def whole(tmp_path_factory, among_few) -> list[dict]:
 
 
 @posix
+@pytest.mark.slow
 def test_killed_again_and_again_it_comes_to_the_same_rows_and_the_same_weights(tmp_path, whole) -> None:
     """Within a checkpoint, between two steps of an epoch, within the file of weights, and with that not in its place."""
     moments = [("bytes", 100_000), ("batch", 5), ("within", "weights"), ("rename", "models/dense")]

@@ -17,6 +17,7 @@ from tiny_transformers import TEXT, built, outputs  # noqa: E402
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
 
+@pytest.mark.slow
 def test_fsdp2_and_ddp_train_what_one_process_trains(tmp_path):
     from two_ranks_transformers import IDS, step, trainer
 

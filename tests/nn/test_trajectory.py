@@ -53,7 +53,7 @@ def losses(model: nn.Module, steps: int) -> torch.Tensor:
     return torch.stack(history)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "naive" else n for n in CONFIGS])
 def test_exact_network_follows_the_dense_one(name: str) -> None:
     config = CONFIGS[name]
     dense, other = network(), network()

@@ -95,7 +95,7 @@ def test_hessian_of_the_encoder() -> None:
     torch.testing.assert_close(direction.flatten() @ flat @ direction.flatten(), second, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compile_without_a_graph_break(dynamic: bool) -> None:
     torch._dynamo.reset()
     # Code is generated for one of them; for the other the graphs, which are what could break, are run as they are.
