@@ -184,13 +184,9 @@ def conversion_of(model: nn.Module, skipped: Mapping[str, str] | None = None) ->
     return Conversion(dict(layers), dict(skipped or {}), padding=padding, _undo=[_refuse_undo])
 
 
-def tensors_wanted(conversion: Conversion) -> dict[str, tuple[int, ...]]:
-    """Name → shape of the tensors that the layers of a conversion have."""
-    return {
-        f"{name}.{key}": tuple(tensor.shape)
-        for name, layer in conversion.converted.items()
-        for key, tensor in layer.state_dict().items()
-    }
+def tensors_wanted(conversion: Conversion) -> list[str]:
+    """The names of the tensors that the layers of a conversion have."""
+    return [f"{name}.{key}" for name, layer in conversion.converted.items() for key in layer.state_dict()]
 
 
 def _refuse_undo() -> None:
