@@ -30,7 +30,7 @@ from strassen_tile.nn.config import NAMES
 
 QUANT_METHOD = "stl"
 FORMAT = 1
-_LAYERS: dict[str, type[STLLinear] | type[STLLinearFP8]] = {"STLLinear": STLLinear, "STLLinearFP8": STLLinearFP8}
+_LAYERS: dict[str, Callable[..., TileLayer]] = {"STLLinear": STLLinear, "STLLinearFP8": STLLinearFP8.blank}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Kind:
         """A layer of this kind for the place of `linear`, of its device and dtype, without numbers."""
         sizes, device = (linear.in_features, linear.out_features, linear.bias is not None), linear.weight.device
         with torch.device("meta"):
-            made = _LAYERS[self.layer].blank(*sizes, config=self.config, dtype=linear.weight.dtype)
+            made = _LAYERS[self.layer](*sizes, config=self.config, dtype=linear.weight.dtype)
         return (made if device.type == "meta" else made.to_empty(device=device)).train(linear.training)
 
 

@@ -65,7 +65,7 @@ class STLLinearFP8(TileLayer):
         made = cls.__new__(cls)
         TileLayer.__init__(made, in_features, out_features, config, "meta")
         made.norm = None
-        layer = STLLinear.blank(in_features, out_features, bias, config=config, dtype=dtype)
+        layer = STLLinear(in_features, out_features, bias, config=config, device="meta", dtype=dtype)
         with torch.no_grad():
             made._hold(rounded(layer.encoded_weight, layer.encoder), layer.encoder, layer.decoder, layer.bias)
         return made

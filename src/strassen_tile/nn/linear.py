@@ -76,19 +76,6 @@ class STLLinear(TileLayer):
         self.norm = norm
         self.reset_parameters()
 
-    @classmethod
-    def blank(
-        cls,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        config: STLConfig,
-        dtype: torch.dtype | None = None,
-    ) -> STLLinear:
-        """One on the meta device, for numbers that are to be loaded."""
-        return cls(in_features, out_features, bias, config=config, device="meta", dtype=dtype)
-
     @torch.no_grad()
     def reset_parameters(self, weight: Tensor | None = None, inputs: Tensor | None = None) -> None:
         """Start anew: as `nn.Linear` would in scale, or from a dense `weight` (K, M in maths), or its scale alone.
