@@ -65,10 +65,10 @@ def in_pytorch(model):
 
 
 def in_onnxruntime(encoder, folder, name):
-    """One program for all sizes, by standard operators."""
+    """One program for all sizes, of standard operators."""
     sizes = torch.export.Dim("batch", min=1, max=256), torch.export.Dim("length", min=2, max=512)
     shapes = {key: dict(enumerate(sizes)) for key in ("input_ids", "attention_mask")}
-    program = st.export(encoder, (), batch(2, 12), dynamic_shapes=shapes)
+    program = st.export(encoder, (), batch(2, 12), dynamic_shapes=shapes, runtime="onnxruntime")
     path = Path(folder) / f"{name.replace(' ', '-')}.onnx"
     torch.onnx.export(program, dynamo=True, verbose=False).save(path)
     options = onnxruntime.SessionOptions()

@@ -42,6 +42,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @distributed
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(tmp_path) -> None:
     """Also where the last batch is not whole, and where it leaves one process without an image."""
     done = torchrun(str(Path(__file__).with_name("two_ranks.py")), str(tmp_path))

@@ -164,7 +164,9 @@ def _fails(task, send) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("task", "error"), [("raise", ConfigError), ("die", JobError)])
+@pytest.mark.parametrize(
+    ("task", "error"), [("raise", ConfigError), pytest.param("die", JobError, marks=pytest.mark.slow)]
+)
 def test_what_stops_a_job_stops_all_and_is_said(task, error) -> None:
     seen = []
     with pytest.raises(error):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import strassen_tile as st
-from strassen_tile.errors import ConversionError
+from strassen_tile.errors import ConfigError, ConversionError
 
 hf = pytest.importorskip("transformers")
 from tiny_transformers import IDS, MASK, TEXT, built  # noqa: E402
@@ -34,8 +34,11 @@ def encoder():
 
 
 @pytest.fixture(scope="module")
-def program(encoder):
-    return st.export(encoder, (), TEXT, dynamic_shapes=SHAPES)
+def programs(encoder):
+    return {
+        runtime: st.export(encoder, (), TEXT, dynamic_shapes=SHAPES, runtime=runtime)
+        for runtime in ("pytorch", "onnxruntime")
+    }
 
 
 def batch(rows, length):
@@ -45,7 +48,9 @@ def batch(rows, length):
     return {"input_ids": ids, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}
 
 
-def test_the_program_is_of_standard_operators_and_takes_other_sizes(encoder, program):
+@pytest.mark.parametrize("runtime", ["pytorch", "onnxruntime"])
+def test_the_program_is_of_standard_operators_and_takes_other_sizes(encoder, programs, runtime):
+    program = programs[runtime]
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert targets and not any("strassen" in target for target in targets)
     with torch.no_grad():
@@ -56,8 +61,8 @@ def test_the_program_is_of_standard_operators_and_takes_other_sizes(encoder, pro
             program.module()(input_ids=IDS, attention_mask=MASK.flip(1))
 
 
-def test_it_runs_without_this_package(encoder, program, tmp_path):
-    torch.export.save(program, tmp_path / "model.pt2")
+def test_it_runs_without_this_package(encoder, programs, tmp_path):
+    torch.export.save(programs["pytorch"], tmp_path / "model.pt2")
     inputs = batch(3, 9)
     torch.save(inputs, tmp_path / "inputs.pt")
     code = f"""
@@ -71,10 +76,10 @@ torch.save(torch.export.load(folder + "/model.pt2").module()(**torch.load(folder
         torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), encoder(**inputs), rtol=1e-5, atol=1e-5)
 
 
-def test_onnx_of_any_batch_and_length(encoder, program, tmp_path):
+def test_onnx_of_any_batch_and_length(encoder, programs, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    torch.onnx.export(programs["onnxruntime"], dynamo=True, verbose=False).save(tmp_path / "model.onnx")
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
     for size in OTHERS:
@@ -85,6 +90,8 @@ def test_onnx_of_any_batch_and_length(encoder, program, tmp_path):
 
 
 def test_what_cannot_be_exported_says_so(encoder):
+    with pytest.raises(ConfigError, match="one of pytorch, onnxruntime; got 'onnx'"):
+        st.export(encoder, (), TEXT, runtime="onnx")
     with pytest.raises(ConversionError, match="training mode"):
         st.export(encoder.train(), (), TEXT)
     done = st.quantize_fp8(encoder.eval())

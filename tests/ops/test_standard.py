@@ -21,4 +21,6 @@ def test_as_the_eager_kernels(tile, per_tile, batch, n, k, m):
     products = encoded @ weight
     expected = eager.decode(products, decoder, batch, n, m)
     torch.testing.assert_close(standard.decode(products, decoder, batch, n, m), expected)
-    torch.testing.assert_close(standard.linear(x, weight, encoder, decoder, bias, m, "relu"), (expected + bias).relu())
+    for convolutions in (False, True):
+        made = standard.linear(x, weight, encoder, decoder, bias, m, "relu", convolutions=convolutions)
+        torch.testing.assert_close(made, (expected + bias).relu())

@@ -2,11 +2,16 @@
 
 Traced with sizes that stand for others, so nothing is decided by a size: what may have to be padded is, by nothing at times,
 and what may have to be copied is. Requires: as `ops/eager.py`, which is faster where it is run as it stands.
+
+In two forms with the same values. With one encoder for all tiles, encoding is a convolution whose stride is its size, and
+decoding is a transposed one: onnxruntime takes half of the time for these that it takes for permuting tiles, PyTorch on the
+CPU twice as long.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,15 +56,41 @@ def linear(
     bias: Tensor | None,
     columns: int,
     activation: str = "none",
+    *,
+    convolutions: bool = False,
 ) -> Tensor:
     """activation(decode(encode(x) @ Ŵ) + bias), as `ops.linear.linear`: x (B, N, K) → (B, N, columns)."""
-    y = decode(torch.bmm(encode(x, encoder), encoded_weight), decoder, x.shape[0], x.shape[1], columns)
+    encoding, decoding = (encode_by_convolution, decode_by_convolution) if convolutions else (encode, decode)
+    y = decoding(torch.bmm(encoding(x, encoder), encoded_weight), decoder, x.shape[0], x.shape[1], columns)
     return ACTIVATIONS[activation](y if bias is None else y + bias)
 
 
-def decompositions() -> dict[Any, Callable[..., Tensor]]:
+def encode_by_convolution(x: Tensor, encoder: Tensor) -> Tensor:
+    """As `encode`."""
+    if encoder.ndim == 4:
+        return encode(x, encoder)
+    (batch, n, k), (_, p, q) = x.shape, encoder.shape
+    rows, columns = tile_count(n, p), tile_count(k, q)
+    image = F.pad(x, (0, columns * q - k, 0, rows * p - n)).view(1, 1, batch * rows * p, columns * q)
+    return F.conv2d(image, encoder.unsqueeze(1), stride=(p, q)).squeeze(0)
+
+
+def decode_by_convolution(encoded: Tensor, decoder: Tensor, batch: int, rows: int, columns: int) -> Tensor:
+    """As `decode`."""
+    if decoder.ndim == 4:
+        return decode(encoded, decoder, batch, rows, columns)
+    p, s = decoder.shape[1:]
+    image = F.conv_transpose2d(encoded.unsqueeze(0), decoder.unsqueeze(1), stride=(p, s))
+    return image.view(batch, tile_count(rows, p) * p, encoded.shape[2] * s)[:, :rows, :columns]
+
+
+def decompositions(*, convolutions: bool = False) -> dict[Any, Callable[..., Tensor]]:
     """Operator → what it is made of, for `ExportedProgram.run_decompositions`."""
-    return {schemas.linear: linear, schemas.encode: encode, schemas.decode: decode}
+    return {
+        schemas.linear: partial(linear, convolutions=convolutions),
+        schemas.encode: encode_by_convolution if convolutions else encode,
+        schemas.decode: decode_by_convolution if convolutions else decode,
+    }
 
 
 def _copied(x: Tensor) -> Tensor:
