@@ -284,6 +284,23 @@ def test_a_cached_sequence_goes_on_only_where_a_tile_begins(mixing):
     assert model.padding.past == 0
 
 
+def test_no_frame_of_a_call_is_kept():
+    """What a caller holds, and what layers made in between, is gone with them, without a garbage collection."""
+
+    def call(model):
+        held = X.clone()
+        model(held, attention_mask=MASK)
+        return weakref.ref(held)
+
+    model = attached()
+    gc.collect()
+    gc.disable()
+    try:
+        assert call(model)() is None
+    finally:
+        gc.enable()
+
+
 def test_handles_detach_the_mask():
     model = Masked()
     handles = model.padding.attach(model)

@@ -126,7 +126,11 @@ def scratch_copy(model: nn.Module) -> Iterator[nn.Module]:
     except Exception:  # weights made from others, process groups, locks …: classes refuse copies in many ways
         twin = None
     if twin is not None and not _shared(model, twin):
-        yield twin
+        try:
+            yield twin
+        finally:  # a method bound to the copy (`nn/direct.py`) would keep all its tensors until a garbage collection
+            for module in twin.modules():
+                vars(module).pop("forward", None)
         return
     state = [(t, t.data, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
     attributes = [(vars(module), {name: copy.copy(v) if isinstance(v, dict) else v for name, v in vars(module).items()})

@@ -99,9 +99,8 @@ def live(key: str) -> Call | None:
     """The innermost call, once those that were broken off are dropped. Not while tracing."""
     stack = _thread.stack
     if stack:
-        frames = list(_frames())
-        running = {id(frame) for frame in frames}
-        compiled = any(call.frame is None for call in stack) and _compiled(frames)
+        running = {id(frame) for frame in _frames()}  # a list of them, held by one, would keep what each holds
+        compiled = any(call.frame is None for call in stack) and _compiled()
         stack[:] = [call for call in stack if (compiled if call.frame is None else id(call.frame) in running)]
     return top(key)
 
@@ -240,10 +239,10 @@ def _frames(frame: FrameType | None = None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _compiled(frames: list[FrameType]) -> bool:
+def _compiled() -> bool:
     from torch._dynamo.convert_frame import output_codes  # slow to import, and loaded where something is compiled
 
-    return any(frame.f_code in output_codes for frame in frames)
+    return any(frame.f_code in output_codes for frame in _frames())
 
 
 def run_as_it_stands(function: Callable[..., object]) -> None:
