@@ -101,6 +101,15 @@ def write_bytes(path: str | Path, data: bytes | memoryview) -> None:
         OSError: as the file system has it, with the name of the file. `path` is then as it was, and no temporary file
             is left; a process that is killed leaves one, see `remove_unfinished`.
     """
+    with written_first(path, data):
+        pass
+
+
+@contextmanager
+def written_first(path: str | Path, data: bytes | memoryview) -> Iterator[None]:
+    """As `write_bytes`, in two steps: what is done inside is done when the data are on the disk, and before they are at `path`.
+    If it fails, they are not put there.
+    """
     target = Path(path).resolve()  # Through a link: renaming onto the link itself would replace it.
     target.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile: its files are private to the user (0600), these follow the umask like any other.
@@ -110,10 +119,11 @@ def write_bytes(path: str | Path, data: bytes | memoryview) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        yield
         temporary.replace(target)
     except BaseException as error:  # An interrupt as well must leave nothing behind.
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None and error.filename != str(target):
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
             raise OSError(error.errno, error.strerror, str(target)) from error  # a full disk does not say which file
         raise
 

@@ -1,9 +1,11 @@
 """If these fail, a converted model without transformers is lost with the process, or comes back as another one."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import strassen_tile as st
@@ -107,6 +109,54 @@ def test_padding_is_kept_out_after_loading_too(tmp_path):
     assert found.padding is not None and torch.equal(one[~PADDING], two[~PADDING])
     with pytest.raises(ShapeError, match="pad on the right"):
         again(X, src_key_padding_mask=PADDING.flip(1))
+
+
+def test_a_folder_that_is_refused_leaves_a_converted_model_its_mask(tmp_path):
+    model, _ = saved("torch's encoder", tmp_path)
+    with torch.no_grad():
+        expected = model(X, src_key_padding_mask=PADDING)
+        other = ViT(width=32).eval()
+        st.convert(other, st.STLConfig(rank=20), example_inputs=PIXELS)
+        st.save_model(other, tmp_path / "other")
+        with pytest.raises(CheckpointError):
+            st.load_model(model, tmp_path / "other")
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError):
+            st.load_model(model, tmp_path / "other")
+        assert torch.equal(model(X, src_key_padding_mask=PADDING), expected)
+        with pytest.raises(ShapeError, match="pad on the right"):
+            model(X, src_key_padding_mask=PADDING.flip(1))
+
+
+def test_killed_between_its_two_files_the_folder_is_refused(tmp_path, monkeypatch):
+    """A dense model was there: under the old config its new tensors would be none of its own."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    save_file(ViT().state_dict(), tmp_path / "model.safetensors")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    replace = Path.replace
+
+    def killed(self, target):
+        if target.name == "model.safetensors":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        saved("vision", tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    with pytest.raises(CheckpointError, match="disagree"):
+        st.load_model(ViT(), tmp_path)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_dense_state_dict_is_refused(strict):
+    """`strict=False` would leave every layer as it was started: so the Trainer resumes."""
+    model = ViT()
+    state = model.state_dict()
+    st.convert(model, st.STLConfig(mixing="none"))
+    with pytest.raises(RuntimeError, match="this is an STL layer, and what is loaded has the weight of a dense one"):
+        model.load_state_dict(state, strict=strict)
 
 
 def test_it_keeps_the_dtype_and_mode_of_the_model_it_is_put_into(tmp_path):

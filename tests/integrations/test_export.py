@@ -10,7 +10,7 @@ import strassen_tile as st
 from strassen_tile.errors import ConfigError, ConversionError
 
 hf = pytest.importorskip("transformers")
-from tiny_transformers import IDS, MASK, TEXT, built  # noqa: E402
+from tiny_transformers import IDS, MASK, PIXELS, TEXT, built  # noqa: E402
 
 BATCH, LENGTH = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=32)
 SHAPES = {"input_ids": {0: BATCH, 1: LENGTH}, "attention_mask": {0: BATCH, 1: LENGTH}}
@@ -87,6 +87,29 @@ def test_onnx_of_any_batch_and_length(encoder, programs, tmp_path):
         (found,) = session.run(None, {name: inputs[name].numpy() for name in names})
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(found), encoder(**inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Dinov2Model", pytest.param("ModernBertModel", marks=pytest.mark.slow)])
+def test_models_whose_graphs_differ_from_what_runs(kind, tmp_path):
+    """DINOv2 hands a mask down only while it is traced; ModernBERT's views ask for the strides that the layer gives."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind == "Dinov2Model":
+        model, inputs = hf.Dinov2Model(hf.Dinov2Config(**sizes, image_size=16, patch_size=4, mlp_ratio=2)), dict(PIXELS)
+        shapes, others = {"pixel_values": {0: BATCH}}, [{"pixel_values": PIXELS["pixel_values"][:1]}]
+    else:
+        special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+        config = hf.ModernBertConfig(
+            **sizes, **special, vocab_size=60, intermediate_size=48, max_position_embeddings=64
+        )
+        model, inputs = hf.ModernBertModel(config), TEXT
+        shapes, others = SHAPES, [batch(1, 11), batch(3, 12)]
+    st.convert(model.eval(), st.STLConfig(rank=20), example_inputs=inputs)
+    program = st.export(model, (), inputs, dynamic_shapes=shapes).module()
+    with torch.no_grad():
+        for given in others:
+            expected = model(**given).last_hidden_state
+            torch.testing.assert_close(program(**given).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_exported_says_so(encoder):

@@ -48,8 +48,13 @@ def candidates(model: nn.Module) -> list[Candidate]:
 
 def unfit(model: nn.Module, found: Sequence[Candidate]) -> dict[str, str]:
     """Candidate name → why nothing can stand in for the layer."""
-    owners, elsewhere = _parameter_owners(model), _held_elsewhere(model)
-    checked = {candidate.name: _reason(candidate, owners, elsewhere) for candidate in found}
+    owners, elsewhere, adapted = _parameter_owners(model), _held_elsewhere(model), _adapted(model)
+    checked = {
+        candidate.name: "belongs to an adapter (PEFT); convert first, or merge_and_unload() and convert then"
+        if any(name.startswith(prefix) for name in candidate.names for prefix in adapted)
+        else _reason(candidate, owners, elsewhere)
+        for candidate in found
+    }
     return {name: reason for name, reason in checked.items() if reason is not None}
 
 
@@ -103,6 +108,15 @@ def _reason(candidate: Candidate, owners: Mapping[int, list[str]], elsewhere: Ma
     if id(layer) in elsewhere:
         return f"is also held by {elsewhere[id(layer)]}, which would keep the dense layer"
     return None
+
+
+def _adapted(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of what layers hold that PEFT has put in the place of others."""
+    kinds = {
+        name: any(base.__name__ == "BaseTunerLayer" and base.__module__.startswith("peft.") for base in type(m).__mro__)
+        for name, m in model.named_modules(remove_duplicate=False)
+    }
+    return tuple(f"{name}." for name, adapts in kinds.items() if adapts)
 
 
 def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from strassen_tile.convert.running import leaves, mapped, run
+
+# "memory_key_padding_mask" is of rows that are not the layer's.
+_PADDING = re.compile(r"(?:^|_)(?:lengths?|pixel_mask|pixel_attention_mask|(?<!key_)padding_mask)$")
 
 # How many places along the first, the second, and later dimensions, and how many single points.
 _SAMPLES, _ALONG_SEQUENCE, _ALONG_OTHERS, _POINTS = 4, 16, 4, 4
@@ -182,6 +186,12 @@ def _spread(size: int, most: int) -> list[int]:
 def real_rows(model: nn.Module, example_inputs: object) -> list[Tensor]:
     """The masks (B, N) among the inputs that say which rows are no padding, True there."""
     return [real for name, t in leaves(named(model, example_inputs)) if (real := _as_real(name, t)) is not None]
+
+
+def unfollowed(model: nn.Module, example_inputs: object) -> str | None:
+    """The name of an argument that says which rows are padding, by all appearances, but is none that a `PaddingMask` reads."""
+    names = (name for name, _ in leaves(named(model, example_inputs)))
+    return next((name for name in names if _PADDING.search(name)), None)
 
 
 def _as_real(name: str, mask: Tensor) -> Tensor | None:

@@ -6,7 +6,8 @@ are not. With it the layers are put into a freshly built dense model, for the te
      "layers": {"encoder.layer.0.attention.self.query": 0, …},
      "skipped": {"classifier": "…"}}
 
-A kind is an `STLConfig` and the class of the layer. Factors are tensors of the checkpoint: a basis that came from a file is
+and "part": true where it is of a part, and the tensors beside it those of the whole. A kind is an `STLConfig` and the class
+of the layer. Factors are tensors of the checkpoint: a basis that came from a file is
 named here, not found by its path.
 """
 
@@ -60,10 +61,12 @@ class Record:
     Attributes:
         layers: name → kind.
         skipped: name → why that linear layer is dense.
+        part: whether the tensors are those of a model that holds this one: there may be more STL layers among them.
     """
 
     layers: dict[str, Kind]
     skipped: dict[str, str] = field(default_factory=dict)
+    part: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, skipped: Mapping[str, str] | None = None) -> Record | None:
@@ -85,6 +88,7 @@ class Record:
             "kinds": [{"layer": kind.layer, **kind.config.to_dict()} for kind in kinds],
             "layers": {name: kinds.index(kind) for name, kind in self.layers.items()},
             "skipped": dict(self.skipped),
+            **({"part": True} if self.part else {}),
         }
 
     @classmethod
@@ -118,6 +122,7 @@ class Record:
         return cls(
             {str(name): known[at] for name, at in layers.items()},
             {str(name): str(why) for name, why in skipped.items()},
+            record.get("part") is True,
         )
 
     def put_into(self, model: nn.Module, rename: Callable[[str], str | None] = lambda name: name) -> Conversion:
@@ -152,9 +157,6 @@ class Record:
                 )
         undo = replace_modules(model, made)
         padding = PaddingMask() if any(kind.config.mixes_rows for kind in self.layers.values()) else None
-        for layer in (*made.values(), *there.values()):
-            if isinstance(layer, TileLayer):
-                layer.padding = padding if layer.config.mixes_rows else None
         renamed = ((rename(name), why) for name, why in self.skipped.items())
         skipped = {name: why for name, why in renamed if name is not None and name in modules}
         return Conversion({**made, **there}, skipped, padding=padding, _undo=[undo])
@@ -163,6 +165,8 @@ class Record:
 def follow(model: nn.Module, conversion: Conversion) -> None:
     """The last step of loading, once the tensors are there: masks are followed, and frozen factors are frozen again."""
     for layer in conversion.converted.values():
+        if isinstance(layer, TileLayer):
+            layer.padding = conversion.padding if layer.config.mixes_rows else None
         if isinstance(layer, STLLinear):
             layer.encoder.requires_grad_(layer.config.train_encoder)
             layer.decoder.requires_grad_(layer.config.train_decoder)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from strassen_tile import files
 from strassen_tile.convert.record import Kind, Record, follow
-from strassen_tile.convert.swap import Conversion
+from strassen_tile.convert.swap import Conversion, changed
 from strassen_tile.errors import CheckpointError, ConversionError
 from strassen_tile.nn.config import Mixing, Scope
 
@@ -49,8 +49,9 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
             f"{folder} holds a model in several files ({INDEX}), which would be mixed up; take another folder"
         )
     config = _read_config(folder) if (folder / CONFIG).exists() else {}
-    files.write_bytes(folder / TENSORS, save(_distinct(model), metadata={"format": "pt"}))
-    files.write_text(folder / CONFIG, json.dumps({**config, _KEY: record.to_dict()}, indent=2) + "\n")
+    tensors = save(_distinct(model), metadata={"format": "pt"})
+    with files.written_first(folder / TENSORS, tensors):  # should we be killed in between, the two are seen not to fit
+        files.write_text(folder / CONFIG, json.dumps({**config, _KEY: record.to_dict()}, indent=2) + "\n")
 
 
 def load_model(model: nn.Module, folder: str | Path) -> Conversion:
@@ -89,6 +90,7 @@ def load_model(model: nn.Module, folder: str | Path) -> Conversion:
         raise
     model.load_state_dict(tensors, strict=False)  # names and shapes were compared: what is missing shares a tensor
     follow(model, conversion)
+    changed(model, conversion.skipped)
     return conversion
 
 
@@ -119,11 +121,17 @@ def check_files(record: Record, placed: Collection[str], paths: Iterable[str | P
         Counter(_of_kind(kind) for kind in kinds)
         for kinds in (record.layers.values(), (record.layers[name] for name in placed))
     )
-    if not least <= there <= said:
+    if not (least <= there and (record.part or there <= said)):
         raise CheckpointError(
             f"config.json and the tensors disagree: the one says {_counted(said)}, the others are {_counted(there)}. Nothing "
             "was loaded; save the model again, both in one go"
         )
+
+
+def stl_layers_in(paths: Iterable[str | Path]) -> set[str]:
+    """The names of the STL layers whose tensors are in these safetensors files."""
+    with _opened([path for path in paths if Path(path).suffix == ".safetensors"]) as found:
+        return {name.removesuffix(".meaning") for name in found if name.endswith(".meaning")}
 
 
 def _of_kind(kind: Kind) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from strassen_tile.convert.evidence import Evidence
 from strassen_tile.convert.influence import Base, Watch, without_matrices
 from strassen_tile.convert.leaks import Leak, Rule, culprits
-from strassen_tile.convert.places import batches, real_rows
+from strassen_tile.convert.places import batches, real_rows, unfollowed
 from strassen_tile.convert.replace import modules_by_name, replace_modules
 from strassen_tile.convert.running import evaluating, run, scratch_copy, widen
 from strassen_tile.errors import ConversionError
@@ -57,7 +57,17 @@ def failures(
             break
         found.update(failed)
         changed = {name: layer for name, layer in changed.items() if name not in failed}
-    if attach is None or not real_rows(model, example_inputs):
+    if attach is None:
+        return found
+    mixing = {n: layer for n, layer in changed.items() if isinstance(layer, TileLayer) and layer.config.mixes_rows}
+    if other := unfollowed(model, example_inputs):
+        both_ways = [name for name, layer in mixing.items() if layer.config.mixing == "sequence"]
+        return found | dict.fromkeys(
+            both_ways,
+            f"{other} says which rows are padding, and is not followed: leave it out of example_inputs, and hold the mask in "
+            "`with strassen_tile.padding(model, mask)` for each call",
+        )
+    if not real_rows(model, example_inputs):
         return found
 
     def padding_leak(some: Mapping[str, nn.Module]) -> Leak | None:
@@ -70,7 +80,6 @@ def failures(
                 return new_dependence(apart, copy, example_inputs, only_padding=True)
 
     reason = "no mask of the call tells it which rows are padding"
-    mixing = {n: layer for n, layer in changed.items() if isinstance(layer, TileLayer) and layer.config.mixes_rows}
     return found | {name: f"{reason}: {leak.reason}" for name, leak in culprits(mixing, padding_leak).items()}
 
 

@@ -8,66 +8,23 @@ trains, casts and compiles.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from strassen_tile.convert import Conversion, convert
-from strassen_tile.convert.record import FORMAT, QUANT_METHOD, Record, follow, tensors_wanted
+from strassen_tile.convert.record import QUANT_METHOD, Record, follow, tensors_wanted
 from strassen_tile.convert.record import conversion_of as of_layers
-from strassen_tile.convert.saving import check_files
+from strassen_tile.convert.saving import check_files, stl_layers_in
 from strassen_tile.convert.swap import changed, on_change
-from strassen_tile.errors import CheckpointError, ConfigError
-from strassen_tile.nn import STLConfig
+from strassen_tile.errors import CheckpointError
+from strassen_tile.integrations.configs import STLQuantConfig, skipped_in, with_record, write_down
 
-
-@register_quantization_config(QUANT_METHOD)
-class STLQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """How `from_pretrained(folder_of_a_dense_model, quantization_config=STLQuantConfig(…))` converts the model it loads.
-
-    In a saved model's `config.json` it is the record of the layers that are there.
-
-    Args:
-        config: of the layers; `STLConfig()` by default.
-        options: further arguments of `strassen_tile.convert`: example_inputs, filter_fn, layer_configs, force_mixing,
-            min_speedup.
-    """
-
-    quant_method = QUANT_METHOD
-
-    def __init__(self, config: STLConfig | None = None, **options: Any) -> None:
-        self.quant_method = QUANT_METHOD
-        self.record: Record | None = None
-        if options.pop("quant_method", None) is not None or "layers" in options:  # out of config.json
-            self.record = Record.from_dict({"quant_method": QUANT_METHOD, **options})
-            options = {}
-        self.config, self.options = config or STLConfig(), options
-        if not isinstance(self.config, STLConfig):
-            raise ConfigError(f"config must be an STLConfig; got {config!r}")
-
-    @classmethod
-    def of(cls, record: Record) -> STLQuantConfig:
-        """That of a model which is converted."""
-        made = cls()
-        made.record = record
-        return made
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON holds."""
-        if self.record is not None:
-            return self.record.to_dict()
-        return {"quant_method": QUANT_METHOD, "format": FORMAT, "config": self.config.to_dict()}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> STLQuantConfig:
-        made = type(self)(self.config, **self.options)  # example inputs and functions are nobody's to copy
-        made.record = self.record
-        return made
+__all__ = ["STLQuantConfig", "STLQuantizer", "conversion_of"]
 
 
 @register_quantizer(QUANT_METHOD)
@@ -90,9 +47,16 @@ class STLQuantizer(HfQuantizer):  # type: ignore[misc]
             raise CheckpointError(
                 "quantization_config in config.json has no layers: it was not saved with a converted model"
             )
-        names = {name: _here(model, name) for name in record.layers}
-        check_files(record, [name for name, here in names.items() if here is not None], checkpoint_files or [])
-        self._conversion = record.put_into(model, lambda name: _here(model, name))
+        places = _places(model, record)
+        check_files(record, [name for name, here in places.items() if here is not None], checkpoint_files or [])
+        self._conversion = record.put_into(model, lambda name: places.get(name, name))
+        stored, prefix = stl_layers_in(checkpoint_files or []), f"{model.base_model_prefix}."
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and stored & {name, name.removeprefix(prefix), prefix + name}:
+                raise CheckpointError(
+                    f"{name} is an STL layer in the checkpoint, and config.json has it as a dense one for "
+                    f"{type(model).__name__}: load the class that was saved"
+                )
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -140,52 +104,49 @@ def conversion_of(model: PreTrainedModel) -> Conversion:
     Raises:
         CheckpointError: it has no STL layers.
     """
-    known = getattr(model.config, "quantization_config", None)
-    return of_layers(
-        model, known.record.skipped if isinstance(known, STLQuantConfig) and known.record is not None else {}
-    )
+    return of_layers(model, skipped_in(model.config))
 
 
-def _write_down(model: nn.Module, skipped: Mapping[str, str]) -> None:
-    """Bring the configs of the transformers models in `model` up to date: each may be saved by itself."""
-    seen: set[int] = set()
-    for outer, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel) or id(module.config) in seen:
-            continue
-        config, prefix = module.config, f"{outer}." if outer else ""
-        seen.add(id(config))
-        before = getattr(config, "quantization_config", None)
-        if before is not None and not isinstance(before, STLQuantConfig):
-            continue
-        old = before.record.skipped if before is not None and before.record is not None else {}
-        why = old | {name.removeprefix(prefix): text for name, text in skipped.items() if name.startswith(prefix)}
-        if (record := Record.of(module)) is not None:
-            kept = {name: text for name, text in why.items() if name not in record.layers}
-            config = _config_of_its_own(module) if before is None else config
-            config.quantization_config = STLQuantConfig.of(Record(record.layers, kept))
-            seen.add(id(config))
-        elif before is not None:
-            del config.quantization_config
+def _places(model: PreTrainedModel, record: Record) -> dict[str, str | None]:
+    """Name of a layer in the record → the one that it has in this class of model, which may have a head around it, or none.
 
-
-def _config_of_its_own(model: PreTrainedModel) -> Any:
-    """A copy of its config, put wherever the model holds it: other models, dense ones, may have been built of the same."""
-    shared, own = model.config, copy.copy(model.config)
-    for module in model.modules():
-        if vars(module).get("config") is shared:
-            module.config = own
-    return own
-
-
-def _here(model: PreTrainedModel, name: str) -> str | None:
-    """The name that a layer of the checkpoint has in this class of model, which may have a head around it, or none."""
-    prefix = f"{model.base_model_prefix}."
-    names = [name, name.removeprefix(prefix), prefix + name]
+    Raises:
+        CheckpointError: the model has none of them.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
-    found = next((n for n in names if n in modules), None)
-    if found is None and not any(n.partition(".")[0] in modules for n in names[:2]):
-        return None  # of a part that this class does not have: another head, a decoder
-    return found or name
+    prefix, outer = f"{model.base_model_prefix}.", _what_it_is_of(modules, record)
+    places: dict[str, str | None] = {}
+    for name in record.layers:
+        names = [name, name.removeprefix(prefix), prefix + name, name.removeprefix(outer)]
+        found = next((n for n in names if n in modules), None)
+        places[name] = found if found is not None or _lacks_its_part(modules, names[:2]) else name
+    if not any(place in modules for place in places.values()):
+        raise CheckpointError(
+            f"{type(model).__name__} has none of the {len(places)} layers that the checkpoint says are STL layers, such as "
+            f"{next(iter(places))!r}: it is of another model"
+        )
+    return places
+
+
+def _what_it_is_of(modules: Mapping[str, nn.Module], record: Record) -> str:
+    """The part of the recorded model that this one is: "vision_model.", if that alone has all its layers here; or ""."""
+    parts: dict[str, list[str]] = {}
+    for name in record.layers:
+        part, _, inner = name.partition(".")
+        parts.setdefault(part, []).append(inner)
+    whole = [part for part, inner in parts.items() if part not in modules and all(n and n in modules for n in inner)]
+    return f"{whole[0]}." if len(whole) == 1 else ""
+
+
+def _lacks_its_part(modules: Mapping[str, nn.Module], names: Sequence[str]) -> bool:
+    """Whether the layer is of a part that the model does not have (another head, a decoder), and not just one too many."""
+    for name in names:
+        inner = name
+        while inner and inner not in modules:
+            inner, _, missing = inner.rpartition(".")
+            if inner in modules and (missing.isdecimal() or f"{inner}.{missing}" == name):
+                return False
+    return True
 
 
 def _not_loaded(model: nn.Module, conversion: Conversion) -> list[str]:
@@ -199,4 +160,5 @@ def _not_loaded(model: nn.Module, conversion: Conversion) -> list[str]:
     return [name for name in wanted if name not in read]
 
 
-on_change(_write_down)
+on_change(write_down)
+PreTrainedModel.save_pretrained = with_record(PreTrainedModel.save_pretrained)

@@ -67,6 +67,10 @@ class TileLayer(nn.Module):
             error_msgs.append(
                 f"{name}: `meaning` must be a tensor without numbers, as the layer's own state_dict() has it; got {given!r}"
             )
+        elif f"{prefix}weight" in state_dict and f"{prefix}encoded_weight" not in state_dict:
+            error_msgs.append(  # whatever `strict` says: the layer would stay as it was started
+                f"{name}: this is an STL layer, and what is loaded has the weight of a dense one; convert after loading"
+            )
         elif tuple(given.shape) == here:
             state_dict[f"{prefix}meaning"] = given.to(self.meaning.dtype)  # it was of bools once
             super()._load_from_state_dict(

@@ -19,6 +19,12 @@ from strassen_tile.errors import ShapeError, shape_text
 ROWS = ("src_key_padding_mask", "attention_mask")
 OTHERS = ("tgt_key_padding_mask", "decoder_attention_mask")  # of a second sequence
 PATTERNS = ("mask", "src_mask")  # of torch's encoders: who sees whom
+SIGNALS = (
+    "pixel_values",
+    "input_features",
+    "input_values",
+    "pixel_values_videos",
+)  # what a tower makes rows of its own of
 PACKED = (
     "several documents are packed into one row of the batch ({how}): the tiles of a row-mixing layer would let one leak into "
     "the next. Give each a row of its own, padded, or use mixing='none'"

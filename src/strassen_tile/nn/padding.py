@@ -21,7 +21,17 @@ from strassen_tile.errors import ShapeError, shape_text
 from strassen_tile.nn import calls
 from strassen_tile.nn.calls import Call
 from strassen_tile.nn.direct import Direct
-from strassen_tile.nn.masks import OTHERS, PATTERNS, ROWS, Takes, check_one_sequence, check_pattern, real_rows, takes_of
+from strassen_tile.nn.masks import (
+    OTHERS,
+    PATTERNS,
+    ROWS,
+    SIGNALS,
+    Takes,
+    check_one_sequence,
+    check_pattern,
+    real_rows,
+    takes_of,
+)
 
 _library = torch.library.Library("strassen_tile", "FRAGMENT")
 _library.define(
@@ -68,13 +78,14 @@ class PaddingMask:
             if has_embeddings:
                 whole.append(name)
             takes = takes._replace(part=inside and not has_embeddings)
+            told = bool(takes.positions.keys() & {*ROWS, *OTHERS})
             if module is not model:
                 layers = any(getattr(layer, "padding", None) is self for layer in module.modules())
-                if not takes.positions.keys() & {*ROWS, *OTHERS} or not layers:
+                if not layers or not (told or (has_embeddings and getattr(module, "main_input_name", "") in SIGNALS)):
                     continue
             handles.append(module.register_forward_pre_hook(partial(self._enter, takes), with_kwargs=True))
             handles.append(module.register_forward_hook(self._leave, always_call=True))
-            if takes.positions.keys() & {*ROWS, *OTHERS} and not takes.part:
+            if (told or module is model) and not takes.part:
                 handles.append(Direct(module, partial(_followed, module)))
         return handles
 
@@ -199,6 +210,9 @@ class PaddingMask:
         if isinstance(mask, Tensor) and (mask.ndim == 2 or name != "attention_mask"):
             return real_rows(mask, name), ""
         real = outer.real if outer is not None and outer.real is not None else held
+        if real is None and outer is not None and getattr(outer.module, "main_input_name", "") in SIGNALS:
+            check_pattern(mask, None)  # made by a tower, which was told of no padding, for a model in it
+            return None, outer.unclear
         if real is None and (outer is None or not outer.unclear):
             shape = shape_text(mask.shape) if isinstance(mask, Tensor) else f"of type {type(mask).__name__}"
             raise ShapeError(

@@ -40,4 +40,6 @@ def dense_weight(rows: int, columns: int, like: Tensor) -> Tensor:
     """A `DenseWeight`; while a model is traced, which knows no such tensors, an empty one (rows, 0)."""
     if torch.compiler.is_dynamo_compiling():
         return like.new_empty((rows, 0))
-    return DenseWeight(rows, columns, like)
+    weight = DenseWeight(rows, columns, like)
+    weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers starts no such tensor anew
+    return weight

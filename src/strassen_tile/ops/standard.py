@@ -45,7 +45,7 @@ def decode(encoded: Tensor, decoder: Tensor, batch: int, rows: int, columns: int
     else:
         flat = decoder.reshape(r, p * s).mT @ encoded.view(r, total * l)
         tiles = flat.view(p, s, batch, i, l).permute(2, 3, 0, 4, 1)
-    return _copied(tiles).view(batch, i * p, l * s)[:, :rows, :columns]
+    return _cut(_copied(tiles).view(batch, i * p, l * s), rows, columns)
 
 
 def linear(
@@ -81,7 +81,7 @@ def decode_by_convolution(encoded: Tensor, decoder: Tensor, batch: int, rows: in
         return decode(encoded, decoder, batch, rows, columns)
     p, s = decoder.shape[1:]
     image = F.conv_transpose2d(encoded.unsqueeze(0), decoder.unsqueeze(1), stride=(p, s))
-    return image.view(batch, tile_count(rows, p) * p, encoded.shape[2] * s)[:, :rows, :columns]
+    return _cut(image.view(batch, tile_count(rows, p) * p, encoded.shape[2] * s), rows, columns)
 
 
 def decompositions(*, convolutions: bool = False) -> dict[Any, Callable[..., Tensor]]:
@@ -91,6 +91,11 @@ def decompositions(*, convolutions: bool = False) -> dict[Any, Callable[..., Ten
         schemas.encode: encode_by_convolution if convolutions else encode,
         schemas.decode: decode_by_convolution if convolutions else decode,
     }
+
+
+def _cut(y: Tensor, rows: int, columns: int) -> Tensor:
+    """Without the padding; contiguous, as the graph was traced to have it."""
+    return _copied(y[:, :rows, :columns])
 
 
 def _copied(x: Tensor) -> Tensor:

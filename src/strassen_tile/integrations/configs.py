@@ -1,0 +1,166 @@
+"""The record of a conversion in the configs of transformers' models, each of which may be saved, or loaded, by itself."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.modeling_utils import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from strassen_tile.convert.record import FORMAT, QUANT_METHOD, Record
+from strassen_tile.errors import ConfigError
+from strassen_tile.nn import STLConfig
+from strassen_tile.nn.base import TileLayer
+
+
+@register_quantization_config(QUANT_METHOD)
+class STLQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How `from_pretrained(folder_of_a_dense_model, quantization_config=STLQuantConfig(…))` converts the model it loads.
+
+    In a saved model's `config.json` it is the record of the layers that are there.
+
+    Args:
+        config: of the layers; `STLConfig()` by default.
+        options: further arguments of `strassen_tile.convert`: example_inputs, filter_fn, layer_configs, force_mixing,
+            min_speedup.
+    """
+
+    quant_method = QUANT_METHOD
+
+    def __init__(self, config: STLConfig | None = None, **options: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.record: Record | None = None
+        if options.pop("quant_method", None) is not None or "layers" in options:  # out of config.json
+            self.record = Record.from_dict({"quant_method": QUANT_METHOD, **options})
+            options = {}
+        self.config, self.options = config or STLConfig(), options
+        if not isinstance(self.config, STLConfig):
+            raise ConfigError(f"config must be an STLConfig; got {config!r}")
+
+    @classmethod
+    def of(cls, record: Record) -> STLQuantConfig:
+        """That of a model which is converted."""
+        made = cls()
+        made.record = record
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON holds."""
+        if self.record is not None:
+            return self.record.to_dict()
+        return {"quant_method": QUANT_METHOD, "format": FORMAT, "config": self.config.to_dict()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> STLQuantConfig:
+        made = type(self)(self.config, **self.options)  # example inputs and functions are nobody's to copy
+        made.record = self.record
+        return made
+
+
+def skipped_in(config: PreTrainedConfig) -> dict[str, str]:
+    """Name → why that layer is dense, as far as a config has it written down."""
+    known = getattr(config, "quantization_config", None)
+    return known.record.skipped if isinstance(known, STLQuantConfig) and known.record is not None else {}
+
+
+def write_down(model: nn.Module, skipped: Mapping[str, str]) -> None:
+    """Bring the configs of the transformers models in `model` up to date with the layers that it has now.
+
+    Args:
+        model: with or without such models inside.
+        skipped: name → why that layer is dense, besides what is written down already.
+    """
+    done: set[int] = set()
+    parts = [(name, part) for name, part in model.named_modules() if isinstance(part, PreTrainedModel)]
+    for name, part in parts:
+        if not any(_inside(name, outer) for outer, _ in parts):
+            _give_own_configs(part)
+    for name, part in parts:
+        if id(part.config) in done or not _is_ours(part.config):
+            continue
+        done.add(id(part.config))
+        prefix = f"{name}." if name else ""
+        why = skipped_in(part.config) | {
+            layer.removeprefix(prefix): text for layer, text in skipped.items() if layer.startswith(prefix)
+        }
+        if (record := Record.of(part)) is not None:
+            kept = {layer: text for layer, text in why.items() if layer not in record.layers}
+            part.config.quantization_config = STLQuantConfig.of(Record(record.layers, kept, part=bool(name)))
+        elif hasattr(part.config, "quantization_config"):
+            del part.config.quantization_config
+
+
+def with_record(save: Callable[..., Any]) -> Callable[..., Any]:
+    """`save_pretrained` that writes down first what the model is then: an inner model may have been converted by itself, or
+    layers put in by hand.
+    """
+
+    @functools.wraps(save)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **options: Any) -> Any:
+        write_down(self, {})
+        if _would_be_merged(self):  # Ŵ of q, k and v are no parts of one matrix
+            options["save_original_format"] = False
+        return save(self, *args, **options)
+
+    return save_pretrained
+
+
+def _inside(name: str, outer: str) -> bool:
+    return name != outer and (not outer or name.startswith(f"{outer}."))
+
+
+def _is_ours(config: PreTrainedConfig) -> bool:
+    """Whether what stands there, if anything does, is the record of a conversion."""
+    known = getattr(config, "quantization_config", None)
+    method = known.get("quant_method") if isinstance(known, Mapping) else getattr(known, "quant_method", None)
+    return known is None or method == QUANT_METHOD
+
+
+def _give_own_configs(model: PreTrainedModel) -> None:
+    """Let `model` and those inside have copies of their configs if a record is to be put in, or out: other models, dense
+    ones, may have been built of the same.
+    """
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    written = (isinstance(getattr(part.config, "quantization_config", None), STLQuantConfig) for part in parts)
+    if all(there == (Record.of(part) is not None) for there, part in zip(written, parts, strict=True)):
+        return
+    copies: dict[int, PreTrainedConfig] = {}
+    held = [part.config for part in parts]  # alive as long as their ids are used
+    for config in held:
+        _copy(config, copies)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig) and id(value) in copies:
+                setattr(module, name, copies[id(value)])
+
+
+def _copy(config: PreTrainedConfig, copies: dict[int, PreTrainedConfig]) -> PreTrainedConfig:
+    """A copy of `config` and of those in it; one that two share is shared by their copies."""
+    if id(config) not in copies:
+        copies[id(config)] = own = copy.copy(config)
+        for name, value in list(vars(own).items()):
+            if isinstance(value, PreTrainedConfig):
+                vars(own)[name] = _copy(value, copies)
+    return copies[id(config)]
+
+
+def _would_be_merged(model: PreTrainedModel) -> bool:
+    """Whether `save_pretrained` would put tensors of STL layers together, as it does those of the dense ones, for the format
+    that the model was published in.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TileLayer)}
+    if not layers:
+        return False
+    known: Iterable[Any] = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(
+        model, add_legacy=False
+    )
+    merging = [one.reverse_transform() for one in known if isinstance(one, WeightConverter)]
+    names = [f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict()]
+    return any(one.rename_source_key(name)[1] is not None for one in merging for name in names)
