@@ -149,6 +149,25 @@ def test_killed_between_its_two_files_the_folder_is_refused(tmp_path, monkeypatc
         st.load_model(ViT(), tmp_path)
 
 
+def test_views_of_one_tensor_are_saved_each_by_itself_and_what_is_no_tensor_is_said(tmp_path):
+    model, table = ViT().eval(), torch.arange(6.0)
+    model.register_buffer("sines", table[:3])
+    model.register_buffer("cosines", table[3:])
+    st.convert(model, st.STLConfig(mixing="none"))
+    st.save_model(model, tmp_path)
+    again = ViT().eval().requires_grad_(False)
+    again.register_buffer("sines", torch.zeros(3))
+    again.register_buffer("cosines", torch.zeros(3))
+    with torch.inference_mode():
+        st.load_model(again, tmp_path)
+    assert torch.equal(again.cosines, table[3:]) and not any(p.requires_grad for p in again.parameters())
+    again.requires_grad_()(PIXELS).sum().backward()
+    model.norm = type("Counting", (nn.Identity,), {"get_extra_state": lambda self: {"step": 3}})()
+    with pytest.raises(ConversionError, match=r"norm\._extra_state is a dict"):
+        st.save_model(model, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_dense_state_dict_is_refused(strict):
     """`strict=False` would leave every layer as it was started: so the Trainer resumes."""

@@ -51,7 +51,10 @@ class Kind:
         sizes, device = (linear.in_features, linear.out_features, linear.bias is not None), linear.weight.device
         with torch.device("meta"):
             made = _LAYERS[self.layer](*sizes, config=self.config, dtype=linear.weight.dtype)
-        return (made if device.type == "meta" else made.to_empty(device=device)).train(linear.training)
+        made = made if device.type == "meta" else made.to_empty(device=device)
+        for parameter in made.parameters():
+            parameter.requires_grad_(linear.weight.requires_grad)
+        return made.train(linear.training)
 
 
 @dataclass(frozen=True)
@@ -168,8 +171,9 @@ def follow(model: nn.Module, conversion: Conversion) -> None:
         if isinstance(layer, TileLayer):
             layer.padding = conversion.padding if layer.config.mixes_rows else None
         if isinstance(layer, STLLinear):
-            layer.encoder.requires_grad_(layer.config.train_encoder)
-            layer.decoder.requires_grad_(layer.config.train_decoder)
+            trained = layer.encoded_weight.requires_grad
+            layer.encoder.requires_grad_(trained and layer.config.train_encoder)
+            layer.decoder.requires_grad_(trained and layer.config.train_decoder)
     if conversion.padding is not None:
         conversion.padding.attach(model)
     conversion._undo[:] = [_refuse_undo]

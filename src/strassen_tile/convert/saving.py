@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from strassen_tile import files
@@ -35,7 +36,7 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
         folder: made if it is missing. Of files in it only those two are replaced, and of `config.json` only what is ours.
 
     Raises:
-        ConversionError: there are no STL layers.
+        ConversionError: there are no STL layers, or the state dict holds other things than tensors.
         CheckpointError: `folder` holds a model in several files, or a `config.json` that is none.
         OSError: it cannot be written; what was there before is still there.
     """
@@ -76,7 +77,8 @@ def load_model(model: nn.Module, folder: str | Path) -> Conversion:
     record = Record.from_dict(_read_config(folder).get(_KEY))
     paths = _tensor_files(folder)
     check_files(record, record.layers, paths)
-    conversion = record.put_into(model)
+    with torch.inference_mode(False):  # it is to be trained, wherever it is made
+        conversion = record.put_into(model)
     try:
         state = model.state_dict(keep_vars=True)
         with _opened(paths) as found:
@@ -154,8 +156,17 @@ def _distinct(model: nn.Module) -> dict[str, Tensor]:
     kept: dict[int, str] = {}
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.is_meta:
+            what = "on the meta device (offloaded?)" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            raise ConversionError(f"{name} is {what}; safetensors files hold tensors with their numbers")
         kept.setdefault(id(tensor), name)
-    return {name: state[name].detach().contiguous() for name in kept.values()}
+    return {name: _alone(state[name].detach()) for name in kept.values()}
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Contiguous, and sharing its storage with nothing: safetensors refuses views of one tensor."""
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _check_names(
@@ -175,7 +186,8 @@ def _check_names(
     ]
     if said:
         raise CheckpointError(
-            f"the tensors are not those of this {type(model).__name__}: {'; '.join(said)}. Nothing was changed"
+            f"the tensors are not those of this {type(model).__name__}: {'; '.join(said)}. Nothing was changed. (Of some "
+            "models of transformers the names in files are others: those come back by from_pretrained)"
         )
 
 
