@@ -138,6 +138,7 @@ def test_a_grid_wants_validation_images_and_rates() -> None:
             recipe(**changes)
 
 
+@pytest.mark.slow
 def test_runs_in_two_processes_are_those_of_one(tmp_path) -> None:
     torch.set_num_threads(1)
     how = recipe(methods=("dense", "2:4", "stl[rank=8,mixing=none]"))
