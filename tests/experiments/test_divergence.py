@@ -128,7 +128,7 @@ def test_a_rate_that_diverges_is_not_the_best() -> None:
         {"method": "stl", "variant": "r=8, lr 0.01", "lr": 0.01, "epoch": 2, "val_top1": 3.0, "val_loss": 9.0},
     ]
     for order in (rows, rows[::-1]):
-        assert list(vision.best_rates(order).values()) == [0.01]
+        assert list(vision.best_rates(order, (0.01, 0.1)).values()) == [0.01]
 
 
 def test_weights_kept_are_those_that_were_tested_and_load_again(tmp_path) -> None:

@@ -1,5 +1,6 @@
 """The protocol: rates chosen on validation images, the test set read once, runs spread over processes."""
 
+import math
 import os
 import signal
 import subprocess
@@ -119,9 +120,90 @@ def test_the_best_rate_is_of_the_last_epoch_and_a_run_that_diverged_is_never_it(
         }
 
     rows = [row(1.0, 1, 90.0, 0.1), row(1.0, 2, 80.0, 0.5), row(2.0, 2, 80.0, 0.4), row(4.0, 2, 70.0, 0.3)]
-    assert vision.best_rates(rows) == {("m", "mix tile"): 4.0}
+    grid = (1.0, 2.0, 4.0, 8.0)
+    assert vision.best_rates(rows, grid) == {("m", "mix tile"): 4.0}
     for nothing in (float("nan"), None):
-        assert vision.best_rates([*rows, row(8.0, 2, 99.0, nothing)]) == {("m", "mix tile"): 4.0}
+        assert vision.best_rates([*rows, row(8.0, 2, 99.0, nothing)], grid) == {("m", "mix tile"): 4.0}
+    assert vision.best_rates([*rows, {**row(8.0, 2, 99.0, 0.2), "diverged": True}], grid) == {("m", "mix tile"): 4.0}
+    assert vision.best_rates(rows, (1.0, 2.0)) == {("m", "mix tile"): 2.0}  # others are of another grid, from before
+    (nothing,) = vision.best_rates([row(8.0, 2, 99.0, None)], grid).values()
+    assert math.isnan(nothing)
+
+
+def told(run):
+    """What its rows say of how it trains."""
+    return run.cost.args[-1]
+
+
+def test_a_named_rate_is_never_chosen_anew(tmp_path) -> None:
+    """Not if it is the recipe's own, nor if the same method stands there without one."""
+    entries = ("dense", "dense[lr=5e-4]", "stl[rank=8,lr=1e-3]", "2:4[lr=1e-3]")
+    how = recipe(lr_grid=(2e-3, 4e-3), methods=entries)
+    assert how.lr == 1e-3
+    tried = vision.tuning(how).runs
+    assert {(run.method, told(run)["lr"]) for run in tried} == {("dense", 2e-3), ("dense", 4e-3)}
+    runs = vision.comparison(how, {("dense", ""): 4e-3}).runs
+    assert {(run.method, told(run)["lr"], told(run).get("tuned")) for run in runs} == {
+        ("dense", 4e-3, "0.002, 0.004"), ("dense", 5e-4, None), ("stl", 1e-3, None), ("2:4", 1e-3, None),
+    }  # fmt: skip
+    runs = vision.comparison(replace(how, methods=("dense", "dense[lr=4e-3]")), {("dense", ""): 4e-3}).runs
+    assert [told(run)["lr"] for run in runs] == [4e-3] * len(how.seeds)
+
+
+def test_what_diverged_at_every_rate_is_left_out_and_said() -> None:
+    how = recipe(lr_grid=(1e10, 1e12), methods=("dense", "stl[rank=8]"))
+    made = vision.comparison(how, {("dense", ""): 1e10, ("stl", "r=8"): float("nan")})
+    assert {run.method for run in made.runs} == {"dense"}
+    assert "stl r=8 is left out: it diverged at every rate of the grid." in made.remarks
+
+
+def test_the_seed_that_chooses_rates_is_refused() -> None:
+    with pytest.raises(ConfigError, match="that choose rates"):
+        vision.tuning(recipe(lr_grid=(1e-3,), seeds=(1_000_000,)))
+
+
+@pytest.mark.parametrize("entry", ["dense[width=0]", "stl[rank=24,width=6]", "dense[weight_norm=term]"])
+def test_what_cannot_be_made_is_said_before_anything_is_trained(entry) -> None:
+    with pytest.raises(ConfigError, match=r"methods: (dense|stl r=24),? .* cannot be made"):
+        vision.comparison(recipe(methods=("dense", entry)))
+
+
+@pytest.mark.parametrize("entry", ["monarch[flop_ratio=0.5,zero_last=true]", "rotated[zero_last=true]"])
+def test_branches_of_any_method_can_start_at_zero(entry) -> None:
+    assert vision.comparison(recipe(methods=(entry,))).runs
+
+
+def test_an_entry_can_do_without_a_base_width() -> None:
+    how = recipe(base_width=64, methods=("dense", "dense[base_width=none]"))
+    assert [(run.variant, told(run)["base_width"]) for run in vision.comparison(how).runs[:2]] == [
+        ("", 64), ("no base width", None),
+    ]  # fmt: skip
+
+
+def test_rates_that_differ_in_their_last_digit_are_told_apart() -> None:
+    how = recipe(methods=("dense[lr=0.00123456]", "dense[lr=0.001234564]", "dense[weight_decay=0.0500000001]"))
+    assert {run.variant for run in vision.comparison(how).runs} == {
+        "lr 0.00123456", "lr 0.001234564", "decay 0.0500000001",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "entry", ["stl[rank=24,width=192]", "low-rank[flop_ratio=0.5,width=192]", "dense[width=192,mix=grid]"]
+)
+def test_flops_of_a_narrow_network_are_held_against_the_wide_dense_one(entry, tmp_path) -> None:
+    """By hand: the same entry at its own width, scaled by the FLOPs of dense layers of both widths."""
+    plain = entry.replace("width=192", "zero_last=false")
+    how = recipe(methods=(entry, plain, "dense", "dense[width=192]"), epochs=1, limit=16, seeds=(0,))
+    rows = {row["variant"].replace("width 192", "").strip(" ,") + str("width" in row["variant"]): row
+            for row in vision.compare(how, tmp_path) if row["method"] == entry.partition("[")[0]}  # fmt: skip
+    narrow = next(row for key, row in rows.items() if key.endswith("True") and (key != "True" or "mix" not in entry))
+    wide = next(row for key, row in rows.items() if key.endswith("False") and (key != "False" or "mix" not in entry))
+    squared = (192 / 128) ** 2  # the model's own width is 128
+    assert narrow["flop_ratio_products"] == pytest.approx(
+        wide["flop_ratio_products"] * squared, rel=0.01
+    )  # ranks are whole
+    if entry.startswith("stl"):  # encoding is linear in the width
+        assert wide["flop_ratio_all_in"] * 1.5 < narrow["flop_ratio_all_in"] < wide["flop_ratio_all_in"] * squared
 
 
 def test_a_grid_wants_validation_images_and_rates() -> None:

@@ -137,6 +137,10 @@ class MonarchLinear(nn.Module):
         y = block_products(input, self.first, self.second, self.out_features)
         return y if self.bias is None else y + self.bias
 
+    def factor_fan_ins(self) -> dict[str, int]:
+        """Numbers that go into one of each factor's outputs: K/b and R/b."""
+        return {"first": self.first.shape[-1], "second": self.second.shape[-1]}
+
     def cost(self, rows: int, batch: int = 1) -> cost.Cost:
         """2N(K·R + R·M)/b FLOPs, K and M as filled up."""
         n, size, b = rows * batch, self.first.element_size(), self.blocks

@@ -50,6 +50,10 @@ class RotatedLinear(nn.Module):
         """(…, K) → (…, M)."""
         return F.linear(input, self.dense_weight(), self.bias)
 
+    def factor_fan_ins(self) -> dict[str, int]:
+        """K of the weight: it takes the rate that the dense one would."""
+        return {"weight": self.in_features}
+
     def cost(self, rows: int, batch: int = 1) -> cost.Cost:
         """That of the dense layer, which this is once it is trained."""
         return cost.dense(rows * batch, self.in_features, self.out_features, itemsize=self.weight.element_size())

@@ -37,12 +37,16 @@ def fixed_fields(
     found = cost_fields(model, conversion, splits)
     if narrow:
         dense = cost_fields(*build(recipe, splits, Compared(baselines.dense(), ""), 0), splits)
-        whole, own = float(str(found["flops_per_image"])), float(str(dense["flops_per_image"]))
-        in_layers = whole * float(str(found["share_converted"])) / (own * float(str(dense["share_converted"])))
+        here, there = (
+            {key: float(str(fields[key])) for key in ("flops_per_image", "flop_ratio", "share_converted")}
+            for fields in (found, dense)
+        )
+        # FLOPs of the converted layers, were they dense: of this width, and of the recipe's.
+        narrowed = here["flops_per_image"] / here["flop_ratio"] * here["share_converted"]
+        narrowed /= there["flops_per_image"] * there["share_converted"]
         found |= {
-            "flop_ratio": whole / own,
-            "flop_ratio_all_in": in_layers,
-            "flop_ratio_products": in_layers,
+            "flop_ratio": here["flops_per_image"] / there["flops_per_image"],
+            **{key: narrowed * float(str(found[key])) for key in ("flop_ratio_all_in", "flop_ratio_products")},
             "share_converted": dense["share_converted"],
         }
     return {**found, **more}

@@ -48,7 +48,7 @@ def run_compare(options: argparse.Namespace) -> int:
             rows = _show(tuning, "Learning rates", out, console, recipe.jobs)
             for line in runner.diverged(tuning.runs, out, rows):  # which is an answer to what was asked
                 console.print(line, soft_wrap=True)
-            rates = vision.best_rates(rows)
+            rates = vision.best_rates(rows, recipe.lr_grid)
         comparison = vision.comparison(recipe, rates)
         rows = _show(comparison, "Dense, 2:4 and Strassen-Tile", options.out, console, recipe.jobs)
     except RankError:

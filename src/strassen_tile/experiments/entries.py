@@ -36,6 +36,7 @@ class Compared:
         width: features of a token, where they are not the model's own.
         weight_norm: what of the encoded weights of STL layers is trained as norm and direction: each term, or the layer.
         zero_last: whether the last layer of each residual branch starts at zero.
+        rated: whether its entry names a learning rate, and none is to be chosen for it.
     """
 
     method: baselines.Method
@@ -44,6 +45,7 @@ class Compared:
     width: int | None = None
     weight_norm: Literal["term", "layer"] | None = None
     zero_last: bool = False
+    rated: bool = False
 
     @property
     def key(self) -> tuple[str, str]:
@@ -52,7 +54,7 @@ class Compared:
 
     def at(self, lr: float) -> Compared:
         """The same with another learning rate."""
-        variant = ", ".join(filter(None, [self.key[1], f"lr {lr:g}"]))
+        variant = ", ".join(filter(None, [self.key[1], f"lr {settings.shortest(lr)}"]))
         return replace(self, variant=variant, changes={**self.changes, "lr": lr})
 
 
@@ -144,13 +146,15 @@ def compared(entry: str, recipe: STLSettings, ranks: tuple[int, ...]) -> list[Co
     record, make = _ENTRIES[name]
     texts = [] if inside is None else settings.listed(inside)
     given = settings.values_of(record, settings.pairs(texts, f"methods: {name}"), f"methods: {name}")
-    own = {key: value for key, value in given.items() if key in _OWN and not _unset(value)}
+    own = {key: value for key, value in given.items() if key in _OWN and not _unset(key, value)}
     made = make(recipe, ranks, {key: value for key, value in given.items() if key not in _OWN})
     return [_with_own(one, own, recipe) for one in made]
 
 
-def _unset(value: object) -> bool:
-    return value is None or value is False or value == "none"  # a decay of 0 is set
+def _unset(key: str, value: object) -> bool:
+    if key in _TRAINING:  # a decay of 0 is set, and no base width where the recipe has one
+        return value is None and settings.settings_of(Training)[key].default is not None
+    return value is None or value is False or value == "none"
 
 
 def _with_own(one: Compared, own: Mapping[str, Any], recipe: STLSettings) -> Compared:
@@ -158,12 +162,18 @@ def _with_own(one: Compared, own: Mapping[str, Any], recipe: STLSettings) -> Com
     changes = {key: value for key, value in own.items() if key in _TRAINING and getattr(recipe, key, None) != value}
     _check_changes(recipe, changes)
     values = {key: own[key] for key in own if key not in _TRAINING} | changes
-    said = [word.format(values[key]) for key, word in _WORDS.items() if key in values]
+    said = [_said(word, values[key]) for key, word in _WORDS.items() if key in values]
     # Still called by its own name: the mix is part of its variant.
     method = replace(baselines.mixed(one.method, own["mix"]), name=one.method.name) if "mix" in own else one.method
     variant = ", ".join(filter(None, [one.variant, *said]))
     network = {key: own[key] for key in ("width", "weight_norm", "zero_last") if key in own}
-    return Compared(method, variant, changes, **network)
+    return Compared(method, variant, changes, rated="lr" in own, **network)
+
+
+def _said(word: str, value: object) -> str:
+    if value is None:
+        return f"no {word.format('').strip()}"
+    return word.format(settings.shortest(value) if isinstance(value, float) else value)
 
 
 def _check_changes(recipe: STLSettings, changes: Mapping[str, Any]) -> None:
@@ -232,7 +242,7 @@ _Make = Callable[[STLSettings, tuple[int, ...], Mapping[str, Any]], list[Compare
 _WORDS = {
     "mix": "mix {}", "width": "width {}", "weight_norm": "norm of each {}", "zero_last": "branches from zero",
     "epochs": "{} epochs",
-    "optimizer": "{}", "weight_decay": "decay {:g}", "factor_lr": "rates {}", "base_width": "base width {}", "lr": "lr {:g}",
+    "optimizer": "{}", "weight_decay": "decay {}", "factor_lr": "rates {}", "base_width": "base width {}", "lr": "lr {}",
 }  # fmt: skip
 _TRAINING = frozenset(one.name for one in fields(Training))
 _OWN = frozenset(one.name for one in fields(_Entry))

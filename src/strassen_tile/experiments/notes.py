@@ -44,7 +44,7 @@ def epochs(recipe: Recipe) -> str:
 def notes(recipe: Recipe, splits: ImageSplits) -> list[str]:
     """Paragraphs of the page: how the runs were made."""
     schedule = (
-        f"Every method trains the same {recipe.model} from the same start with the same recipe: "
+        f"Every method trains the same {recipe.model} from the same start with the same recipe, but for what its variant says: "
         f"{_OPTIMIZERS[recipe.optimizer]} at {_rate(recipe)}, weight decay {recipe.weight_decay:g} (none on encoders, "
         f"decoders, biases and norms), {recipe.warmup:.0%} warm-up, cosine decay, label smoothing "
         f"{recipe.label_smoothing:g}, drop path {recipe.drop_path:g}, batches of {recipe.batch_size} on all "

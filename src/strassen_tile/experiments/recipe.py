@@ -72,7 +72,7 @@ class Recipe(Methods, Training):
         if self.lr_grid and not self.validation:
             raise ConfigError("lr_grid is chosen from on validation images: say how many, as in validation=1000")
         for lr in self.lr_grid:
-            replace(self, lr=lr, lr_grid=())  # refuses what is no rate
+            replace(self, lr=lr, lr_grid=(), methods=("dense",))  # refuses what is no rate
         if len(set(self.lr_grid)) < len(self.lr_grid):
             raise ConfigError(f"lr_grid has a rate twice; got {', '.join(f'{lr:g}' for lr in self.lr_grid)}")
         Methods.__post_init__(self)

@@ -107,6 +107,12 @@ def as_text(value: object) -> str:
     raise ConfigError(f"text, a number, a boolean or a list of them is wanted; got {short(str(value))}")
 
 
+def shortest(number: object) -> str:
+    """A number as it is said: in the shortest way that is that number."""
+    plain = f"{number:g}"
+    return plain if float(plain) == number else repr(number)
+
+
 def short(text: str) -> str:
     """Quoted, and cut where it is long."""
     return repr(text if len(text) <= 60 else f"{text[:60]}…")

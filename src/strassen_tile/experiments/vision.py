@@ -17,12 +17,13 @@ from torch import nn
 
 from strassen_tile.convert import Conversion
 from strassen_tile.data import ImageSplits, hold_out, load_images
+from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import runner
 from strassen_tile.experiments.building import build, fixed_fields
 from strassen_tile.experiments.entries import Compared
 from strassen_tile.experiments.notes import epochs, facts, notes, remarks
 from strassen_tile.experiments.recipe import Recipe
-from strassen_tile.experiments.settings import settings_of
+from strassen_tile.experiments.settings import settings_of, shortest
 from strassen_tile.experiments.start import check
 from strassen_tile.integrations.ranks import share
 from strassen_tile.integrations.training import resolved_precision
@@ -48,7 +49,8 @@ def compare(recipe: Recipe, folder: Path, **callbacks: Any) -> list[Row]:
     """
     rates: Rates = {}
     if recipe.lr_grid:
-        rates = best_rates(runner.run(tuning(recipe), folder / "tuning", jobs=recipe.jobs, **callbacks))
+        rows = runner.run(tuning(recipe), folder / "tuning", jobs=recipe.jobs, **callbacks)
+        rates = best_rates(rows, recipe.lr_grid)
     return runner.run(comparison(recipe, rates), folder, jobs=recipe.jobs, **callbacks)
 
 
@@ -65,35 +67,57 @@ def comparison(recipe: Recipe, rates: Rates | None = None) -> runner.Comparison:
     """
     rates = rates or {}
     recipe, splits = _loaded(recipe)
-    roster = [one.at(lr) if (lr := rates.get(one.key, recipe.lr)) != recipe.lr else one for one in recipe.roster()]
-    chosen: Row = {"tuned": ", ".join(f"{lr:g}" for lr in recipe.lr_grid)} if rates else {}
-    runs = [_run(recipe, splits, index, one, seed, chosen) for seed in recipe.seeds for index, one in enumerate(roster)]
-    return _comparison(recipe, splits, f"{recipe.model} on {recipe.data}, {epochs(recipe)}", runs)
+    grid: Row = {"tuned": ", ".join(shortest(lr) for lr in recipe.lr_grid)}
+    roster: dict[tuple[str, str], tuple[int, Compared, Row]] = {}
+    left_out: list[str] = []
+    for index, one in enumerate(recipe.roster()):
+        lr = None if one.rated else rates.get(one.key, recipe.lr)
+        if lr is not None and not math.isfinite(lr):
+            left_out.append(f"{' '.join(filter(None, one.key))} is left out: it diverged at every rate of the grid.")
+            continue
+        made = one if lr in (None, recipe.lr) else one.at(lr)
+        # An entry may name the rate that another's choice comes to: they are one run.
+        chosen = grid if one.key in rates and not one.rated else {}
+        roster.setdefault((made.method.name, made.variant), (index, made, chosen))
+    runs = [
+        _run(recipe, splits, index, one, seed, chosen)
+        for seed in recipe.seeds
+        for index, one, chosen in roster.values()
+    ]
+    found = _comparison(recipe, splits, f"{recipe.model} on {recipe.data}, {epochs(recipe)}", runs)
+    return replace(found, remarks=[*found.remarks, *left_out])
 
 
 def tuning(recipe: Recipe) -> runner.Comparison:
     """Every method whose entry names no learning rate with each of the recipe's grid; the test set is not read."""
     recipe, splits = _loaded(recipe)
+    if _TUNING_SEED in recipe.seeds:
+        raise ConfigError(f"seed {_TUNING_SEED} is that of the runs that choose rates; take another")
     runs = [
-        _run(recipe, splits, index, one.at(lr), _TUNING_SEED, {}, test=False)
+        _run(recipe, splits, index, one.at(lr), _TUNING_SEED, {"tested": False}, test=False)
         for index, one in enumerate(recipe.roster())
-        if "lr" not in one.changes
+        if not one.rated
         for lr in recipe.lr_grid
     ]
     return _comparison(recipe, splits, f"Learning rates: {recipe.model} on {recipe.data}, {epochs(recipe)}", runs)
 
 
-def best_rates(rows: Iterable[Row]) -> Rates:
-    """For each method of `tuning`'s rows the rate at which the validation loss ends lowest.
+def best_rates(rows: Iterable[Row], grid: Sequence[float]) -> Rates:
+    """For each method of `tuning`'s rows the rate of the grid at which the validation loss ends lowest; NaN if all diverged.
 
-    The loss and not top-1: of a few hundred images, top-1 tells neighbouring rates apart by one image or two.
+    The folder may have rows of other grids, from before. The loss and not top-1: of a few hundred images, top-1 tells
+    neighbouring rates apart by one image or two.
     """
     ends: dict[tuple[str, str], dict[float, float]] = {}
     for row in rows:  # a run's rows are in order: the last one stays
+        if row["lr"] not in grid:
+            continue
         loss = number(row, "val_loss")
         key = str(row["method"]), without_rate(str(row["variant"]))
-        ends.setdefault(key, {})[float(str(row["lr"]))] = loss if loss is not None and math.isfinite(loss) else math.inf
-    return {key: min(tried, key=tried.__getitem__) for key, tried in ends.items()}
+        failed = loss is None or not math.isfinite(loss) or bool(row.get("diverged"))
+        ends.setdefault(key, {})[float(str(row["lr"]))] = math.inf if failed or loss is None else loss
+    best = {key: min(tried, key=tried.__getitem__) for key, tried in ends.items()}
+    return {key: lr if math.isfinite(ends[key][lr]) else math.nan for key, lr in best.items()}
 
 
 def _loaded(recipe: Recipe) -> tuple[Recipe, ImageSplits]:
@@ -105,6 +129,13 @@ def _loaded(recipe: Recipe) -> tuple[Recipe, ImageSplits]:
         splits = hold_out(splits, recipe.validation)
     recipe = recipe.fitted(splits)
     check(recipe, splits)
+    for one in recipe.roster():
+        if one.width is not None or one.weight_norm is not None or one.zero_last:
+            try:
+                build(recipe, splits, one, 0)
+            except Exception as error:  # whatever a network says that cannot be made so: now, and not after other runs
+                name = " ".join(filter(None, [one.method.name, one.variant]))
+                raise ConfigError(f"methods: {name} cannot be made: {error}") from error
     return recipe, splits
 
 
@@ -132,7 +163,9 @@ def _run(
     # what anybody wants the weights of.
     own: dict[str, Any] = {**one.changes, "methods": ("dense",), "save": recipe.save and test}
     training = replace(recipe, **own)
-    how = {key: getattr(training, key) for key in ("lr", "optimizer", "weight_decay", "factor_lr", "base_width")}
+    how = {
+        key: getattr(training, key) for key in ("lr", "optimizer", "weight_decay", "factor_lr", "base_width", "epochs")
+    }
     about = {
         "method": one.method.name,
         "variant": one.variant,

@@ -131,7 +131,10 @@ def _about_data(summary: Sequence[Mapping[str, Value]]) -> list[str]:
     if train is not None and test is not None and classes is not None:
         split, read = " training", ""
         if validation:
-            split, read = f" training, {_spaced(validation)} validation", "; the test set is read once, at the end"
+            split = f" training, {_spaced(validation)} validation"
+            read = "; the test set is read once, at the end"
+            if all(record.get("tested") is False for record in summary):
+                read = "; the test set is not read"
         said.append(f"{_spaced(train)}{split} and {_spaced(test)} test images of {_spaced(classes)} classes{read}.")
     if size is not None:
         scaled = (

@@ -91,14 +91,18 @@ class Group:
         """Whether training has ended, of all its seeds and at the same epoch.
 
         Args:
-            furthest: the last epoch of all groups. Runs with a validation split are over when the test set has been
-                read, or when they diverged; older rows do not say by themselves whether more are to come, and those that
-                stop earlier count as behind.
+            furthest: the last epoch of all groups, for older rows, which do not say how many are to come: those that stop
+                earlier count as behind. Runs with a validation split are over when the test set has been read, where it is
+                to be, and any when they diverged.
         """
         last = self.epochs[-1]
         rows = [run.get(last, {}) for run in self.seeds.values()]
-        tested = all(number(row, "top1") is not None or row.get("diverged") for row in rows)
-        return all(rows) and (tested if self.course == "val_top1" else last == furthest)
+        return all(rows) and all(row.get("diverged") or self._ended(row, last, furthest) for row in rows)
+
+    def _ended(self, row: Mapping[str, Value], last: int, furthest: int) -> bool:
+        if self.course == "val_top1" and row.get("tested") is not False:
+            return number(row, "top1") is not None
+        return last == (number(row, "epochs") or furthest)
 
     def at(self, key: str, epoch: int) -> dict[int, float | None]:
         """Seed to field `key` at `epoch`, of the seeds that have a row there; what is not finite counts as unknown."""
@@ -183,8 +187,13 @@ def without_rate(variant: str) -> str:
 
 
 def plain_dense(groups: Sequence[Group]) -> Group | None:
-    """The runs that others are held against: the method `dense` in nothing different from the recipe; None if not there."""
-    return next((group for group in groups if group.method == "dense" and not group.shown), None)
+    """The runs that others are held against: the method `dense` in nothing different from the recipe; None if not there.
+
+    Of several that differ by their rate: the last whose rate was chosen, if there is one.
+    """
+    plain = [group for group in groups if group.method == "dense" and not without_rate(group.variant)]
+    chosen = [group for group in plain if any(row.get("tuned") for run in group.seeds.values() for row in run.values())]
+    return chosen[-1] if chosen else next((group for group in plain if not group.shown), None)
 
 
 def furthest_of(groups: Sequence[Group]) -> int:
