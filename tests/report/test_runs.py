@@ -4,6 +4,7 @@ import pytest
 from training_rows import fair
 
 from strassen_tile.errors import DataError
+from strassen_tile.report.captions import table_caption
 from strassen_tile.report.groups import plain_dense
 from strassen_tile.report.runs import group_rows, progress_note, run_of, summarise
 
@@ -116,3 +117,24 @@ def test_a_rate_is_part_of_what_is_shown_only_where_it_tells_runs_apart() -> Non
     both = group_rows([*rows, row("dense", "", 1e-3)])
     assert [group.label for group in both if group.method == "dense"] == ["dense lr 0.0005", "dense"]
     assert plain_dense(both) is both[-1]
+
+
+def test_rows_that_say_how_long_a_run_is_are_over_then() -> None:
+    """Without a validation split, on a schedule of its own; and where a rate is chosen, and no test image is read."""
+    long = rows("dense", [40.0, 45.0, 50.0], variant="", epochs=3)
+    short = rows("stl", [40.0, 45.0], variant="2 epochs", epochs=2)
+    stopped = rows("2:4", [40.0, 45.0], variant="", epochs=3)
+    assert [group.over(3) for group in group_rows([*long, *short, *stopped])] == [True, True, False]
+    told = {"method": "dense", "rank": None, "variant": "lr 0.001", "seed": 0, "epochs": 2, "tested": False}
+    choosing = [{**told, "epoch": epoch, "val_top1": 50.0} for epoch in (1, 2)]
+    assert group_rows(choosing)[0].over(2) and not group_rows(choosing[:1])[0].over(2)
+    for page, says in ((choosing, "the test set is not read"), ([{**choosing[0], "tested": None}], "read once")):
+        data = {"train_images": 9, "val_images": 5, "test_images": 7, "classes": 2}
+        assert says in table_caption(summarise([{**row, **data} for row in page]))
+
+
+def test_dense_of_a_chosen_rate_goes_before_dense_from_before_there_was_a_grid() -> None:
+    old = rows("dense", [40.0], variant="", lr=1e-3)
+    new = rows("dense", [45.0], variant="lr 0.0005", lr=5e-4, tuned="0.0005, 0.001")
+    groups = group_rows([*old, *new])
+    assert plain_dense(groups) is groups[1]
