@@ -168,6 +168,12 @@ def test_views_of_one_tensor_are_saved_each_by_itself_and_what_is_no_tensor_is_s
     assert not (tmp_path / "other").exists()
 
 
+def test_a_folder_of_a_dense_model_is_said_to_hold_no_converted_one(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(CheckpointError, match="there is no converted model in it"):
+        st.load_model(ViT(), tmp_path)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_dense_state_dict_is_refused(strict):
     """`strict=False` would leave every layer as it was started: so the Trainer resumes."""

@@ -89,6 +89,15 @@ def test_onnx_of_any_batch_and_length(encoder, programs, tmp_path):
             torch.testing.assert_close(torch.from_numpy(found), encoder(**inputs), rtol=1e-4, atol=1e-5)
 
 
+def test_a_reloaded_model_is_exported_and_saved(encoder, tmp_path):
+    encoder.model.save_pretrained(tmp_path)
+    again = hf.BertModel.from_pretrained(tmp_path, add_pooling_layer=False)
+    torch.export.save(st.export(again, (), TEXT), tmp_path / "model.pt2")
+    with torch.no_grad():
+        found = torch.export.load(tmp_path / "model.pt2").module()(**TEXT).last_hidden_state
+        torch.testing.assert_close(found, encoder(**TEXT), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["Dinov2Model", pytest.param("ModernBertModel", marks=pytest.mark.slow)])
 def test_models_whose_graphs_differ_from_what_runs(kind, tmp_path):
     """DINOv2 hands a mask down only while it is traced; ModernBERT's views ask for the strides that the layer gives."""

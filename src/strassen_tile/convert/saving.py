@@ -74,7 +74,9 @@ def load_model(model: nn.Module, folder: str | Path) -> Conversion:
         raise CheckpointError(
             "the model is on the meta device; build it where it is to be (buffers are not all in the file)"
         )
-    record = Record.from_dict(_read_config(folder).get(_KEY))
+    if (known := _read_config(folder).get(_KEY)) is None:
+        raise CheckpointError(f"{folder / CONFIG} has no {_KEY}: there is no converted model in it")
+    record = Record.from_dict(known)
     paths = _tensor_files(folder)
     check_files(record, record.layers, paths)
     with torch.inference_mode(False):  # it is to be trained, wherever it is made

@@ -69,6 +69,8 @@ class Recipe(Methods, Training):
             raise ConfigError(
                 f"validation must not be negative, and jobs from 1 to {_MOST_JOBS}; got {self.validation}, {self.jobs}"
             )
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit must be a positive number of training images, or none; got {self.limit}")
         if self.lr_grid and not self.validation:
             raise ConfigError("lr_grid is chosen from on validation images: say how many, as in validation=1000")
         for lr in self.lr_grid:

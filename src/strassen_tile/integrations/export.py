@@ -54,4 +54,8 @@ def export(
         made: torch.export.ExportedProgram = program.run_decompositions(
             decompositions(convolutions=runtime == "onnxruntime")
         )
+    # Tensors without numbers that were loaded lie in storages that torch.export.save does not measure rightly.
+    for key, tensor in made.state_dict.items():
+        if not tensor.numel():
+            made.state_dict[key] = torch.empty_like(tensor)
     return made
