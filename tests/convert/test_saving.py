@@ -168,12 +168,6 @@ def test_views_of_one_tensor_are_saved_each_by_itself_and_what_is_no_tensor_is_s
     assert not (tmp_path / "other").exists()
 
 
-def test_a_folder_of_a_dense_model_is_said_to_hold_no_converted_one(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(CheckpointError, match="there is no converted model in it"):
-        st.load_model(ViT(), tmp_path)
-
-
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_dense_state_dict_is_refused(strict):
     """`strict=False` would leave every layer as it was started: so the Trainer resumes."""
@@ -252,7 +246,7 @@ REFUSED = {
     "on the meta device": (lambda: ViT().to("meta"), None, "meta device"),
     "no tensors": (ViT, lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
     "no config": (ViT, lambda f: (f / "config.json").unlink(), "cannot read .*config.json"),
-    "config of nothing": (ViT, lambda f: (f / "config.json").write_text("{}"), "must be an object"),
+    "config of nothing": (ViT, lambda f: (f / "config.json").write_text("{}"), "there is no converted model in it"),
     "config cut": (ViT, lambda f: (f / "config.json").write_text('{"quant'), "cannot read"),
     "cut": (ViT, lambda f: (f / "model.safetensors").write_bytes(b"12345678" * 40), "truncated, damaged"),
     "a file elsewhere": (
