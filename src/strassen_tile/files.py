@@ -123,7 +123,7 @@ def written_first(path: str | Path, data: bytes | memoryview) -> Iterator[None]:
         temporary.replace(target)
     except BaseException as error:  # An interrupt as well must leave nothing behind.
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
+        if isinstance(error, OSError) and error.errno is not None and str(error.filename) in ("None", str(temporary)):
             raise OSError(error.errno, error.strerror, str(target)) from error  # a full disk does not say which file
         raise
 

@@ -387,3 +387,36 @@ def test_forward_called_as_such_follows_its_mask_too():
     assert (
         list(inspect.signature(model.forward).parameters) == list(inspect.signature(type(model).forward).parameters)[1:]
     )
+
+
+class Tower(nn.Module):
+    """A model of images that makes masks of its own for one inside, which asks for (B, N) where it is called by others."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.inner, self.hidden = Masked(), hidden
+
+    def forward(self, pixel_values):
+        return self.inner(pixel_values, attention_mask=self.hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+def test_a_tower_may_hand_down_a_mask_that_hides_nothing_and_no_other(dtype):
+    """One row of padding, at the very end, that the tower was told of under another name."""
+    sees = torch.ones(3, 1, 7, 7, dtype=torch.bool)
+    hides = sees.clone()
+    hides[1, :, :, -1] = False
+
+    def form(mask):
+        return mask if dtype == torch.bool else torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
+
+    for mask, fine in ((sees, True), (hides, False)):
+        model = Tower(form(mask))
+        model.inner.padding.attach(model)
+        if fine:
+            assert torch.equal(model(X), model.inner.second(model.inner.first(X).relu()))
+        else:
+            with pytest.raises(ShapeError, match="does not say which rows are padding, and hides some"):
+                model(X)

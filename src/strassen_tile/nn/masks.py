@@ -19,12 +19,8 @@ from strassen_tile.errors import ShapeError, shape_text
 ROWS = ("src_key_padding_mask", "attention_mask")
 OTHERS = ("tgt_key_padding_mask", "decoder_attention_mask")  # of a second sequence
 PATTERNS = ("mask", "src_mask")  # of torch's encoders: who sees whom
-SIGNALS = (
-    "pixel_values",
-    "input_features",
-    "input_values",
-    "pixel_values_videos",
-)  # what a tower makes rows of its own of
+# What a tower makes rows of its own of.
+SIGNALS = ("pixel_values", "input_features", "input_values", "pixel_values_videos")
 PACKED = (
     "several documents are packed into one row of the batch ({how}): the tiles of a row-mixing layer would let one leak into "
     "the next. Give each a row of its own, padded, or use mixing='none'"
@@ -120,6 +116,18 @@ def check_pattern(mask: Tensor, real: Tensor | None) -> None:
         ends = real[:, -previous.shape[-1] :].reshape(-1, *[1] * (previous.ndim - 2), previous.shape[-1])
         previous = previous | ~ends
     _require(previous.all(), PACKED.format(how=f"attention_mask {shape_text(mask.shape)} keeps neighbours apart"))
+
+
+def check_hides_nothing(mask: Tensor) -> None:
+    """Raise ShapeError if a mask of who sees whom hides anything: padding, say, that was told of under another name."""
+    seen = mask != 0
+    if mask.is_floating_point():  # added to scores, where zeros hide nothing; or 1 and 0
+        seen = (mask > torch.finfo(mask.dtype).min / 2) & (seen | ~(mask > 0).any())
+    _require(
+        seen.all(),
+        f"attention_mask {shape_text(mask.shape)} does not say which rows are padding, and hides some: pass one of shape "
+        "(B, N), or call the model inside `with strassen_tile.padding(model, mask)`",
+    )
 
 
 def _require(holds: Tensor, message: str) -> None:

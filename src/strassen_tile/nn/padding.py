@@ -27,6 +27,7 @@ from strassen_tile.nn.masks import (
     ROWS,
     SIGNALS,
     Takes,
+    check_hides_nothing,
     check_one_sequence,
     check_pattern,
     real_rows,
@@ -210,8 +211,9 @@ class PaddingMask:
         if isinstance(mask, Tensor) and (mask.ndim == 2 or name != "attention_mask"):
             return real_rows(mask, name), ""
         real = outer.real if outer is not None and outer.real is not None else held
-        if real is None and outer is not None and getattr(outer.module, "main_input_name", "") in SIGNALS:
-            check_pattern(mask, None)  # made by a tower, which was told of no padding, for a model in it
+        of_tower = outer is not None and getattr(outer.module, "main_input_name", "") in SIGNALS
+        if real is None and outer is not None and of_tower and isinstance(mask, Tensor):
+            check_hides_nothing(mask)  # the tower was told of no padding under a name that is followed
             return None, outer.unclear
         if real is None and (outer is None or not outer.unclear):
             shape = shape_text(mask.shape) if isinstance(mask, Tensor) else f"of type {type(mask).__name__}"
