@@ -15,10 +15,12 @@ from strassen_tile import __version__
 from strassen_tile.errors import STLError
 from strassen_tile.experiments import settings
 from strassen_tile.experiments.recipe import Recipe
+from strassen_tile.experiments.text_recipe import TextRecipe
 from strassen_tile.files import parse_json
 
 _REPORT = ("matplotlib", "numpy", "rich")
-_NEEDS = {"report": _REPORT, "vision": (*_REPORT, "accelerate", "safetensors", "transformers")}
+_TRAINING = (*_REPORT, "accelerate", "safetensors", "transformers")
+_NEEDS = {"report": _REPORT, "vision": _TRAINING, "language": _TRAINING}
 _OUT = "folder for rows.json, report.html and plot.png"
 
 
@@ -41,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_compare(commands)
+    _add_pretrain(commands)
     _add_bench(commands)
     _add_plan(commands)
     given = sys.argv[1:] if arguments is None else list(arguments)
@@ -168,6 +171,22 @@ def _add_compare(commands: _Commands) -> None:
     _add_settings(command, Recipe)
     add("--out", type=_folder, default=Path("out/compare"), help=f"{_OUT} (default: out/compare)")
     command.set_defaults(run="run_compare", extra="vision")
+
+
+def _add_pretrain(commands: _Commands) -> None:
+    command = commands.add_parser(
+        "pretrain",
+        help="train the same language model dense and STL on text",
+        description="Train the same causal language model, with the same recipe and seeds, dense and made cheaper; show loss "
+        "beside FLOPs and seconds. An interrupted command goes on when it is repeated. Defaults are those of recipes that do "
+        "not say otherwise.",
+    )
+    add = command.add_argument
+    add("--recipe", help="language, demo, or a TOML with the options below (default: language)")
+    add("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
+    _add_settings(command, TextRecipe)
+    add("--out", type=_folder, default=Path("out/pretrain"), help=f"{_OUT} (default: out/pretrain)")
+    command.set_defaults(run="run_pretrain", extra="language")
 
 
 def _add_bench(commands: _Commands) -> None:

@@ -39,7 +39,7 @@ def test_no_product_of_that_rank_is_closer():
     best = (product(layer) - linear.weight).norm()
     gradients = torch.autograd.grad(best, [layer.first.weight, layer.second.weight])
     assert all(gradient.abs().max() < 1e-10 for gradient in gradients)
-    optimizer = torch.optim.LBFGS(layer.parameters(), lr=0.5, max_iter=50)
+    optimizer = torch.optim.LBFGS(layer.parameters(), lr=0.5, max_iter=50, line_search_fn="strong_wolfe")
     for _ in range(5):
         with torch.no_grad():
             for p in (layer.first.weight, layer.second.weight):

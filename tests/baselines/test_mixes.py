@@ -5,14 +5,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from strassen_tile import STLConfig, baselines, models
+from strassen_tile import STLConfig, baselines, check_mixing, models
 from strassen_tile.baselines import MIXES, LowRankLinear, MixedLinear, Sparse24Linear, mixed
 from strassen_tile.errors import ConfigError, ConversionError, ShapeError
 from strassen_tile.nn import STLLinear
 
 K, M = 6, 10
-SIZES = [("tile", 9), ("tile", 10), ("tile", 1), ("conv", 7), ("conv", 1), ("conv", 2), ("grid", 9), ("grid", 10),
-         ("grid", 1), ("grid", 2), ("grid", 4)]  # fmt: skip
+SIZES = [("tile", 9), ("tile", 10), ("tile", 1), ("symmetric", 7), ("symmetric", 1), ("symmetric", 2), ("causal", 7),
+         ("causal", 1), ("causal", 2), ("grid", 9), ("grid", 10), ("grid", 1), ("grid", 2), ("grid", 4)]  # fmt: skip
+SEEN = {"causal": (-3, -2, -1, 0), "symmetric": (-2, -1, 0, 1)}
 
 
 def drawn(*shape):
@@ -22,8 +23,12 @@ def drawn(*shape):
 def layer(kind, **options):
     made = MixedLinear(nn.Linear(K, M, dtype=torch.float64), kind, **options)
     with torch.no_grad():
-        made.mix.copy_(drawn(*made.mix.shape))
+        weights(made).copy_(drawn(*weights(made).shape))
     return made
+
+
+def weights(made):
+    return made.mix.weight if made.kind in SEEN else made.mix
 
 
 def neighbours(kind, n, p=4):
@@ -33,8 +38,8 @@ def neighbours(kind, n, p=4):
     for a in range(n):
         if kind == "tile":
             yield from ((a, b, (a % p, b % p)) for b in range(n) if a // p == b // p)
-        elif kind == "conv":
-            yield from ((a, a + t, (0, t + 2)) for t in (-2, -1, 0, 1) if 0 <= a + t < n)
+        elif kind in SEEN:
+            yield from ((a, a + t, (tap,)) for tap, t in enumerate(SEEN[kind]) if 0 <= a + t < n)
         elif a >= first:
             row, column = divmod(a - first, side)
             for u in (-1, 0, 1):
@@ -48,19 +53,19 @@ def test_a_mix_is_its_formula(kind, n):
     made, x = layer(kind), drawn(2, 3, n, K)
     expected = x.clone()
     for row, other, index in neighbours(kind, n):
-        expected[..., row, :] += made.mix.detach()[(slice(None), *index)] * x[..., other, :]
+        expected[..., row, :] += weights(made).detach()[(slice(None), *index)] * x[..., other, :]
     torch.testing.assert_close(made(x), made.linear(expected), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(made(x[0, :1]), made.linear(expected[0, :1]), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("kind", "n"), [("tile", 7), ("conv", 5), ("grid", 5)])
+@pytest.mark.parametrize(("kind", "n"), [("tile", 7), ("symmetric", 5), ("causal", 5), ("grid", 5)])
 def test_gradients(kind, n):
     made = layer(kind)
 
     def call(x, mix):
-        return torch.func.functional_call(made, {"mix": mix}, (x,))
+        return torch.func.functional_call(made, {"mix.weight" if kind in SEEN else "mix": mix}, (x,))
 
-    inputs = drawn(1, n, K).requires_grad_(), made.mix.detach().clone().requires_grad_()
+    inputs = drawn(1, n, K).requires_grad_(), weights(made).detach().clone().requires_grad_()
     assert torch.autograd.gradcheck(call, inputs)
 
 
@@ -83,7 +88,7 @@ def test_rows_of_no_grid_are_refused():
         with pytest.raises(ShapeError, match="batch of rows"):
             layer(kind)(drawn(4, K))
         assert layer(kind)(drawn(0, 4, K)).shape == (0, 4, M)
-    with pytest.raises(ConfigError, match="kind must be one of tile, conv, grid; got 'ring'"):
+    with pytest.raises(ConfigError, match="kind must be one of causal, symmetric, tile, grid; got 'ring'"):
         mixed(baselines.dense(), "ring")
     with pytest.raises(ConfigError, match="rows_mixed"):
         mixed(baselines.dense(), "tile", 0)
@@ -98,7 +103,7 @@ def test_cost_is_the_counters_count(kind, n):
     assert found.flops == counter.get_total_flops()
     assert found.dense_flops == found.product_flops == 2 * 3 * n * K * M
     assert found.params == sum(p.numel() for p in made.parameters()) - M
-    assert (found.dense_params, found.bytes - found.dense_bytes) == (K * M, 8 * (6 * n * K + made.mix.numel()))
+    assert (found.dense_params, found.bytes - found.dense_bytes) == (K * M, 8 * (6 * n * K + weights(made).numel()))
 
 
 def test_states_are_those_of_the_layer_and_its_mix():
@@ -128,7 +133,7 @@ def network(causal=False, hidden=8):
 EXAMPLES = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("kind", MIXES)
+@pytest.mark.parametrize("kind", [kind for kind in MIXES if kind != "causal"])
 def test_a_causal_model_is_refused(kind):
     method, model = mixed(baselines.stl(STLConfig(rank=6, mixing="none")), kind), network(causal=True)
     layers = list(model)
@@ -136,6 +141,23 @@ def test_a_causal_model_is_refused(kind):
         method.apply(model, EXAMPLES, None)
     assert list(model) == layers
     method.apply(network(), EXAMPLES, None)
+
+
+def test_a_causal_mix_is_for_causal_models():
+    model = network(causal=True)
+    done = mixed(baselines.low_rank(0.5), "causal").apply(model, EXAMPLES, None)
+    assert list(done.converted) == ["0", "2"]
+    with torch.no_grad():
+        for made in done.converted.values():
+            made.mix.weight.normal_()
+        before, changed = model(EXAMPLES), EXAMPLES.clone()
+        changed[:, 5] += 1
+        after = model(changed)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.isclose(before[:, 5:], after[:, 5:]).any()
+    assert check_mixing(model, EXAMPLES)
+    done.converted["2"].mix.kind = "symmetric"  # a planted fault
+    assert not check_mixing(model, EXAMPLES)
 
 
 def test_rows_that_meet_within_tiles_alone_may_not_be_convolved():
@@ -150,7 +172,7 @@ def test_rows_that_meet_within_tiles_alone_may_not_be_convolved():
     mixed(baselines.dense(), "tile", 4).apply(model(), x, None)
     stl = baselines.stl(STLConfig(tile=(4, 4, 4), rank=24))
     mixed(stl, "tile", 2).apply(model(), x, None)
-    for refused in (mixed(baselines.dense(), "conv"), mixed(baselines.dense(), "tile", 3), mixed(stl, "tile", 3)):
+    for refused in (mixed(baselines.dense(), "symmetric"), mixed(baselines.dense(), "tile", 3), mixed(stl, "tile", 3)):
         with pytest.raises(ConversionError, match="mixing its rows would"):
             refused.apply(model(), x, None)
 
@@ -164,7 +186,7 @@ def test_without_examples_nothing_is_mixed():
 def test_what_the_method_leaves_is_left_unmixed_with_its_reason():
     model = network(hidden=6)
     second = model[2]
-    done = mixed(baselines.sparse_24(), "conv").apply(model, EXAMPLES, None)
+    done = mixed(baselines.sparse_24(), "symmetric").apply(model, EXAMPLES, None)
     assert list(done.converted) == ["0"]
     assert isinstance(done.converted["0"].linear, Sparse24Linear)
     assert model[2] is second
@@ -186,10 +208,10 @@ def test_the_dense_one_is_the_token_mix_there_was():
     ("method", "kind", "inside"),
     [
         (baselines.sparse_24(), "tile", Sparse24Linear),
-        (baselines.low_rank(0.375), "conv", LowRankLinear),
+        (baselines.low_rank(0.375), "symmetric", LowRankLinear),
         (baselines.stl(STLConfig(rank=24)), "grid", STLLinear),
     ],
-    ids=["2:4 tile", "low-rank conv", "stl grid"],
+    ids=["2:4 tile", "low-rank symmetric", "stl grid"],
 )
 def test_t2t_vit(method, kind, inside):
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -208,12 +230,12 @@ def test_t2t_vit(method, kind, inside):
     assert all(type(made.linear) is inside and made.kind == kind for made in done.converted.values())
     found, without = baselines.model_cost(model, done, x), baselines.model_cost(plain, before, x)
     features = sum(made.in_features for made in done.converted.values())
-    rows, each = {"tile": (20, 4), "conv": (17, 4), "grid": (16, 9)}[kind]  # of 17 tokens
+    rows, each = {"tile": (20, 4), "symmetric": (17, 4), "grid": (16, 9)}[kind]  # of 17 tokens
     assert found.flops - without.flops == 2 * 2 * rows * each * features
     assert found.dense_flops == without.dense_flops
-    assert found.params - without.params == features * {"tile": 16, "conv": 4, "grid": 9}[kind]
+    assert found.params - without.params == features * {"tile": 16, "symmetric": 4, "grid": 9}[kind]
     with torch.no_grad():
-        next(iter(done.converted.values())).mix.add_(0.1)
+        weights(next(iter(done.converted.values()))).add_(0.1)
     assert not torch.allclose(model(x), plain(x))
     done.undo()
     assert all(module is dense[name] for name, module in model.named_modules())

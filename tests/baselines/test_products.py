@@ -197,7 +197,7 @@ METHODS = {
     "low-rank": baselines.low_rank(24 / 64),
     "monarch": baselines.monarch(24 / 64),
     "rotated": baselines.rotated(),
-    "low-rank, convolved": baselines.mixed(baselines.low_rank(24 / 64), "conv"),
+    "low-rank, convolved": baselines.mixed(baselines.low_rank(24 / 64), "symmetric"),
     "stl, mixed by other tiles": baselines.mixed(baselines.stl(CONFIG), "tile", 3),
     "dense+mix": baselines.token_mix(4),
 }

@@ -14,10 +14,10 @@ from strassen_tile import STLConfig, STLLinear
 from strassen_tile.data import ImageSplits, collate, load_images
 from strassen_tile.data.images import InMemoryImages
 from strassen_tile.integrations.images import train_images
-from strassen_tile.integrations.training import Training
+from strassen_tile.integrations.training import ImageTraining
 from strassen_tile.models import t2t_vit
 
-TRAINING = Training(epochs=2, batch_size=16, lr=3e-3, warmup=0.25, precision="float32")
+TRAINING = ImageTraining(epochs=2, batch_size=16, lr=3e-3, warmup=0.25, precision="float32")
 
 
 def splits(limit: int) -> ImageSplits:

@@ -207,7 +207,7 @@ def test_every_method_starts_from_the_same_network() -> None:
 def test_flops_per_image_are_those_the_counter_sees() -> None:
     splits = load_images("digits", limit=64)
     model, conversion = building.build(RECIPE, splits, Compared(stl(RECIPE.config(24)), ""), 0)
-    fields = building.cost_fields(model, conversion, splits)
+    fields = building.fixed_fields(RECIPE, splits, False, {}, model, conversion)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.randn(1, 1, 8, 8))
     assert fields["flops_per_image"] == counter.get_total_flops()

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from strassen_tile.cli import main
 from strassen_tile.data import load_images
 from strassen_tile.errors import DivergedError, STLError
-from strassen_tile.experiments import building, vision
+from strassen_tile.experiments import building, rates, vision
 from strassen_tile.experiments.commands import DIVERGED
 from strassen_tile.integrations.checkpoints import resumable
 from strassen_tile.integrations.weights import WEIGHTS, save_weights
@@ -128,7 +128,7 @@ def test_a_rate_that_diverges_is_not_the_best() -> None:
         {"method": "stl", "variant": "r=8, lr 0.01", "lr": 0.01, "epoch": 2, "val_top1": 3.0, "val_loss": 9.0},
     ]
     for order in (rows, rows[::-1]):
-        assert list(vision.best_rates(order, (0.01, 0.1)).values()) == [0.01]
+        assert list(rates.best_rates(order, (0.01, 0.1)).values()) == [0.01]
 
 
 def test_weights_kept_are_those_that_were_tested_and_load_again(tmp_path) -> None:

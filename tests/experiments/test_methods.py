@@ -88,7 +88,7 @@ def test_settings_of_an_entry_are_those_of_its_layers() -> None:
         ("stl[mixing=none,rank=6],stl[mixing=none,tile=1x4x4,rank=6]", "the same run twice"),
         ("dense,dense", "the same run twice: dense"),
         ("dense,dense[mix=none]", "the same run twice: dense"),
-        ("dense[mix=some]", "dense: mix: one of none, tile, conv, grid is wanted"),
+        ("dense[mix=some]", "dense: mix: one of none, causal, symmetric, tile, grid is wanted"),
         ("monarch[flop_ratio=0]", "monarch: flop_ratio must be positive"),
     ],
 )

@@ -18,7 +18,7 @@ from strassen_tile import baselines
 from strassen_tile.data import hold_out, load_images
 from strassen_tile.data.images import InMemoryImages
 from strassen_tile.errors import ConfigError
-from strassen_tile.experiments import building, vision
+from strassen_tile.experiments import building, rates, vision
 from strassen_tile.experiments.entries import Compared
 from strassen_tile.experiments.jobs import JobError, spread
 from strassen_tile.experiments.recipe import recipe_of
@@ -121,12 +121,12 @@ def test_the_best_rate_is_of_the_last_epoch_and_a_run_that_diverged_is_never_it(
 
     rows = [row(1.0, 1, 90.0, 0.1), row(1.0, 2, 80.0, 0.5), row(2.0, 2, 80.0, 0.4), row(4.0, 2, 70.0, 0.3)]
     grid = (1.0, 2.0, 4.0, 8.0)
-    assert vision.best_rates(rows, grid) == {("m", "mix tile"): 4.0}
+    assert rates.best_rates(rows, grid) == {("m", "mix tile"): 4.0}
     for nothing in (float("nan"), None):
-        assert vision.best_rates([*rows, row(8.0, 2, 99.0, nothing)], grid) == {("m", "mix tile"): 4.0}
-    assert vision.best_rates([*rows, {**row(8.0, 2, 99.0, 0.2), "diverged": True}], grid) == {("m", "mix tile"): 4.0}
-    assert vision.best_rates(rows, (1.0, 2.0)) == {("m", "mix tile"): 2.0}  # others are of another grid, from before
-    (nothing,) = vision.best_rates([row(8.0, 2, 99.0, None)], grid).values()
+        assert rates.best_rates([*rows, row(8.0, 2, 99.0, nothing)], grid) == {("m", "mix tile"): 4.0}
+    assert rates.best_rates([*rows, {**row(8.0, 2, 99.0, 0.2), "diverged": True}], grid) == {("m", "mix tile"): 4.0}
+    assert rates.best_rates(rows, (1.0, 2.0)) == {("m", "mix tile"): 2.0}  # others are of another grid, from before
+    (nothing,) = rates.best_rates([row(8.0, 2, 99.0, None)], grid).values()
     assert math.isnan(nothing)
 
 
@@ -212,7 +212,7 @@ def test_a_grid_wants_validation_images_and_rates() -> None:
         ({"lr_grid": (1e-3, 1e-3)}, "lr_grid has a rate twice"),
         ({"lr_grid": (-1.0,)}, "lr must be a positive finite number"),
         ({"validation": -1}, "validation must not be negative"),
-        ({"jobs": 0}, "jobs from 1"),
+        ({"jobs": 0}, "jobs must be from 1"),
         ({"methods": ("dense[lr=-1]",)}, "lr must be a positive"),
         ({"methods": ("dense[optimizer=adam]",)}, "optimizer: one of adamw, sgd, soap is wanted"),
     ):
@@ -263,7 +263,7 @@ def test_a_narrow_network_is_compared_with_the_wide_one() -> None:
     dense = Compared(baselines.dense(), "")
     model, conversion = building.build(how, splits, replace(dense, width=64), 0)
     fields = building.fixed_fields(how, splits, True, {}, model, conversion)
-    wide = building.cost_fields(*building.build(how, splits, dense, 0), splits)
+    wide = building.fixed_fields(how, splits, False, {}, *building.build(how, splits, dense, 0))
     assert fields["flop_ratio"] == fields["flops_per_image"] / wide["flops_per_image"] < 0.5
     linear = conversion.converted
     # Every layer of a block is half as wide on both sides.

@@ -14,7 +14,7 @@ from strassen_tile.errors import ConfigError
 from strassen_tile.integrations.arguments import cores, machinery
 from strassen_tile.integrations.averaging import Average, Averaging
 from strassen_tile.integrations.images import ImageClassifier, classification_loss
-from strassen_tile.integrations.training import Training
+from strassen_tile.integrations.training import ImageTraining, Training
 
 
 def network() -> nn.Module:
@@ -163,11 +163,11 @@ def test_sharding_over_one_process_is_refused() -> None:
         ({"cooldown": -1}, "cooldown must not be negative"),
         ({"cooldown": 3, "warmup": 0.5}, r"warmup=0.5 of epochs=4 must leave room for it; got 3 \(0 for none\)"),
         ({"erasing": 1.5}, "erasing must be from 0 to 1"),
-        ({"ema": 1.0}, "ema from 0 to below 1"),
+        ({"ema": 1.0}, "ema must be from 0 to below 1"),
         ({"mixup": -0.1}, "mixup and cutmix must be finite"),
         ({"cutmix": math.inf}, "mixup and cutmix must be finite"),
     ],
 )
 def test_what_makes_no_sense_is_refused(change, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        Training(**{"epochs": 4, "batch_size": 1, **change})
+        ImageTraining(**{"epochs": 4, "batch_size": 1, **change})

@@ -10,7 +10,7 @@ from strassen_tile.data import load_images
 from strassen_tile.errors import ConfigError, DataError
 from strassen_tile.integrations.draws import SeededDraws
 from strassen_tile.integrations.images import train_images
-from strassen_tile.integrations.training import Training
+from strassen_tile.integrations.training import ImageTraining
 
 
 class Kept(nn.Module):
@@ -30,7 +30,7 @@ class Kept(nn.Module):
 def train(splits, folder, *, workers: int = 0, seed: int = 3) -> tuple[Kept, list[dict]]:
     torch.manual_seed(0)
     model, records = Kept(splits.image_size, splits.channels, splits.num_classes), []
-    training = Training(epochs=2, batch_size=16, workers=workers, precision="float32")
+    training = ImageTraining(epochs=2, batch_size=16, workers=workers, precision="float32")
     train_images(
         model, splits, folder, training, seed=seed, recorded=0, on_step=lambda *_: None, on_epoch=records.append
     )
@@ -111,4 +111,4 @@ def test_an_image_that_cannot_be_read_is_one_line(tmp_path, photographs, workers
 )
 def test_a_training_that_makes_no_sense_is_refused(change, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        Training(**{"epochs": 1, "batch_size": 1, **change})
+        ImageTraining(**{"epochs": 1, "batch_size": 1, **change})

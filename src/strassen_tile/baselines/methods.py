@@ -17,14 +17,14 @@ from strassen_tile import bases
 from strassen_tile.baselines import products
 from strassen_tile.baselines.block_diagonal import MonarchLinear
 from strassen_tile.baselines.layers import LowRankLinear, layer_cost
-from strassen_tile.baselines.mixes import Mix, MixedLinear
+from strassen_tile.baselines.mixes import Mix, MixedLinear, mixing_with
 from strassen_tile.baselines.products import Product
 from strassen_tile.baselines.rotation import RotatedLinear
 from strassen_tile.baselines.sparse24 import Sparse24Linear
 from strassen_tile.convert import Conversion, Filter, Mixing, Replace, convert, replace_modules, swap
 from strassen_tile.convert.running import evaluating, run
 from strassen_tile.cost import Cost
-from strassen_tile.nn import STLConfig
+from strassen_tile.nn import PaddingMask, STLConfig
 
 # What a CPU runs for F.scaled_dot_product_attention, and FlopCounterMode takes for free.
 _UNCOUNTED = {
@@ -91,13 +91,14 @@ def rotated() -> Method:
 def mixed(method: Method, kind: Mix, rows_mixed: int = 4) -> Method:
     """A method whose layers mix rows for a few FLOPs first: `MixedLinear`, which starts as the layer it wraps.
 
-    Named after the method: "stl+mix", "stl+conv", "stl+grid". Only layers whose rows may meet are converted: for "tile" those
-    of a tile that both the mix and the method's own tiles cut evenly, for the others all rows of a sample; so a causal model
-    is refused. Padding rows are not zeroed: it is for models whose rows are all real.
+    Named after the method: "stl+mix", "stl+causal", "stl+grid". Only layers whose rows may meet are converted: neighbours for
+    a "causal" or "symmetric" mix, those of a tile that both the mix and the method's own tiles cut evenly for "tile", all rows
+    of a sample for "grid". The first two follow the padding, documents and cache of the model's calls; the others are for
+    models whose rows are all real.
 
     Args:
         method: any.
-        kind: one of `MIXES`: "tile", "conv" or "grid".
+        kind: one of `MIXES`: "causal", "symmetric", "tile" or "grid".
         rows_mixed: p of "tile".
 
     Raises:
@@ -105,24 +106,34 @@ def mixed(method: Method, kind: Mix, rows_mixed: int = 4) -> Method:
         ConversionError: on `apply`, as the method's, and where no layer's rows may meet.
     """
     product = products.mixed(method, kind, rows_mixed)
-    rows = math.lcm(rows_mixed, method.tile[0] if method.tile else 1)
-
-    def wrap(layer: nn.Module) -> MixedLinear:
-        return MixedLinear(layer, kind, rows_mixed)
+    p = method.tile[0] if method.tile else 1
+    own = Mixing(p, causal=False) if p > 1 else None
 
     def apply(model: nn.Module, inputs: object, keep: Filter | None) -> Conversion:
-        mixing: Mixing | dict[str, Mixing] = Mixing(rows, causal=False)
-        if kind != "tile" and inputs is not None:
-            # Its windows are no tiles. One tile as long as the input holds them all.
+        follows = kind in ("causal", "symmetric")
+        padding = PaddingMask(tiles=p > 1) if follows else None
+
+        def wrap(layer: nn.Module) -> MixedLinear:
+            made = MixedLinear(layer, kind, rows_mixed)
+            made.padding = padding
+            return made
+
+        mixing: Mixing | dict[str, Mixing] | None = mixing_with(kind, rows_mixed, own)
+        if mixing is None and inputs is not None:  # one tile as long as the input holds all that may meet on a grid
             calls = swap(model, lambda linear: linear, example_inputs=inputs, filter_fn=keep, dry_run=True).calls
             mixing = {name: Mixing(_longest(shapes), causal=False) for name, shapes in calls.items()}
         # Where rows may meet is found on dense layers, under the names that the method will find them by.
-        trial = swap(model, wrap, example_inputs=inputs, filter_fn=keep, mixing=mixing)
+        attach = None if padding is None else padding.attach
+        trial = swap(
+            model, wrap, example_inputs=inputs, filter_fn=keep, mixing=mixing or Mixing(p, False), attach=attach
+        )
         trial.undo()
         done = method.apply(model, inputs, lambda module, name: name in trial.converted)
         wrapped: dict[str, nn.Module] = {name: wrap(layer) for name, layer in done.converted.items()}
         undo: list[Callable[[], object]] = [replace_modules(model, wrapped), *done._undo]
-        return Conversion(wrapped, {**done.skipped, **trial.skipped}, done.calls, done.padding, _undo=undo)
+        if padding is not None:
+            undo.extend(handle.remove for handle in padding.attach(model))
+        return Conversion(wrapped, {**done.skipped, **trial.skipped}, done.calls, padding or done.padding, _undo=undo)
 
     return Method(**vars(product), apply=apply)
 

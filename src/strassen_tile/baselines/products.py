@@ -180,7 +180,7 @@ def rotated() -> Product:
 
 
 def mixed(product: Product, kind: Mix, rows_mixed: int = 4) -> Product:
-    """A product after a mix of rows, drawn at random: "tile" of `rows_mixed`, "conv", or "grid", where N is a square.
+    """A product after a mix of rows, drawn at random: of a kind of `MIXES`; for "grid" N is to be a square.
 
     The mix of "tile" is called "mix" in the name, as in "dense+mix".
     """

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from strassen_tile.convert.layers import candidates
 from strassen_tile.convert.leaks import find_leaks
+from strassen_tile.convert.perturb import Mixing
 from strassen_tile.convert.replace import replace_modules
 from strassen_tile.convert.running import scratch_copy
 from strassen_tile.convert.select import mixing_of, select
@@ -47,8 +49,8 @@ def check_mixing(
     """Whether rows mix in `model` that would not meet if its layers kept rows apart: the test that `convert` makes.
 
     Copies of the model are run with parts of the inputs changed, with its row-mixing layers (`STLLinear`, alone or in an
-    `STLMLP`; check a model before `quantize_fp8`, whose layers round by tile row) and with layers in their place that keep
-    rows apart. Nothing may depend on more with them than without.
+    `STLMLP`, and `baselines.MixedLinear`; check a model before `quantize_fp8`, whose layers round by tile row) and with layers
+    in their place that keep rows apart. Nothing may depend on more with them than without.
 
         assert st.check_mixing(model, tokens)  # in a test of yours
 
@@ -64,14 +66,14 @@ def check_mixing(
     """
     if not isinstance(effort, int) or effort < 1:
         raise ConversionError(f"effort is a whole number from 1; got {effort!r}")
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, TileLayer) and m.config.mixes_rows}
+    layers = _row_mixing(model)
     if in_fp8 := [name for name, layer in layers.items() if isinstance(layer, STLLinearFP8)]:
         raise ConversionError(
             f"{in_fp8[0]} is in fp8, in which small changes are rounded away; check before quantize_fp8"
         )
     if not layers:
         return _ahead(model, example_inputs, config or STLConfig(), effort)
-    mixing = {name: how for name, layer in layers.items() if (how := mixing_of(layer.config)) is not None}
+    mixing = {name: how for name, layer in layers.items() if (how := _mixing(layer)) is not None}
     with scratch_copy(model) as copy:
         _keep_apart(copy, layers)
         linears = {name: m for name, m in copy.named_modules() if isinstance(m, nn.Linear)}
@@ -91,6 +93,22 @@ def check_mixing(
     return MixingReport([name for name in layers if name not in unsafe], unsafe)
 
 
+def _row_mixing(model: nn.Module) -> dict[str, Any]:
+    """The layers whose rows mix, outermost: what such a layer holds is part of it."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if _mixing(module) is not None and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    return found
+
+
+def _mixing(layer: nn.Module) -> Mixing | None:
+    if isinstance(layer, TileLayer):
+        return mixing_of(layer.config)
+    how = getattr(layer, "row_mixing", None)
+    return how if isinstance(how, Mixing) else None
+
+
 def _ahead(model: nn.Module, example_inputs: object, config: STLConfig, effort: int) -> MixingReport:
     """Which layers of a model without row-mixing ones could be given some."""
     how = mixing_of(config)
@@ -103,7 +121,7 @@ def _ahead(model: nn.Module, example_inputs: object, config: STLConfig, effort: 
     )
 
 
-def _keep_apart(model: nn.Module, layers: Mapping[str, TileLayer]) -> None:
+def _keep_apart(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Put dense layers of the same sizes where the row-mixing ones are."""
     made: dict[str, nn.Module] = {}
     for name, layer in layers.items():

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from strassen_tile.convert.evidence import Evidence
 from strassen_tile.convert.influence import Call, Changes, Row, Watch, without_matrices
-from strassen_tile.convert.perturb import Mixing, change
+from strassen_tile.convert.perturb import Mixing, change, shifted
 from strassen_tile.convert.places import Place, batches
 from strassen_tile.convert.running import evaluating, widen
 from strassen_tile.errors import ConversionError
@@ -234,11 +234,14 @@ class Rule:
 
 
 def _gained(changed: Tensor, how: Mixing) -> Tensor:
-    """Rows (lead, N) that do not depend on a place, but on whose tile's other rows (causal: earlier ones) some do."""
+    """Rows (lead, N) that do not depend on a place, but on whose tile's other rows (causal: earlier ones) some do, or
+    neighbours of those.
+    """
     leads, rows = changed.shape
     tiles = tile_count(rows, how.rows)
     padded = changed.new_zeros(leads, tiles * how.rows)
-    padded[:, :rows] = changed
+    for by in how.offsets:
+        padded[:, :rows] |= shifted(changed.unsqueeze(-1), by).squeeze(-1)
     cut = padded.view(leads, tiles, how.rows)
     carried = cut.cummax(dim=-1).values if how.causal else cut.any(dim=-1, keepdim=True).expand_as(cut)
-    return (carried & ~cut).reshape(leads, -1)[:, :rows]
+    return carried.reshape(leads, -1)[:, :rows] & ~changed

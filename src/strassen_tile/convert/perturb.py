@@ -22,10 +22,19 @@ _SWITCHES_IN_PLACE = {torch.relu_, Tensor.relu_, F.relu_, F.hardtanh_}
 
 
 class Mixing(NamedTuple):
-    """How the rows of a layer would mix: all those of a tile, or (causal) only earlier ones into later ones."""
+    """How the rows of a layer would mix: all those of a tile, or (causal) only earlier ones into later ones; and, before they
+    are cut into tiles, so many neighbours on either side into each.
+    """
 
     rows: int
     causal: bool
+    before: int = 0
+    after: int = 0
+
+    @property
+    def offsets(self) -> range:
+        """How far from a row the neighbours are that mix into it, itself included."""
+        return range(-self.before, self.after + 1)
 
 
 def change(example_inputs: object, place: Place, seed: int) -> object:
@@ -72,13 +81,22 @@ def perturb_parameters(model: nn.Module, originals: Mapping[str, Tensor], streng
 
 
 def mix_rows(x: Tensor, mixing: Mixing) -> Tensor:
-    """X (…, N, K) with the rows of each tile mixed by one fixed generic matrix, which shows which rows meet."""
+    """X (…, N, K) with neighbours, and the rows of each tile, mixed by fixed generic numbers, which show which rows meet."""
     generator = torch.Generator(device="cpu").manual_seed(0)
+    if len(mixing.offsets) > 1:
+        weights = (torch.rand(len(mixing.offsets), generator=generator, dtype=torch.float64, device="cpu") + 0.5).to(x)
+        x = torch.stack([w * shifted(x, by) for w, by in zip(weights, mixing.offsets, strict=True)]).sum(dim=0)
     sides = mixing.rows, mixing.rows
     matrix = torch.rand(sides, generator=generator, dtype=torch.float64, device="cpu") + 0.5
     matrix = (matrix.tril() if mixing.causal else matrix).to(x)
     parts = [matrix[: tile.shape[-2], : tile.shape[-2]] @ tile for tile in x.split(mixing.rows, dim=-2)]
     return torch.cat(parts, dim=-2) if parts else x
+
+
+def shifted(x: Tensor, by: int) -> Tensor:
+    """X (…, N, K) with row n + `by` in the place of row n, and zeros where there is none."""
+    n = x.shape[-2]
+    return F.pad(x, (0, 0, max(-by, 0), max(by, 0)))[..., max(by, 0) : max(by, 0) + n, :]
 
 
 class SmoothSwitches(TorchFunctionMode):

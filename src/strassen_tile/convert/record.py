@@ -159,7 +159,9 @@ class Record:
                     "no nn.Linear: it is of another model"
                 )
         undo = replace_modules(model, made)
-        padding = PaddingMask() if any(kind.config.mixes_rows for kind in self.layers.values()) else None
+        configs = [kind.config for kind in self.layers.values()]
+        tiles, mixes = (any(getattr(config, what) for config in configs) for what in ("mixes_in_tiles", "mixes_rows"))
+        padding = PaddingMask(tiles) if mixes else None
         renamed = ((rename(name), why) for name, why in self.skipped.items())
         skipped = {name: why for name, why in renamed if name is not None and name in modules}
         return Conversion({**made, **there}, skipped, padding=padding, _undo=[undo])

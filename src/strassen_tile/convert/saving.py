@@ -20,6 +20,7 @@ from strassen_tile.convert.record import Kind, Record, follow
 from strassen_tile.convert.swap import Conversion, changed
 from strassen_tile.errors import CheckpointError, ConversionError
 from strassen_tile.nn.config import Mixing, Scope
+from strassen_tile.nn.token_mix import TokenMixKind
 
 CONFIG, TENSORS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _KEY = "quantization_config"
@@ -117,10 +118,12 @@ def check_files(record: Record, placed: Collection[str], paths: Iterable[str | P
         meanings = {n.removesuffix(".meaning"): _shape(f, n) for n, f in found.items() if n.endswith(".meaning")}
         there: Counter[str] = Counter()
         for name, shape in meanings.items():
-            if len(shape) == 8 and shape[0] == 0 and f"{name}.encoder" in found:
+            if len(shape) in (8, 9) and shape[0] == 0 and f"{name}.encoder" in found:
                 layer = "STLLinearFP8" if f"{name}.encoder_scale" in found else "STLLinear"
                 rank = _shape(found[f"{name}.encoder"], f"{name}.encoder")[-3]
-                there[_described(layer, rank, shape[3:6], get_args(Mixing)[shape[1]], get_args(Scope)[shape[2]])] += 1
+                mixing, scope = get_args(Mixing)[shape[1]], get_args(Scope)[shape[2]]
+                token_mix = get_args(TokenMixKind)[(*shape, 0)[8]]
+                there[_described(layer, rank, shape[3:6], mixing, scope, token_mix)] += 1
     said, least = (
         Counter(_of_kind(kind) for kind in kinds)
         for kinds in (record.layers.values(), (record.layers[name] for name in placed))
@@ -140,13 +143,13 @@ def stl_layers_in(paths: Iterable[str | Path]) -> set[str]:
 
 def _of_kind(kind: Kind) -> str:
     config = kind.config
-    return _described(
-        kind.layer, config.rank, config.pqs, config.mixing if config.mixes_rows else "none", config.encoder_scope
-    )
+    mixing = config.mixing if config.mixes_in_tiles else "none"
+    return _described(kind.layer, config.rank, config.pqs, mixing, config.encoder_scope, config.token_mix)
 
 
-def _described(layer: str, rank: int, tile: Iterable[int], mixing: str, scope: str) -> str:
-    return f"{layer} of rank {rank} and tile {tuple(tile)}, mixing={mixing!r}, encoder_scope={scope!r}"
+def _described(layer: str, rank: int, tile: Iterable[int], mixing: str, scope: str, token_mix: str) -> str:
+    ahead = "" if token_mix == "none" else f", token_mix={token_mix!r}"
+    return f"{layer} of rank {rank} and tile {tuple(tile)}, mixing={mixing!r}, encoder_scope={scope!r}{ahead}"
 
 
 def _counted(kinds: Mapping[str, int]) -> str:

@@ -18,6 +18,7 @@ from strassen_tile.convert.replace import modules_by_name
 from strassen_tile.convert.running import evaluating, run, scratch_copy, tensors
 from strassen_tile.errors import ConversionError
 from strassen_tile.nn import STLConfig
+from strassen_tile.nn.token_mix import BEFORE, TAPS
 
 Filter = Callable[[nn.Module, str], bool]
 Pays = Callable[[nn.Linear, list[tuple[int, ...]]], str | None]  # of a layer and its input shapes: why it does not pay
@@ -133,7 +134,11 @@ def materialise(model: nn.Module, example_inputs: object) -> None:
 
 def mixing_of(config: STLConfig) -> Mixing | None:
     """How rows mix under a config; None if they do not."""
-    return Mixing(config.pqs[0], config.mixing == "causal") if config.mixes_rows else None
+    if not config.mixes_rows:
+        return None
+    before = BEFORE[config.token_mix]
+    after = 0 if config.token_mix == "none" else TAPS - 1 - before
+    return Mixing(config.pqs[0], config.mixing == "causal" or not config.mixes_in_tiles, before, after)
 
 
 def matching(pattern: str, found: Sequence[Candidate], argument: str) -> list[Candidate]:

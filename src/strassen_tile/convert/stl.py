@@ -77,7 +77,7 @@ def convert(
     configs = _configs(found, config, layer_configs)
     for used in {config, *configs.values()}:
         used.load_basis()  # one that does not exist is said before anything is touched
-    padding, threshold = PaddingMask(), min_speedup or 0.0
+    padding, threshold = PaddingMask(tiles=any(c.mixes_in_tiles for c in configs.values())), min_speedup or 0.0
 
     def replace(linear: nn.Linear) -> nn.Module:
         chosen = configs[linear]
@@ -175,6 +175,6 @@ def quantize_fp8(model: nn.Module) -> Conversion:
 def _not_in_fp8(layer: STLLinear) -> str | None:
     if layer.config.encoder_scope != "layer":
         return "it has an encoder for each column tile, for which there are no fp8 products"
-    if layer.config.mixing == "causal" and layer.config.mixes_rows:
+    if layer.config.mixing == "causal" and layer.config.mixes_in_tiles:
         return "rows of a causal tile would see later ones by the scale they share"
     return "it has hooks, which would be lost" if has_own_hooks(layer) else None

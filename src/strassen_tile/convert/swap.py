@@ -110,7 +110,7 @@ def swap(
     skipped, replacements = dict(selection.skipped), dict[str, nn.Module]()
     mixed = [mixing[candidate.name] for candidate in selection.chosen if candidate.name in mixing]
     if mixed and example_inputs is None:
-        raise ConversionError(_no_evidence(model, mixed[0].rows))
+        raise ConversionError(_no_evidence(model, mixed[0]))
     with generators_kept(model) if dry_run else nullcontext():
         for candidate in selection.chosen:
             made = replace(candidate.layer)
@@ -208,19 +208,23 @@ def _described(layer: nn.Module) -> str:
     )
 
 
-def _no_evidence(model: nn.Module, rows: int) -> str:
+def _no_evidence(model: nn.Module, how: Mixing) -> str:
     brings = getattr(model, "dummy_inputs", None) is not None
+    what = f"the {how.rows} rows of a tile" if how.rows > 1 else "neighbouring rows"
     return (
-        f"this would mix the {rows} rows of a tile, and only a run shows where that lets no row see what it must not (later "
+        f"this would mix {what}, and only a run shows where that lets no row see what it must not (later "
         "tokens, other samples): pass example_inputs, what the model is called with, best two samples or more"
         + (" (this model brings some: example_inputs=model.dummy_inputs)" if brings else "")
-        + ". STLConfig(mixing='none') keeps rows apart and needs none"
+        + ". STLConfig(mixing='none'), without token_mix, keeps rows apart and needs none"
     )
 
 
 def _alternatives(leaks: Sequence[Leak]) -> str:
     """What to do about rows that may not mix."""
-    ways = ["mixing='none' keeps rows apart", "mixing='causal', for a causal model, lets rows see earlier ones only"]
+    ways = [
+        "mixing='none' keeps rows apart",
+        "mixing='causal' and token_mix='causal', for a causal model, let rows see earlier ones only",
+    ]
     if any(leak.between_samples for leak in leaks):
         ways.insert(0, "where rows are samples, bring the batch to the front (batch_first=True, or transpose)")
     if not all(leak.between_samples for leak in leaks):

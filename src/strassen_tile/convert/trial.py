@@ -15,7 +15,7 @@ from strassen_tile.convert.places import batches, real_rows, unfollowed
 from strassen_tile.convert.replace import modules_by_name, replace_modules
 from strassen_tile.convert.running import evaluating, run, scratch_copy, widen
 from strassen_tile.errors import ConversionError
-from strassen_tile.nn.base import TileLayer
+from strassen_tile.nn.base import TileLayer, follows_padding
 
 Attach = Callable[[nn.Module], object]  # what else a conversion puts on a model
 
@@ -59,11 +59,12 @@ def failures(
         changed = {name: layer for name, layer in changed.items() if name not in failed}
     if attach is None:
         return found
-    mixing = {n: layer for n, layer in changed.items() if isinstance(layer, TileLayer) and layer.config.mixes_rows}
+    mixing = {name: layer for name, layer in changed.items() if follows_padding(layer)}
     if other := unfollowed(model, example_inputs):
-        both_ways = [name for name, layer in mixing.items() if layer.config.mixing == "sequence"]
+        # Causal tiles stand on the right padding that they must not see; what comes before a row, a token mix would let it see.
+        exposed = [name for name, layer in mixing.items() if not _only_causal_tiles(layer)]
         return found | dict.fromkeys(
-            both_ways,
+            exposed,
             f"{other} says which rows are padding, and is not followed: leave it out of example_inputs, and hold the mask in "
             "`with strassen_tile.padding(model, mask)` for each call",
         )
@@ -81,6 +82,10 @@ def failures(
 
     reason = "no mask of the call tells it which rows are padding"
     return found | {name: f"{reason}: {leak.reason}" for name, leak in culprits(mixing, padding_leak).items()}
+
+
+def _only_causal_tiles(layer: nn.Module) -> bool:
+    return isinstance(layer, TileLayer) and layer.config.mixing == "causal" and layer.config.token_mix == "none"
 
 
 def _run_with(

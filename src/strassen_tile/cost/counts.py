@@ -105,6 +105,20 @@ def linear(
     )
 
 
+def with_mix(layer: Cost, rows: int, k: int, taps: int, *, batch: int = 1, itemsize: int = 4) -> Cost:
+    """The cost of a layer fed (batch, rows, k) after a mix of its rows, one number for each feature and row that a row sees.
+
+    2·rows·k·taps FLOPs, X read and written once more, and taps·k parameters; `dense_…` stay those of the layer.
+    """
+    rows, k, taps, batch, itemsize = _sizes(rows=rows, k=k, taps=taps, batch=batch, itemsize=itemsize)
+    return replace(
+        layer,
+        flops=layer.flops + 2 * batch * rows * k * taps,
+        bytes=layer.bytes + itemsize * (2 * batch * rows * k + taps * k),
+        params=layer.params + taps * k,
+    )
+
+
 def _sizes(**given: int) -> tuple[int, ...]:
     """The values as Python's integers, which do not overflow as numpy's would."""
     sizes = tuple(size for size in map(as_integer, given.values()) if size is not None and size >= 0)

@@ -31,7 +31,7 @@ _CONFIG = re.compile(r"rand(-(m\d+|n\d+|p\d*\.?\d+|mstd\d*\.?\d+|mmax\d+|inc[01]
 
 
 class Augmentation(Protocol):
-    """What `augmented` is told; None and 0 for nothing. `Training` has these fields."""
+    """What `augmented` is told; None and 0 for nothing. `ImageTraining` has these fields."""
 
     @property
     def randaugment(self) -> str | None: ...

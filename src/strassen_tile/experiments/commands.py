@@ -8,7 +8,10 @@ import math
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console, Group
@@ -17,51 +20,95 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from strassen_tile.cost import machine
 from strassen_tile.errors import ConfigError
-from strassen_tile.experiments import loading, planning, runner, speed, vision
+from strassen_tile.experiments import language, loading, planning, runner, speed, vision
 from strassen_tile.experiments.endings import MODELS
+from strassen_tile.experiments.rates import Rates, Tuned, best_rates
 from strassen_tile.experiments.recipe import Recipe, recipe_of
 from strassen_tile.experiments.settings import settings_of
+from strassen_tile.experiments.text_recipe import TextRecipe, text_recipe_of
 from strassen_tile.files import make_folder
 from strassen_tile.integrations.ranks import RankError, ranks
 from strassen_tile.nn import STLConfig
 from strassen_tile.records import Row, environment, write_rows
 from strassen_tile.report import bench as bench_report
 from strassen_tile.report import plan as plan_report
+from strassen_tile.report import pretrain as pretrain_report
 from strassen_tile.report.compare import columns, summarise, table_caption, write_report
 from strassen_tile.report.runs import progress_note
-from strassen_tile.report.table import ratio, rich_table, seconds
+from strassen_tile.report.table import Column, ratio, rich_table, seconds
 
+T = TypeVar("T", bound=Tuned)
 DIVERGED = 3  # the exit status of a comparison that is finished, in which runs diverged
 
 
 def run_compare(options: argparse.Namespace) -> int:
-    """`strassen-tile compare`; its exit status. Of several processes the first shows what there is to see."""
-    given = {key: value for key, value in vars(options).items() if key in settings_of(Recipe)}
-    recipe = recipe_of(options.recipe, options.changes, given)
+    """`strassen-tile compare`; its exit status."""
+    recipe = recipe_of(options.recipe, options.changes, _given(options, Recipe))
+    report = _Report("Dense, 2:4 and Strassen-Tile", columns, summarise, table_caption, write_report, progress_note)
+    return _compared(recipe, vision.tuning, vision.comparison, report, options.out)
+
+
+def run_pretrain(options: argparse.Namespace) -> int:
+    """`strassen-tile pretrain`; its exit status."""
+    recipe = text_recipe_of(options.recipe, options.changes, _given(options, TextRecipe))
+    report = _Report(
+        "Language models, dense and Strassen-Tile",
+        pretrain_report.columns,
+        pretrain_report.summarise,
+        pretrain_report.caption,
+        pretrain_report.write_report,
+        lambda rows: "",
+    )
+    return _compared(recipe, language.tuning, language.comparison, report, options.out)
+
+
+@dataclass(frozen=True)
+class _Report:
+    """How a kind of comparison is shown: heading of its page, columns, records, caption, page, and a last word."""
+
+    heading: str
+    columns: Callable[..., Sequence[Column]]
+    summarise: Callable[[list[Row]], list[Row]]
+    caption: Callable[[list[Row]], str]
+    write: Callable[..., Path]
+    note: Callable[[list[Row]], str]
+
+
+def _given(options: argparse.Namespace, record: type) -> dict[str, object]:
+    return {key: value for key, value in vars(options).items() if key in settings_of(record)}
+
+
+def _compared(
+    recipe: T,
+    tuning: Callable[[T], runner.Comparison],
+    comparison: Callable[[T, Rates], runner.Comparison],
+    report: _Report,
+    out: Path,
+) -> int:
+    """Choose rates and compare; the exit status. Of several processes the first shows what there is to see."""
     world = ranks()
     try:
         console = Console(markup=False, emoji=False, quiet=not world.is_main_process)
-        rates: vision.Rates = {}
+        rates: Rates = {}
         if recipe.lr_grid:
-            out = options.out / "tuning"
-            tuning = vision.tuning(recipe)
-            rows = _show(tuning, "Learning rates", out, console, recipe.jobs)
-            for line in runner.diverged(tuning.runs, out, rows):  # which is an answer to what was asked
+            trials = tuning(recipe)
+            tried = _show(trials, replace(report, heading="Learning rates"), out / "tuning", console, recipe.jobs)
+            for line in runner.diverged(trials.runs, out / "tuning", tried):  # which is an answer to what was asked
                 console.print(line, soft_wrap=True)
-            rates = vision.best_rates(rows, recipe.lr_grid)
-        comparison = vision.comparison(recipe, rates)
-        rows = _show(comparison, "Dense, 2:4 and Strassen-Tile", options.out, console, recipe.jobs)
+            rates = best_rates(tried, recipe.lr_grid)
+        compared = comparison(recipe, rates)
+        rows = _show(compared, report, out, console, recipe.jobs)
     except RankError:
         return 1  # the first process has said why
     world.destroy_process_group()  # not after an error: others may be waiting in the group
-    lines = runner.diverged(comparison.runs, options.out, rows)
+    lines = runner.diverged(compared.runs, out, rows)
     if world.is_main_process:
         for line in lines:
             print(f"strassen-tile: {line}", file=sys.stderr)
     return DIVERGED if lines else 0
 
 
-def _show(comparison: runner.Comparison, heading: str, out: Path, console: Console, jobs: int) -> list[Row]:
+def _show(comparison: runner.Comparison, report: _Report, out: Path, console: Console, jobs: int) -> list[Row]:
     """Run a comparison, with what a person sees of it; its rows."""
     for remark in comparison.remarks:
         console.print(remark, soft_wrap=True)
@@ -77,17 +124,17 @@ def _show(comparison: runner.Comparison, heading: str, out: Path, console: Conso
             bars.update(steps, description=at.label, completed=at.step, total=at.steps)
 
         def on_rows(rows: list[Row]) -> None:
-            live.update(Group(rich_table(comparison.title, columns(state=True), summarise(rows)), bars))
+            live.update(Group(rich_table(comparison.title, report.columns(state=True), report.summarise(rows)), bars))
 
         def on_end(rows: list[Row]) -> None:
             live.update("")
-            notes = [*comparison.notes, *comparison.remarks, *filter(None, [progress_note(rows)])]
-            write_report(out, rows, f"{heading}: {comparison.title}", notes)
+            notes = [*comparison.notes, *comparison.remarks, *filter(None, [report.note(rows)])]
+            report.write(out, rows, f"{report.heading}: {comparison.title}", notes)
 
         rows = runner.run(comparison, out, on_rows=on_rows, on_progress=on_progress, on_end=on_end, jobs=jobs)
-    summary = summarise(rows)
-    console.print(rich_table(comparison.title, columns(), summary, table_caption(summary)))
-    if note := progress_note(rows):
+    summary = report.summarise(rows)
+    console.print(rich_table(comparison.title, report.columns(), summary, report.caption(summary)))
+    if note := report.note(rows):
         console.print(note, soft_wrap=True)
     console.print(f"{out / 'report.html'}\n{out / 'plot.png'}\n{out / 'rows.json'}", soft_wrap=True)
     if (out / MODELS).is_dir():

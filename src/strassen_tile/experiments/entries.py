@@ -19,10 +19,11 @@ from strassen_tile.integrations.training import Optimizer, Training, about, chec
 from strassen_tile.nn import STLConfig
 from strassen_tile.nn.config import Mixing, Scope
 from strassen_tile.nn.optim import FactorLR
+from strassen_tile.nn.token_mix import KINDS
 from strassen_tile.report.groups import without_rate
 from strassen_tile.tiling import Tile
 
-Mix = Literal["none", "tile", "conv", "grid"]
+Mix = Literal["none", "causal", "symmetric", "tile", "grid"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,10 @@ class _Entry:
 
     mix: Mix = field(
         default="none",
-        metadata=about("mix of rows ahead of each layer: of 4 in a tile, by 4 taps, or 3×3 on the grid of tokens"),
+        metadata=about(
+            "mix of rows ahead of each layer: a short convolution that sees 3 before, or 2 before and 1 after; of 4 in a tile; "
+            "or 3×3 on the grid of tokens"
+        ),
     )
     width: int | None = field(default=None, metadata=about("features of a token, for a network made smaller"))
     epochs: int | None = field(default=None, metadata=about("of this entry alone: a schedule of its own"))
@@ -147,8 +151,10 @@ def compared(entry: str, recipe: STLSettings, ranks: tuple[int, ...]) -> list[Co
     texts = [] if inside is None else settings.listed(inside)
     given = settings.values_of(record, settings.pairs(texts, f"methods: {name}"), f"methods: {name}")
     own = {key: value for key, value in given.items() if key in _OWN and not _unset(key, value)}
-    made = make(recipe, ranks, {key: value for key, value in given.items() if key not in _OWN})
-    return [_with_own(one, own, recipe) for one in made]
+    inside_layers = record is _STLEntry and own.get("mix") in KINDS  # STL layers have these mixes of their own
+    more = {"token_mix": own["mix"]} if inside_layers else {}
+    made = make(recipe, ranks, {key: value for key, value in given.items() if key not in _OWN} | more)
+    return [_with_own(one, own, recipe, wrap=not inside_layers) for one in made]
 
 
 def _unset(key: str, value: object) -> bool:
@@ -157,14 +163,16 @@ def _unset(key: str, value: object) -> bool:
     return value is None or value is False or value == "none"
 
 
-def _with_own(one: Compared, own: Mapping[str, Any], recipe: STLSettings) -> Compared:
+def _with_own(one: Compared, own: Mapping[str, Any], recipe: STLSettings, *, wrap: bool) -> Compared:
     """The method with what its entry says of mix, width and training."""
     changes = {key: value for key, value in own.items() if key in _TRAINING and getattr(recipe, key, None) != value}
     _check_changes(recipe, changes)
     values = {key: own[key] for key in own if key not in _TRAINING} | changes
     said = [_said(word, values[key]) for key, word in _WORDS.items() if key in values]
     # Still called by its own name: the mix is part of its variant.
-    method = replace(baselines.mixed(one.method, own["mix"]), name=one.method.name) if "mix" in own else one.method
+    method = one.method
+    if "mix" in own and wrap:
+        method = replace(baselines.mixed(method, own["mix"]), name=method.name)
     variant = ", ".join(filter(None, [one.variant, *said]))
     network = {key: own[key] for key in ("width", "weight_norm", "zero_last") if key in own}
     return Compared(method, variant, changes, rated="lr" in own, **network)
@@ -185,7 +193,7 @@ def _check_changes(recipe: STLSettings, changes: Mapping[str, Any]) -> None:
 def _stl(recipe: STLSettings, ranks: tuple[int, ...], given: Mapping[str, Any]) -> list[Compared]:
     base = {one.name: getattr(recipe, one.name) for one in fields(STLSettings)}
     values = {**base, **given}
-    rank = values.pop("rank", None)
+    rank, token_mix = values.pop("rank", None), values.pop("token_mix", "none")
     own = STLSettings(**values)
     check_choices(own)
     ranks = ranks if rank is None else (rank,)
@@ -193,7 +201,7 @@ def _stl(recipe: STLSettings, ranks: tuple[int, ...], given: Mapping[str, Any]) 
         raise ConfigError("stl needs at least one rank: give ranks, or stl[rank=…]")
     made = []
     for rank in ranks:
-        config = own.config(rank)
+        config = replace(own.config(rank), token_mix=token_mix)
         config.load_basis()  # raises where there is none
         made.append(Compared(baselines.stl(config), ", ".join([f"r={rank}", *_differences(own, base)])))
     return made

@@ -78,7 +78,7 @@ def layers_of(model: nn.Module, config: STLConfig, *, rows: int, example_inputs:
 
 def _refuse_causal(model: nn.Module, config: STLConfig) -> None:
     """Raise ConfigError for a model that says of itself that it is causal, if rows would mix both ways."""
-    parts = _causal_parts(model) if config.mixing == "sequence" and config.mixes_rows else set()
+    parts = _causal_parts(model) if config.sees_later_rows else set()
     for candidate in candidates(model):
         if any(part in ("", candidate.name) or candidate.name.startswith(f"{part}.") for part in parts):
             raise ConfigError(

@@ -6,8 +6,7 @@ are, the token module and the head are not.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,38 +19,22 @@ from strassen_tile.data import ImageSplits, hold_out, load_images
 from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import runner
 from strassen_tile.experiments.building import build, fixed_fields
-from strassen_tile.experiments.entries import Compared
 from strassen_tile.experiments.notes import epochs, facts, notes, remarks
+from strassen_tile.experiments.rates import TUNING_SEED, Entry, Rates, about_run, how_it_trains, rated, tried
+from strassen_tile.experiments.rates import compare as rates_first
 from strassen_tile.experiments.recipe import Recipe
-from strassen_tile.experiments.settings import settings_of, shortest
+from strassen_tile.experiments.settings import settings_of
 from strassen_tile.experiments.start import check
 from strassen_tile.integrations.ranks import share
 from strassen_tile.integrations.training import resolved_precision
 from strassen_tile.records import Row
-from strassen_tile.report.groups import without_rate
-from strassen_tile.report.table import number
 
-Rates = dict[tuple[str, str], float]
-_TUNING_SEED = 1_000_000  # of the runs that choose learning rates: none that a comparison has by itself
 _EARLIER_FOLDER_SIZE = 224  # of image folders, where a recipe said nothing, whatever size the images had
 
 
 def compare(recipe: Recipe, folder: Path, **callbacks: Any) -> list[Row]:
-    """Choose learning rates, where the recipe has a grid of them, then train what is compared.
-
-    Args:
-        recipe: what is compared.
-        folder: for rows and checkpoints; those of the choice lie in `folder`/tuning.
-        callbacks: of `runner.run`.
-
-    Returns:
-        The rows of what is compared.
-    """
-    rates: Rates = {}
-    if recipe.lr_grid:
-        rows = runner.run(tuning(recipe), folder / "tuning", jobs=recipe.jobs, **callbacks)
-        rates = best_rates(rows, recipe.lr_grid)
-    return runner.run(comparison(recipe, rates), folder, jobs=recipe.jobs, **callbacks)
+    """Choose learning rates, where the recipe has a grid of them, then train what is compared: `rates.compare`."""
+    return rates_first(recipe, folder, tuning, comparison, **callbacks)
 
 
 def comparison(recipe: Recipe, rates: Rates | None = None) -> runner.Comparison:
@@ -65,25 +48,9 @@ def comparison(recipe: Recipe, rates: Rates | None = None) -> runner.Comparison:
         ConfigError: the recipe's batch cannot be shared by the processes there are.
         DataError: the data cannot be read.
     """
-    rates = rates or {}
     recipe, splits = _loaded(recipe)
-    grid: Row = {"tuned": ", ".join(shortest(lr) for lr in recipe.lr_grid)}
-    roster: dict[tuple[str, str], tuple[int, Compared, Row]] = {}
-    left_out: list[str] = []
-    for index, one in enumerate(recipe.roster()):
-        lr = None if one.rated else rates.get(one.key, recipe.lr)
-        if lr is not None and not math.isfinite(lr):
-            left_out.append(f"{' '.join(filter(None, one.key))} is left out: it diverged at every rate of the grid.")
-            continue
-        made = one if lr in (None, recipe.lr) else one.at(lr)
-        # An entry may name the rate that another's choice comes to: they are one run.
-        chosen = grid if one.key in rates and not one.rated else {}
-        roster.setdefault((made.method.name, made.variant), (index, made, chosen))
-    runs = [
-        _run(recipe, splits, index, one, seed, chosen)
-        for seed in recipe.seeds
-        for index, one, chosen in roster.values()
-    ]
+    entries, left_out = rated(recipe, rates or {})
+    runs = [_run(recipe, splits, one, seed) for seed in recipe.seeds for one in entries]
     found = _comparison(recipe, splits, f"{recipe.model} on {recipe.data}, {epochs(recipe)}", runs)
     return replace(found, remarks=[*found.remarks, *left_out])
 
@@ -91,33 +58,8 @@ def comparison(recipe: Recipe, rates: Rates | None = None) -> runner.Comparison:
 def tuning(recipe: Recipe) -> runner.Comparison:
     """Every method whose entry names no learning rate with each of the recipe's grid; the test set is not read."""
     recipe, splits = _loaded(recipe)
-    if _TUNING_SEED in recipe.seeds:
-        raise ConfigError(f"seed {_TUNING_SEED} is that of the runs that choose rates; take another")
-    runs = [
-        _run(recipe, splits, index, one.at(lr), _TUNING_SEED, {"tested": False}, test=False)
-        for index, one in enumerate(recipe.roster())
-        if not one.rated
-        for lr in recipe.lr_grid
-    ]
+    runs = [_run(recipe, splits, one, TUNING_SEED, test=False) for one in tried(recipe)]
     return _comparison(recipe, splits, f"Learning rates: {recipe.model} on {recipe.data}, {epochs(recipe)}", runs)
-
-
-def best_rates(rows: Iterable[Row], grid: Sequence[float]) -> Rates:
-    """For each method of `tuning`'s rows the rate of the grid at which the validation loss ends lowest; NaN if all diverged.
-
-    The folder may have rows of other grids, from before. The loss and not top-1: of a few hundred images, top-1 tells
-    neighbouring rates apart by one image or two.
-    """
-    ends: dict[tuple[str, str], dict[float, float]] = {}
-    for row in rows:  # a run's rows are in order: the last one stays
-        if row["lr"] not in grid:
-            continue
-        loss = number(row, "val_loss")
-        key = str(row["method"]), without_rate(str(row["variant"]))
-        failed = loss is None or not math.isfinite(loss) or bool(row.get("diverged"))
-        ends.setdefault(key, {})[float(str(row["lr"]))] = math.inf if failed or loss is None else loss
-    best = {key: min(tried, key=tried.__getitem__) for key, tried in ends.items()}
-    return {key: lr if math.isfinite(ends[key][lr]) else math.nan for key, lr in best.items()}
 
 
 def _loaded(recipe: Recipe) -> tuple[Recipe, ImageSplits]:
@@ -156,22 +98,12 @@ def _comparison(recipe: Recipe, splits: ImageSplits, title: str, runs: Sequence[
     )
 
 
-def _run(
-    recipe: Recipe, splits: ImageSplits, index: int, one: Compared, seed: int, chosen: Row, *, test: bool = True
-) -> runner.Run:
+def _run(recipe: Recipe, splits: ImageSplits, entry: Entry, seed: int, *, test: bool = True) -> runner.Run:
     # Other entries have no part in a run, and with its rate one of them could be the same; runs that choose a rate are not
     # what anybody wants the weights of.
+    one = entry.compared
     own: dict[str, Any] = {**one.changes, "methods": ("dense",), "save": recipe.save and test}
     training = replace(recipe, **own)
-    how = {
-        key: getattr(training, key) for key in ("lr", "optimizer", "weight_decay", "factor_lr", "base_width", "epochs")
-    }
-    about = {
-        "method": one.method.name,
-        "variant": one.variant,
-        "seed": seed,
-        "recipe": {**asdict(recipe), **one.changes},
-    }
     return runner.Run(
         method=one.method.name,
         rank=one.method.rank,
@@ -179,9 +111,9 @@ def _run(
         seed=seed,
         epochs=training.epochs,
         # By number: a method is made of functions that no other process could be handed.
-        build=partial(_build, recipe, splits, index, seed),
-        cost=partial(fixed_fields, recipe, splits, one.width is not None, {**how, **chosen}),
-        train=partial(_train, training, splits, seed, test, about),
+        build=partial(_build, recipe, splits, entry.index, seed),
+        cost=partial(fixed_fields, recipe, splits, one.width is not None, {**how_it_trains(training), **entry.chosen}),
+        train=partial(_train, training, splits, seed, test, about_run(recipe, one, seed)),
         saves=training.save,
     )
 

@@ -15,8 +15,6 @@ from strassen_tile.errors import ConfigError
 from strassen_tile.integrations.ranks import ranks, share
 from strassen_tile.integrations.training import Optimizer, Training
 
-_LAYERS = ["Block"]  # what FSDP gathers and frees as one: the blocks of our models
-
 
 def make_optimizer(name: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimiser called `name` for parameter groups that have their rate and decay.
@@ -35,8 +33,13 @@ def make_optimizer(name: Optimizer, groups: list[dict[str, Any]]) -> torch.optim
     return made
 
 
-def training_arguments(training: Training, folder: Path, *, samples: int, seed: int) -> TrainingArguments:
+def training_arguments(
+    training: Training, folder: Path, *, samples: int, seed: int, layers: tuple[str, ...] = ()
+) -> TrainingArguments:
     """What Trainer takes for a `Training` on so many samples, with checkpoints in `folder`.
+
+    Args:
+        layers: classes of modules that FSDP gathers and frees as one.
 
     Raises:
         ConfigError: the batch cannot be shared by the processes there are.
@@ -50,7 +53,7 @@ def training_arguments(training: Training, folder: Path, *, samples: int, seed: 
         learning_rate=training.lr,
         weight_decay=training.weight_decay,
         **_schedule(training, samples),
-        **machinery(training),
+        **machinery(training, layers),
         max_grad_norm=1.0,
         seed=seed,
         data_seed=seed,
@@ -99,7 +102,7 @@ def _schedule(training: Training, samples: int) -> dict[str, Any]:
     }
 
 
-def machinery(training: Training) -> dict[str, Any]:
+def machinery(training: Training, layers: tuple[str, ...] = ()) -> dict[str, Any]:
     """How it is computed: loading, compilation, sharding.
 
     Raises:
@@ -119,7 +122,7 @@ def machinery(training: Training) -> dict[str, Any]:
                 f"fsdp=true shards over the GPUs of several processes; there are {world.num_processes} processes on "
                 f"{world.device.type}. Start more with torchrun, or leave it out"
             )
-        found |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": list(_LAYERS)}}
+        found |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": list(layers)}}
     return found
 
 

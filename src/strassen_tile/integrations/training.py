@@ -48,7 +48,6 @@ class Training:
         default=None, metadata=about("features of a layer at which it trains at lr; wider ones at less in proportion")
     )
     warmup: float = field(default=0.1, metadata=about("fraction of the steps in which the learning rate rises"))
-    label_smoothing: float = field(default=0.1, metadata=about("in training; test losses are without"))
     precision: Precision = field(
         default="auto", metadata=about("auto: bfloat16 autocast on a GPU with it, else float32")
     )
@@ -58,12 +57,6 @@ class Training:
     )
     min_lr: float = field(default=0.0, metadata=about("learning rate that warm-up begins at and the cosine ends at"))
     cooldown: int = field(default=0, metadata=about("epochs, of all, that are trained at min_lr after the cosine"))
-    randaugment: str | None = field(
-        default=None, metadata=about("timm's configuration, as rand-m9-mstd0.5-inc1; none: no RandAugment")
-    )
-    erasing: float = field(default=0.0, metadata=about("probability that part of a training image is erased"))
-    mixup: float = field(default=0.0, metadata=about("alpha of the shares of mixed images; 0: not mixed"))
-    cutmix: float = field(default=0.0, metadata=about("alpha of the shares of pasted images; 0: none pasted"))
     ema: float = field(
         default=0.0,
         metadata=about("decay a step of the average of the weights that is tested; 0: the weights themselves"),
@@ -75,16 +68,13 @@ class Training:
         check_choices(self)
         if min(self.epochs, self.batch_size) < 1:
             raise ConfigError(f"epochs and batch_size must be positive; got {self.epochs}, {self.batch_size}")
-        if not 0 < self.lr < math.inf:
-            raise ConfigError(f"lr must be a positive finite number; got {self.lr}")
+        check_rate(self.lr)
         if not 0 <= self.weight_decay < math.inf:
             raise ConfigError(f"weight_decay must be finite and not negative; got {self.weight_decay}")
         if self.base_width is not None and self.base_width < 1:
             raise ConfigError(f"base_width must be positive, or none; got {self.base_width}")
-        if not (0 <= self.warmup <= 1 and 0 <= self.label_smoothing <= 1):
-            raise ConfigError(
-                f"warmup and label_smoothing must be from 0 to 1; got {self.warmup}, {self.label_smoothing}"
-            )
+        if not 0 <= self.warmup <= 1:
+            raise ConfigError(f"warmup must be from 0 to 1; got {self.warmup}")
         if not 0 <= self.workers <= 1024:
             raise ConfigError(f"workers must be from 0 to 1024; got {self.workers}")
         if not 0 <= self.min_lr <= self.lr:
@@ -94,12 +84,42 @@ class Training:
                 f"cooldown must not be negative, and warmup={self.warmup:g} of epochs={self.epochs} must leave room for it; "
                 f"got {self.cooldown} (0 for none)"
             )
-        if not (0 <= self.erasing <= 1 and 0 <= self.ema < 1):
-            raise ConfigError(f"erasing must be from 0 to 1 and ema from 0 to below 1; got {self.erasing}, {self.ema}")
-        if not (0 <= self.mixup < math.inf and 0 <= self.cutmix < math.inf):
-            raise ConfigError(f"mixup and cutmix must be finite and not negative; got {self.mixup}, {self.cutmix}")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema must be from 0 to below 1; got {self.ema}")
         # Resolved at once, so that recipe and rows say what was computed in, not what was asked for.
         object.__setattr__(self, "precision", resolved_precision(self.precision))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTraining(Training):
+    """A `Training` on images: what is done to them and to their labels besides.
+
+    Raises:
+        ConfigError: a value that makes no sense.
+    """
+
+    label_smoothing: float = field(default=0.1, metadata=about("in training; test losses are without"))
+    randaugment: str | None = field(
+        default=None, metadata=about("timm's configuration, as rand-m9-mstd0.5-inc1; none: no RandAugment")
+    )
+    erasing: float = field(default=0.0, metadata=about("probability that part of a training image is erased"))
+    mixup: float = field(default=0.0, metadata=about("alpha of the shares of mixed images; 0: not mixed"))
+    cutmix: float = field(default=0.0, metadata=about("alpha of the shares of pasted images; 0: none pasted"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 <= self.label_smoothing <= 1 and 0 <= self.erasing <= 1):
+            raise ConfigError(
+                f"label_smoothing and erasing must be from 0 to 1; got {self.label_smoothing}, {self.erasing}"
+            )
+        if not (0 <= self.mixup < math.inf and 0 <= self.cutmix < math.inf):
+            raise ConfigError(f"mixup and cutmix must be finite and not negative; got {self.mixup}, {self.cutmix}")
+
+
+def check_rate(lr: float) -> None:
+    """Raise ConfigError for what is no learning rate."""
+    if not 0 < lr < math.inf:
+        raise ConfigError(f"lr must be a positive finite number; got {lr}")
 
 
 def check_choices(record: object) -> None:

@@ -7,6 +7,7 @@ from strassen_tile.nn.linear import STLLinear
 from strassen_tile.nn.mlp import STLMLP, Roles
 from strassen_tile.nn.optim import param_groups
 from strassen_tile.nn.padding import PaddingMask
+from strassen_tile.nn.token_mix import TokenMix, token_mix
 
 __all__ = [
     "STLMLP",
@@ -16,7 +17,9 @@ __all__ = [
     "STLConfig",
     "STLLinear",
     "STLLinearFP8",
+    "TokenMix",
     "normalise_weights",
     "param_groups",
+    "token_mix",
     "zero_last",
 ]

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from strassen_tile.errors import ShapeError
+from strassen_tile.nn.past import Kept, Key
 
 UNCLEAR = (
     "a row-mixing layer was reached in a call with padding, and it cannot be told which of its rows are padding ({why}): call "
@@ -43,6 +44,10 @@ class Call:
         unclear: why it cannot be told which rows are real; "" if it can.
         traced: whether it was entered while a graph was traced, which sees it as it is then.
         frame: while which the call lasts; None if a compiled one.
+        documents: (B, N) numbers of the documents that rows are of; None where each sample is one.
+        cache: that it was given; None without.
+        kept: the last rows that layers were fed in it, for the cache.
+        ran: how often layers ran in it.
     """
 
     key: str
@@ -53,6 +58,10 @@ class Call:
     unclear: str
     traced: bool
     frame: FrameType | None
+    documents: Tensor | None = None
+    cache: object = None
+    kept: dict[Key, Kept] = field(default_factory=dict)
+    ran: dict[str, int] = field(default_factory=dict)
 
 
 class _Calls(threading.local):

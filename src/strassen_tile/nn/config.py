@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from strassen_tile import bases, files
 from strassen_tile.basis import Basis
 from strassen_tile.errors import BasisError, ConfigError, ShapeError, STLError
+from strassen_tile.nn.token_mix import TokenMixKind
 from strassen_tile.tiling import Tile, as_integer, as_tile
 
 Mixing = Literal["sequence", "none", "causal"]
@@ -21,6 +22,7 @@ Init = Literal["auto", "random", "spectral", "fit"]
 Backend = Literal["auto", "reference", "cpu", "triton"]
 _CHOICES: dict[str, tuple[object, ...]] = {
     "mixing": get_args(Mixing),
+    "token_mix": get_args(TokenMixKind),
     "encoder_scope": get_args(Scope),
     "init": get_args(Init),
     "backend": get_args(Backend),
@@ -62,6 +64,8 @@ class STLConfig:
         train_encoder, train_decoder: whether E and D are trained.
         backend: of `stl_linear`.
         recompute: of `stl_linear`: keep no Ŷ for the backward pass, make it anew.
+        token_mix: a short convolution over tokens ahead of the product, added to its input, of four taps for each feature,
+            which start at zero: "causal" (a row sees the three before it), "symmetric" (two before, one after) or "none".
 
     Raises:
         ConfigError: a value outside its choices.
@@ -78,6 +82,7 @@ class STLConfig:
     train_decoder: bool = True
     backend: Backend = "auto"
     recompute: bool = False
+    token_mix: TokenMixKind = "none"
 
     def __post_init__(self) -> None:
         try:
@@ -109,7 +114,17 @@ class STLConfig:
     @cached_property
     def mixes_rows(self) -> bool:
         """Whether a row of the output can depend on other rows of the input."""
+        return self.mixes_in_tiles or self.token_mix != "none"
+
+    @property
+    def mixes_in_tiles(self) -> bool:
+        """Whether the rows of a tile, which begin at row 0, depend on each other."""
         return self.pqs[0] > 1
+
+    @property
+    def sees_later_rows(self) -> bool:
+        """Whether a row of the output can depend on later rows of the input."""
+        return (self.mixes_in_tiles and self.mixing == "sequence") or self.token_mix == "symmetric"
 
     @property
     def fits(self) -> bool:

@@ -40,7 +40,7 @@ class STLLinearFP8(TileLayer):
             raise ConfigError(
                 "a weight on the meta device has no numbers to round; use STLLinearFP8.blank to load them"
             )
-        self.padding, self.norm = layer.padding, layer.norm
+        self.padding, self.norm, self.token_mix = layer.padding, layer.norm, layer.token_mix
         with torch.no_grad():
             encoder, decoder = layer.factors()
             self._hold(rounded(layer.encoded_weight, encoder), encoder, decoder, layer.bias)
@@ -63,7 +63,7 @@ class STLLinearFP8(TileLayer):
         """
         _check(config)
         made = cls.__new__(cls)
-        TileLayer.__init__(made, in_features, out_features, config, "meta")
+        TileLayer.__init__(made, in_features, out_features, config, "meta", dtype)
         made.norm = None
         layer = STLLinear(in_features, out_features, bias, config=config, device="meta", dtype=dtype)
         with torch.no_grad():
@@ -100,7 +100,7 @@ class STLLinearFP8(TileLayer):
         if autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         lead = x.shape[:-1]
-        x = as_samples(self.without_padding(x if self.norm is None else self.norm(x).to(x.dtype)))
+        x = as_samples(self.mixed(x if self.norm is None else self.norm(x).to(x.dtype)))
         encoder, decoder = self.encoder.to(x.dtype), self.decoder.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y = fp8_linear(x, self._rounded(), encoder, decoder, bias, self.out_features)
@@ -120,7 +120,7 @@ class STLLinearFP8(TileLayer):
 
 
 def _check(config: STLConfig) -> None:
-    if config.encoder_scope != "layer" or (config.mixing == "causal" and config.mixes_rows):
+    if config.encoder_scope != "layer" or (config.mixing == "causal" and config.mixes_in_tiles):
         raise ConfigError(
             "fp8 products take one encoder a layer (encoder_scope='layer') and no causal tiles (whose rows would see later "
             f"ones by the scale they share); got encoder_scope={config.encoder_scope!r}, mixing={config.mixing!r}"

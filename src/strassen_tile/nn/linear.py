@@ -25,7 +25,8 @@ class STLLinear(TileLayer):
     """A linear layer whose product is the Strassen-Tile operator.
 
     Parameters: `encoder` (r, p, q), `encoded_weight` (r, ⌈K/q⌉, ⌈M/s⌉), `decoder` (r, p, s), `bias` (M,); with
-    `encoder_scope="tile"` encoder and decoder have a leading dimension, one a column tile and one an output tile.
+    `encoder_scope="tile"` encoder and decoder have a leading dimension, one a column tile and one an output tile; with a
+    token mix its weights (K, 4).
 
     Input (…, N, K), output (…, N, M). Unless `mixing="none"`, the p rows of a tile depend on each other, so the input
     must have the rows of one sample in dimension −2 and samples in the dimensions before it.
@@ -56,7 +57,7 @@ class STLLinear(TileLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         config = config or STLConfig()
-        super().__init__(in_features, out_features, config, device)
+        super().__init__(in_features, out_features, config, device, dtype)
         (p, q, s), r = config.pqs, config.rank
         columns, outputs = tile_count(in_features, q), tile_count(out_features, s)
         per_tile = config.encoder_scope == "tile"
@@ -89,6 +90,8 @@ class STLLinear(TileLayer):
         bound = self.in_features**-0.5 if self.in_features else 0.0
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
+        if self.token_mix is not None:
+            self.token_mix.reset_parameters()
         device = self.encoded_weight.device
         columns, outputs = self.encoded_weight.shape[1:]
         with torch.device("cpu"):  # whatever the default device is
@@ -183,10 +186,10 @@ class STLLinear(TileLayer):
         return self.encoded_weight.element_size()
 
     def can_join(self, x: Tensor) -> bool:
-        """Whether its step on x may be part of a longer one: no backend is asked for, no padding rows are to be zeroed first,
-        and there is one dtype, or autocast.
+        """Whether its step on x may be part of a longer one: no backend is asked for, no rows are mixed or zeroed first, and
+        there is one dtype, or autocast.
         """
-        if self.config.backend != "auto" or self.has_padding(x):
+        if self.config.backend != "auto" or self.token_mix is not None or self.has_padding(x):
             return False
         return all(p.dtype == x.dtype or (autocasts(x) and autocasts(p)) for p in self.parameters(recurse=False))
 
@@ -219,8 +222,8 @@ class STLLinear(TileLayer):
                 y = norm_linear(as_samples(x), norm_of(self.norm, x), layer, self.out_features)
                 return y.view(*x.shape[:-1], self.out_features)
             x = self.norm(x)
-        if self.padding is not None:
-            x = self.without_padding(x)
+        if self.padding is not None or self.token_mix is not None:
+            x = self.mixed(x)
         (encoder, decoder), config, columns = self.factors(), self.config, self.out_features
         tensors = self.encoded_weight, encoder, decoder, self.bias
         if config.backend == "auto" and self._is_as_built(x, *tensors):

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strassen_tile.errors import ShapeError, shape_text
@@ -28,6 +29,8 @@ PACKED = (
 _LEFT = "the mask has padding before real rows; pad on the right (tokenizer.padding_side = 'right')"
 _SCORES = "attention_mask has negative values: it is 1 for real rows and 0 for padding, not something to add to scores"
 _NAN = "{name} has NaN: it does not say whether those rows are real"
+_POSITIONS = ("position_ids", "seq_idx")
+_ROWS_GIVEN = ("input_ids", "inputs_embeds", "position_ids")
 _BOUNDARIES = ("cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")
 
 
@@ -60,11 +63,11 @@ def takes_of(module: nn.Module, root: bool) -> Takes:
     return Takes({name: names.index(name) for name in told if name in names}, own_rows)
 
 
-def real_rows(mask: Tensor, name: str = "attention_mask") -> Tensor:
+def real_rows(mask: Tensor, name: str = "attention_mask", *, anywhere: bool = False) -> Tensor:
     """`mask` (B, N) as True for real rows; the masks of `nn.TransformerEncoder` mark padding instead, by True or −inf.
 
     Raises:
-        ShapeError: another number of dimensions, padding on the left, NaN.
+        ShapeError: another number of dimensions, NaN, or padding ahead of real rows, unless it may be `anywhere`.
     """
     if mask.ndim != 2:
         raise ShapeError(f"a padding mask is (B, N); got {name} {shape_text(mask.shape)}")
@@ -76,7 +79,8 @@ def real_rows(mask: Tensor, name: str = "attention_mask") -> Tensor:
         real = mask != 0
         if mask.is_floating_point():
             _require((mask >= 0).all(), _SCORES)
-    _require((real == ((~real).cumsum(1) == 0)).all(), _LEFT)  # of any length, where a program is traced
+    if not anywhere:
+        _require((real == ((~real).cumsum(1) == 0)).all(), _LEFT)  # of any length, where a program is traced
     return real
 
 
@@ -89,19 +93,45 @@ def check_one_sequence(arguments: Mapping[str, Any], real: Tensor | None) -> Non
         ends = arguments.get(name)
         if isinstance(ends, Tensor) and ends.numel() > 2:
             raise ShapeError(PACKED.format(how=f"{name} has {ends.numel() - 1} of them"))
-    for name, values in (("position_ids", arguments.get("position_ids")), ("seq_idx", arguments.get("seq_idx"))):
-        if not isinstance(values, Tensor) or not 2 <= values.ndim <= 3 or values.shape[-1] < 2:
+    for name in _POSITIONS:
+        goes_on = _goes_on(name, arguments.get(name))
+        if goes_on is None:
             continue
-        plane = values if values.ndim == 2 else values[0]  # (3, B, N): of time, height and width; time never goes back
-        before, after = plane[:, :-1], plane[:, 1:]
-        if name == "seq_idx":
-            fine = before == after
-        else:  # a document of one row repeats its position; an image shares one, and so do rows that all stand at one
-            fine = before < after
-            fine = fine | (before == after) if values.ndim == 3 else fine | (plane == plane[:, :1]).all(1, keepdim=True)
-        if real is not None and real.shape[1] == plane.shape[1]:
-            fine = fine | ~real[:, 1:]
-        _require(fine.all(), PACKED.format(how=f"{name} starts anew" if name == "position_ids" else f"{name} changes"))
+        if real is not None and real.shape[1] == goes_on.shape[1] + 1:
+            goes_on = goes_on | ~real[:, 1:]
+        _require(
+            goes_on.all(), PACKED.format(how=f"{name} starts anew" if name == "position_ids" else f"{name} changes")
+        )
+
+
+def documents_of(arguments: Mapping[str, Any]) -> Tensor | None:
+    """Numbers (B, N) of the documents that rows are of, as the arguments of a model say it; None where they name no borders.
+
+    They say so by `seq_idx` that changes, `position_ids` that start anew, or, for a batch of one, boundaries.
+    """
+    for name in _POSITIONS:
+        goes_on = _goes_on(name, arguments.get(name))
+        if goes_on is not None and (_is_traced(goes_on) or not bool(goes_on.all())):
+            return F.pad((~goes_on).cumsum(1), (1, 0))
+    rows = next((arguments[name] for name in _ROWS_GIVEN if isinstance(arguments.get(name), Tensor)), None)
+    for name in _BOUNDARIES:
+        ends = arguments.get(name)
+        if isinstance(ends, Tensor) and rows is not None and ends.numel() > 2:
+            return torch.bucketize(torch.arange(rows.shape[1], device=ends.device), ends[1:], right=True)[None]
+    return None
+
+
+def _goes_on(name: str, values: object) -> Tensor | None:
+    """(B, N − 1): whether each row but the first goes on with the document of the one before it; None where nothing says."""
+    if not isinstance(values, Tensor) or not 2 <= values.ndim <= 3 or values.shape[-1] < 2:
+        return None
+    plane = values if values.ndim == 2 else values[0]  # (3, B, N): of time, height and width; time never goes back
+    before, after = plane[:, :-1], plane[:, 1:]
+    if name == "seq_idx":
+        return before == after
+    # A document of one row repeats its position; an image shares one, and so do rows that all stand at one.
+    fine = before < after
+    return fine | (before == after) if values.ndim == 3 else fine | (plane == plane[:, :1]).all(1, keepdim=True)
 
 
 def check_pattern(mask: Tensor, real: Tensor | None) -> None:
@@ -130,9 +160,13 @@ def check_hides_nothing(mask: Tensor) -> None:
     )
 
 
-def _require(holds: Tensor, message: str) -> None:
+def _is_traced(value: Tensor) -> bool:
     # `is_compiling()` is also true while another thread compiles; exporting runs this with tensors of its own kind.
-    if torch.compiler.is_dynamo_compiling() or type(holds) is not Tensor:
+    return torch.compiler.is_dynamo_compiling() or type(value) is not Tensor
+
+
+def _require(holds: Tensor, message: str) -> None:
+    if _is_traced(holds):
         torch._assert_async(holds, message)
     elif not bool(holds):  # a synchronisation
         raise ShapeError(message)

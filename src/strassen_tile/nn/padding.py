@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from strassen_tile.errors import ShapeError, shape_text
-from strassen_tile.nn import calls
+from strassen_tile.nn import calls, past
 from strassen_tile.nn.calls import Call
 from strassen_tile.nn.direct import Direct
 from strassen_tile.nn.masks import (
@@ -30,6 +30,7 @@ from strassen_tile.nn.masks import (
     check_hides_nothing,
     check_one_sequence,
     check_pattern,
+    documents_of,
     real_rows,
     takes_of,
 )
@@ -47,9 +48,14 @@ class PaddingMask:
     `src_key_padding_mask`, True for padding, each (B, N). A model without one is called inside `with padding(mask): …`.
     What a call says is for that call: other threads and tasks do not see it, and a checkpointed layer that runs again in the
     backward pass sees the mask of the call it belongs to. A copy of the model has a `PaddingMask` of its own.
+
+    Args:
+        tiles: whether rows mix in tiles, which begin at row 0: padding then has to stand on the right, and a row of the batch
+            must be one sequence. Without, as for token mixes alone, it may stand on the left, and documents may be packed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tiles: bool = True) -> None:
+        self.tiles = tiles
         self._key = uuid.uuid4().hex
         self._seen = False  # any mask, in a call that was run as it stands
         self._traced = False  # any mask, in a call that was compiled
@@ -93,7 +99,7 @@ class PaddingMask:
     @contextmanager
     def __call__(self, mask: Tensor) -> Iterator[None]:
         """Hold `mask` (B, N), True or 1 for real rows, for the calls made inside by this thread or task."""
-        real, frame = real_rows(mask), None
+        real, frame = real_rows(mask, anywhere=not self.tiles), None
         self._seen = self._holds = True
         if not torch.compiler.is_dynamo_compiling():
             frame = calls.anchor(self._key)
@@ -104,9 +110,11 @@ class PaddingMask:
                 finally:
                     calls.let_go(self._key, real)
                 return
-        outer = calls.top(self._key)
-        past = 0 if outer is None else outer.past
-        call = Call(self._key, None, real, real, past, "", torch.compiler.is_dynamo_compiling(), frame)
+        outer, compiling = calls.top(self._key), torch.compiler.is_dynamo_compiling()
+        length, cache = (0, None) if outer is None else (outer.past, outer.cache)
+        call = Call(self._key, None, real, real, length, "", compiling, frame, cache=cache)
+        if outer is not None:
+            call.documents, call.kept, call.ran = outer.documents, outer.kept, outer.ran
         calls.push(call)
         try:
             yield
@@ -133,8 +141,45 @@ class PaddingMask:
         mask = self.current(x)
         if mask is None:
             return x
+        if (length := self.past) and mask.shape[-1] == length + x.shape[-2]:  # of the sequence; x goes on from a cache
+            mask = mask[:, length:]
         _check_describes(mask, x)
         return x.masked_fill(~mask.unsqueeze(-1), 0)
+
+    def documents(self, x: Tensor) -> Tensor | None:
+        """(B, N) numbers of the documents that the rows of x (B, N, K) are of, where the call says that there are several.
+
+        Raises:
+            ShapeError: it says so of another number of rows.
+        """
+        call = calls.top(self._key)
+        if call is None or call.documents is None:
+            return None
+        if call.documents.shape[0] not in (1, x.shape[0]) or call.documents.shape[1] != x.shape[1]:
+            raise ShapeError(
+                f"documents are packed into rows {shape_text(call.documents.shape)} of the batch, and a layer with a token mix "
+                f"got {shape_text(x.shape)}: it cannot be told where they end. Keep that layer dense (filter_fn)"
+            )
+        return call.documents.expand(x.shape[:-1])
+
+    def past_rows(self, layer: str, x: Tensor, wanted: int, keep: bool) -> Tensor | None:
+        """The last rows (B, n, K), n ≤ `wanted`, ahead of x (B, N, K) of what `layer` was fed; None at a sequence's start.
+
+        Args:
+            layer: a name that is its own.
+            keep: whether those of x are to be kept, if the call turns out to have a cache.
+
+        Raises:
+            ShapeError: as `past.before`.
+        """
+        call = calls.top(self._key)
+        if call is None or (call.cache is None and (not keep or torch.compiler.is_dynamo_compiling())):
+            return None
+        key = layer, call.ran.get(layer, 0)
+        call.ran[layer] = key[1] + 1
+        rows = past.before(call.cache, key, x, call.past, wanted)
+        call.kept[key] = past.kept_of(rows, x, call.past, wanted)
+        return rows
 
     def current(self, x: Tensor | None = None) -> Tensor | None:
         """The mask (B, N) of the call in progress, or of the one that a checkpointed layer runs again for.
@@ -159,12 +204,20 @@ class PaddingMask:
         asked: Tensor = torch.ops.strassen_tile.real_rows(x.detach(), self._key)
         return asked
 
+    def check_no_past(self) -> None:
+        """Raise ShapeError if the rows of this call go on from a cache: rows before them would have seen them."""
+        if length := self.past:
+            raise ShapeError(
+                f"a cache holds {length} rows, the last of which would have seen those of this call: a symmetric token mix "
+                "wants the whole sequence (use_cache=False); token_mix='causal' goes on from a cache"
+            )
+
     def check_start(self, tile_rows: int) -> None:
         """Raise ShapeError if the rows of this call, which continue a cached sequence, start in the middle of a tile."""
-        past = self.past
-        if past % tile_rows:
+        length = self.past
+        if length % tile_rows:
             raise ShapeError(
-                f"a cache holds {past} rows, so this call starts in the middle of a tile of {tile_rows} rows, whose "
+                f"a cache holds {length} rows, so this call starts in the middle of a tile of {tile_rows} rows, whose "
                 "first ones are gone. Run the whole sequence (use_cache=False), or use mixing='none'"
             )
 
@@ -177,18 +230,25 @@ class PaddingMask:
         held = outer.held if outer is not None else None if compiling else calls.held(self._key)
         real, unclear = self._read(type(module).__name__, takes, given, outer, held)
         inherits = outer is not None and not takes.own_rows
-        past = outer.past if outer is not None and inherits else 0
-        cache = given.get("past_key_values")
-        if cache is not None:
-            past = int(cache.get_seq_length())
+        length, cache = (outer.past, outer.cache) if outer is not None and inherits else (0, None)
+        if given.get("past_key_values") is not None:
+            cache = given["past_key_values"]
+            length = int(cache.get_seq_length())
         if real is not None or unclear:
             if compiling:
                 self._traced = True
             else:
                 self._seen = True
-        check_one_sequence(given, held if real is None else real)
+        documents = None
+        if self.tiles:
+            check_one_sequence(given, held if real is None else real)
+        elif (documents := documents_of(given)) is None and inherits and outer is not None:
+            documents = outer.documents
         frame: FrameType | None = None if compiling else sys._getframe(1)
-        calls.push(Call(self._key, module, real, held, past, unclear, compiling, frame))
+        call = Call(self._key, module, real, held, length, unclear, compiling, frame, documents, cache)
+        if inherits and outer is not None and cache is outer.cache:
+            call.kept, call.ran = outer.kept, outer.ran
+        calls.push(call)
 
     def _read(
         self, module_name: str, takes: Takes, given: dict[str, Any], outer: Call | None, held: Tensor | None
@@ -209,7 +269,7 @@ class PaddingMask:
             return None, f"{module_name} takes a mask and was given none, inside a call with one"
         name, mask = first[0], given[first[0]]
         if isinstance(mask, Tensor) and (mask.ndim == 2 or name != "attention_mask"):
-            return real_rows(mask, name), ""
+            return real_rows(mask, name, anywhere=not self.tiles), ""
         real = outer.real if outer is not None and outer.real is not None else held
         of_tower = outer is not None and getattr(outer.module, "main_input_name", "") in SIGNALS
         if real is None and outer is not None and of_tower and isinstance(mask, Tensor):
@@ -227,6 +287,8 @@ class PaddingMask:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         call = calls.pop(self._key, module)
+        if call is not None and call.kept and not torch.compiler.is_dynamo_compiling():
+            past.remember(call.cache or past.cache_in(output), call.kept)
         if call is not None and call.real is not None and isinstance(output, Generator | Coroutine | AsyncGenerator):
             raise ShapeError(
                 f"{type(module).__name__}.forward runs after its call has ended (it is a generator or a coroutine), when its "

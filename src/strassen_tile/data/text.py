@@ -1,0 +1,263 @@
+"""Text for language models: documents of one source, parted by name and cut into tokens, byte by byte or by any tokenizer.
+
+A document is on one side of the split as a whole. Which one depends on its name alone, so that it is the same everywhere, and
+stays the same as others are added.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from strassen_tile.data.idx import need
+from strassen_tile.data.prose import standard_library
+from strassen_tile.errors import DataError
+from strassen_tile.files import opened
+
+Document = tuple[str, str]  # name and text
+Encode = Callable[[str], Sequence[int]]
+BYTES = 256
+_MOST_BYTES = 1 << 33  # of a file
+_STREAMED = 1 << 27  # of a data set that has no end, unless a limit says otherwise
+_PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tokens of one side of a split.
+
+    Attributes:
+        tokens: (n,) integers, documents one after the other, each ended by a separator.
+        size: bytes of the text that they are, in UTF-8, a byte for each separator.
+    """
+
+    tokens: Tensor
+    size: int
+
+
+@dataclass(frozen=True)
+class TextSplits:
+    """What to train, to validate and to test on.
+
+    Attributes:
+        train, validation, test: of documents that are on no other side.
+        name: what it was loaded by.
+        vocabulary: how many different tokens there can be.
+        tokenizer: "bytes", or the tokenizer's name.
+        digest: of all tokens: texts are the same where it is.
+    """
+
+    train: Part
+    validation: Part
+    test: Part
+    name: str
+    vocabulary: int
+    tokenizer: str
+    digest: str
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """Pieces of `context` tokens and the tokens that follow each, from places drawn at random by torch's global generator.
+
+    Args:
+        tokens: (n,).
+        context: tokens a piece.
+        samples: how many there are in an epoch.
+    """
+
+    def __init__(self, tokens: Tensor, context: int, samples: int) -> None:
+        self.tokens, self.context, self.samples = tokens, context, samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        start = int(torch.randint(len(self.tokens) - self.context, ()))
+        return _piece(self.tokens, start, self.context)
+
+
+class Pieces(Dataset[dict[str, Tensor]]):
+    """Pieces of `context` tokens, one after the other, and the tokens that follow each; a rest at the end is left out."""
+
+    def __init__(self, tokens: Tensor, context: int, most: int | None = None) -> None:
+        self.tokens, self.context = tokens, context
+        there = (len(tokens) - 1) // context
+        self.count = there if most is None else min(there, most)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return _piece(self.tokens, index * self.context, self.context)
+
+
+def _piece(tokens: Tensor, start: int, context: int) -> dict[str, Tensor]:
+    piece = tokens[start : start + context + 1].long()
+    return {"input_ids": piece[:-1], "labels": piece[1:]}
+
+
+def load_text(data: str, *, tokenizer: str = "bytes", limit: int | None = None, context: int = 1) -> TextSplits:
+    """The text called `data`, in tokens.
+
+    Args:
+        data: "python", the prose of Python's standard library; a folder or file of txt, jsonl ({"text": …} a line) or parquet;
+            or "hub:NAME", streamed. Where files or splits are called train, validation (or val) and test, those parts are
+            taken; otherwise a twentieth of the documents each is for validation and for the test.
+        tokenizer: "bytes", or what transformers' AutoTokenizer takes.
+        limit: bytes of text to train on; None: all there are, of streams 128 MiB.
+        context: tokens a piece; each part has to have more.
+
+    Raises:
+        DataError: there is no text, it cannot be read, or a part is shorter than a piece.
+        ImportError: parquet files and the hub need `datasets`, tokenizers `transformers`.
+    """
+    encode, vocabulary, separator = _tokenizer(tokenizer)
+    sources = _sources(data)
+    if limit is None and data.startswith("hub:"):
+        limit = _STREAMED
+    code, kind = ("B", torch.uint8) if vocabulary <= BYTES else ("i", torch.int32)
+    parts = {part: array(code) for part in _PARTS}
+    sizes = dict.fromkeys(_PARTS, 0)
+    for part, (name, text) in sources:
+        side = part or _side(name)
+        if side == "train" and limit is not None and sizes["train"] >= limit:
+            if part is None or all(sizes[one] for one in _PARTS):
+                break
+            continue
+        if not text:
+            continue
+        parts[side].extend(encode(text))
+        parts[side].append(separator)
+        sizes[side] += len(text.encode("utf-8", errors="replace")) + 1
+    made = {
+        name: torch.frombuffer(part, dtype=kind) if part else torch.empty(0, dtype=kind) for name, part in parts.items()
+    }
+    for part, tokens in made.items():
+        if len(tokens) <= context:
+            raise DataError(
+                f"{data}: the {part} text has {len(tokens)} tokens, and a piece is {context} and the one after; give more text "
+                "(documents are parted as wholes), or a shorter context"
+            )
+    digest = hashlib.sha256(b"".join(made[part].numpy().tobytes() for part in _PARTS)).hexdigest()[:16]
+    train, validation, test = (Part(made[part], sizes[part]) for part in _PARTS)
+    return TextSplits(train, validation, test, data, vocabulary, tokenizer, digest)
+
+
+def _tokenizer(name: str) -> tuple[Encode, int, int]:
+    """How text becomes tokens, how many different ones there are, and the one that ends a document."""
+    if name == "bytes":
+        return lambda text: text.encode("utf-8", errors="replace").replace(b"\0", b" "), BYTES, 0
+    transformers = need("transformers", f"tokenizer {name}", "language")
+    try:
+        made: Any = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # of the library, of its HTTP client, of the file system
+        said = " ".join(str(error).split())[:300]
+        raise DataError(f"tokenizer={name}: cannot be loaded ({type(error).__name__}: {said})") from error
+    separator = next((i for i in (made.eos_token_id, made.sep_token_id, made.pad_token_id) if i is not None), None)
+    if separator is None:
+        raise DataError(f"tokenizer={name}: has no token that ends a text (eos, sep or pad)")
+
+    def encode(text: str) -> Sequence[int]:
+        return made(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+
+    return encode, len(made), separator
+
+
+def _side(name: str) -> str:
+    at = int.from_bytes(hashlib.sha256(name.encode("utf-8", errors="replace")).digest()[:4]) / 2**32
+    return "validation" if at < 0.05 else "test" if at < 0.1 else "train"
+
+
+def _sources(data: str) -> Iterator[tuple[str | None, Document]]:
+    """The part, where its source says it, and each document."""
+    if data == "python":
+        return ((None, document) for document in standard_library().items())
+    if data.startswith("hub:"):
+        return _of_hub(data.removeprefix("hub:"))
+    path = Path(data)
+    with contextlib.suppress(RuntimeError):  # a home that nobody has
+        path = path.expanduser()
+    if not path.exists():
+        raise DataError(f"data={data!r}: no such file or folder; give one, python, or hub:NAME")
+    kinds = (".txt", ".md", ".rst", ".jsonl", ".parquet")
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in kinds)
+    if not files:
+        raise DataError(f"data={data!r}: has no files that end in {', '.join(kinds)}")
+    root = path.parent if path.is_file() else path
+    return chain.from_iterable(_of_file(file, file.relative_to(root)) for file in files)
+
+
+def _of_file(file: Path, name: Path) -> Iterator[tuple[str | None, Document]]:
+    part = _said_by(name.as_posix())
+    try:
+        if file.suffix == ".parquet":
+            for number, text in enumerate(_of_parquet(file)):
+                yield part, (f"{name} {number}", text)
+        elif file.suffix == ".jsonl":
+            with opened(file, _MOST_BYTES) as lines:
+                for number, line in enumerate(lines):
+                    if line.strip():
+                        yield part, (f"{name} {number}", _text_of(json.loads(line), f"line {number + 1}"))
+        else:
+            with opened(file, _MOST_BYTES) as content:
+                yield part, (name.as_posix(), content.read().decode("utf-8", errors="replace"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file}: cannot be read as text: {error}") from error
+
+
+def _said_by(name: str) -> str | None:
+    """The part that a file's or a split's name says it is of."""
+    first = name.lower().replace("\\", "/").split("/")[0].partition("-")[0].partition(".")[0]
+    return {
+        "train": "train",
+        "validation": "validation",
+        "val": "validation",
+        "valid": "validation",
+        "test": "test",
+    }.get(first)
+
+
+def _text_of(row: object, where: str) -> str:
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f'{where} has no "text"')
+    return text
+
+
+def _of_parquet(file: Path) -> Iterable[str]:
+    datasets = need("datasets", "text in parquet files", "text")
+    rows = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+    return (_text_of(row, "a row") for row in rows)
+
+
+def _of_hub(name: str) -> Iterator[tuple[str | None, Document]]:
+    datasets = need("datasets", "text of the hub", "text")
+    name, _, config = name.partition(":")
+    try:
+        found = datasets.load_dataset(name, config or None, streaming=True)
+        # Held-out parts first: of a stream that has no end, the others are left off in the middle.
+        parts = sorted(found, key=lambda part: _said_by(part) in (None, "train"))
+        held_out = {_said_by(part) for part in parts} >= {"validation", "test"}
+        for part in parts:
+            for number, row in enumerate(found[part]):
+                side = _said_by(part) if held_out else None
+                yield side, (f"{part} {number}", _text_of(row, f"{part}, row {number}"))
+    except DataError:
+        raise
+    except Exception as error:  # of the library, of its HTTP client, of the file system
+        said = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"hub:{name}: cannot be loaded ({type(error).__name__}: {said}). Is the name right (hub:NAME or hub:NAME:CONFIG), "
+            "and the hub within reach? Files on disk are given by their folder"
+        ) from error

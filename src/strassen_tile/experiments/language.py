@@ -1,0 +1,194 @@
+"""The same causal language model and recipe, dense and made cheaper in several ways, trained from scratch on text.
+
+Every method starts from the same dense network (same seed), which is then converted; the linear layers of the blocks are,
+embedding and head are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from strassen_tile import baselines
+from strassen_tile.convert import Conversion
+from strassen_tile.data.text import TextSplits, load_text
+from strassen_tile.errors import ConfigError
+from strassen_tile.experiments import runner
+from strassen_tile.experiments.costs import against, cost_fields
+from strassen_tile.experiments.entries import Compared
+from strassen_tile.experiments.rates import TUNING_SEED, Entry, Rates, about_run, how_it_trains, rated, tried
+from strassen_tile.experiments.rates import compare as rates_first
+from strassen_tile.experiments.settings import settings_of, shortest
+from strassen_tile.experiments.text_recipe import TextRecipe
+from strassen_tile.integrations.ranks import share
+from strassen_tile.integrations.training import resolved_precision
+from strassen_tile.nn import normalise_weights, zero_last
+from strassen_tile.records import Row
+
+_EXAMPLE = (2, 24)  # tokens that convert runs the model on: samples, and rows over several tiles
+_LAST_OF_BRANCHES = ["*.o_proj*", "*.down_proj*", "*.attention.dense*", "*.dense_4h_to_h*"]
+
+
+def in_blocks(module: nn.Module, name: str) -> bool:
+    """The linear layers of the transformer blocks, whatever the family calls them."""
+    return ".layers." in name
+
+
+def compare(recipe: TextRecipe, folder: Path, **callbacks: Any) -> list[Row]:
+    """Choose learning rates, where the recipe has a grid of them, then train what is compared: `rates.compare`."""
+    return rates_first(recipe, folder, tuning, comparison, **callbacks)
+
+
+def comparison(recipe: TextRecipe, rates: Rates | None = None) -> runner.Comparison:
+    """Every method of the recipe with every seed.
+
+    Args:
+        recipe: what is compared.
+        rates: learning rates, of `best_rates`, for the methods whose entries name none.
+
+    Raises:
+        ConfigError: the recipe's batch cannot be shared by the processes there are, or a network cannot be made.
+        DataError: the text cannot be read, or is too short.
+    """
+    splits = _loaded(recipe)
+    entries, left_out = rated(recipe, rates or {})
+    runs = [_run(recipe, splits, one, seed) for seed in recipe.seeds for one in entries]
+    return replace(_comparison(recipe, splits, _title(recipe), runs), remarks=left_out)
+
+
+def tuning(recipe: TextRecipe) -> runner.Comparison:
+    """Every method whose entry names no learning rate with each of the recipe's grid; the test text is not read."""
+    splits = _loaded(recipe)
+    runs = [_run(recipe, splits, one, TUNING_SEED, test=False) for one in tried(recipe)]
+    return _comparison(recipe, splits, f"Learning rates: {_title(recipe)}", runs)
+
+
+def build(recipe: TextRecipe, vocabulary: int, one: Compared, seed: int) -> tuple[nn.Module, Conversion]:
+    """The network of `recipe` with the weights of `seed`, as the method has it."""
+    from strassen_tile.integrations.decoders import decoder  # late: transformers takes seconds
+
+    torch.manual_seed(seed)
+    model = decoder(
+        recipe.model, vocabulary=vocabulary, context=recipe.context, width=one.width, init_range=recipe.init_range
+    )
+    conversion = one.method.apply(model, {"input_ids": _tokens(vocabulary, *_EXAMPLE)}, in_blocks)
+    if one.zero_last:
+        zero_last(model, _LAST_OF_BRANCHES)
+    if one.weight_norm is not None:
+        normalise_weights(model, per=one.weight_norm)
+    return model, conversion
+
+
+def _tokens(vocabulary: int, samples: int, rows: int) -> torch.Tensor:
+    return torch.randint(vocabulary, (samples, rows), generator=torch.Generator().manual_seed(0))
+
+
+def _loaded(recipe: TextRecipe) -> TextSplits:
+    share(recipe.batch_size)
+    splits = load_text(recipe.data, tokenizer=recipe.tokenizer, limit=recipe.limit, context=recipe.context)
+    for one in recipe.roster():
+        if one.width is None and one.weight_norm is None and not one.zero_last:
+            continue
+        try:
+            build(recipe, splits.vocabulary, one, 0)
+        except Exception as error:  # whatever a network says that cannot be made so: now, and not after other runs
+            name = " ".join(filter(None, [one.method.name, one.variant]))
+            raise ConfigError(f"methods: {name} cannot be made: {error}") from error
+    return splits
+
+
+def _title(recipe: TextRecipe) -> str:
+    steps = recipe.epochs * recipe.steps
+    return f"{recipe.model} on {recipe.data}, {steps} steps of {recipe.batch_size} × {recipe.context} tokens"
+
+
+def _comparison(recipe: TextRecipe, splits: TextSplits, title: str, runs: Sequence[runner.Run]) -> runner.Comparison:
+    defaults = {
+        name: one.default for name, one in settings_of(TextRecipe).items() if one.default not in (None, MISSING)
+    }
+    return runner.Comparison(
+        title=title,
+        runs=runs,
+        recipe=asdict(recipe),
+        earlier={**defaults, "precision": resolved_precision("auto")},
+        # More of them only add runs, or change no result; a rate that is chosen is part of what a run is told by.
+        may_change=frozenset({"seeds", "ranks", "methods", "workers", "jobs", "lr_grid", "save"}),
+        facts={
+            "model": recipe.model,
+            "context": recipe.context,
+            "tokenizer": recipe.tokenizer,
+            "train_bytes": splits.train.size,
+            "val_bytes": splits.validation.size,
+            "test_bytes": splits.test.size,
+            "text": splits.digest,
+            "precision": recipe.precision,
+        },
+        notes=_notes(recipe, splits),
+    )
+
+
+def _notes(recipe: TextRecipe, splits: TextSplits) -> list[str]:
+    grid = ", ".join(shortest(lr) for lr in recipe.lr_grid)
+    rate = (
+        f"the rate of {grid} with which a run of another seed ended at the lowest loss on the validation text"
+        if recipe.lr_grid
+        else f"{recipe.lr:g} where its entry says nothing else"
+    )
+    return [
+        f"Every method trains the same {recipe.model} from the same start with the same recipe, but for what its variant says: "
+        f"{recipe.optimizer} at {rate}, weight decay {recipe.weight_decay:g} (none on encoders, decoders, biases and norms), "
+        f"{recipe.warmup:.0%} warm-up, cosine decay, batches of {recipe.batch_size} sequences of {recipe.context} tokens, "
+        f"{recipe.precision}. The linear layers of the blocks are converted; embedding and head are not.",
+        f"Text: {recipe.data}, {splits.train.size:,} bytes to train on, {splits.validation.size:,} to validate and "
+        f"{splits.test.size:,} to test, of documents that are on no other side; tokens: {splits.tokenizer}.",
+    ]
+
+
+def _run(recipe: TextRecipe, splits: TextSplits, entry: Entry, seed: int, *, test: bool = True) -> runner.Run:
+    one = entry.compared
+    own: dict[str, Any] = {**one.changes, "methods": ("dense",), "save": recipe.save and test}
+    training = replace(recipe, **own)
+    more = {**how_it_trains(training), "tokens_per_epoch": training.tokens, **entry.chosen}
+    return runner.Run(
+        method=one.method.name,
+        rank=one.method.rank,
+        variant=one.variant,
+        seed=seed,
+        epochs=training.epochs,
+        # By number: a method is made of functions that no other process could be handed.
+        build=partial(_build, recipe, splits.vocabulary, entry.index, seed),
+        cost=partial(_cost, recipe, splits.vocabulary, one.width is not None, more),
+        train=partial(_train, training, splits, seed=seed, test=test, about=about_run(recipe, one, seed)),
+        saves=training.save,
+    )
+
+
+def _build(recipe: TextRecipe, vocabulary: int, index: int, seed: int) -> tuple[nn.Module, Conversion]:
+    return build(recipe, vocabulary, recipe.roster()[index], seed)
+
+
+def _cost(
+    recipe: TextRecipe, vocabulary: int, narrow: bool, more: Row, model: nn.Module, conversion: Conversion
+) -> Row:
+    """What is the same in all rows of a run: the cost of its model, against dense at the recipe's width, and how it trains."""
+    example = {"input_ids": _tokens(vocabulary, 1, recipe.context)}
+    found = cost_fields(model, conversion, example, "token", recipe.context)
+    if narrow:
+        dense = build(recipe, vocabulary, Compared(baselines.dense(), ""), 0)
+        found = against(found, cost_fields(*dense, example, "token", recipe.context), "token")
+    return {**found, **more}
+
+
+def _train(recipe: TextRecipe, splits: TextSplits, model: nn.Module, folder: Path, **more: Any) -> None:
+    # Imported late: transformers takes seconds, and options are checked before it is wanted.
+    from strassen_tile.integrations.text import train_text
+
+    train_text(
+        model, splits, folder, recipe, context=recipe.context, steps=recipe.steps, held_out=recipe.held_out, **more
+    )

@@ -1,0 +1,143 @@
+"""Rows of the past: what a causal token mix needs of the rows that a cache of transformers stands for.
+
+A cache holds keys and values, which do not tell what a layer was fed. So the last rows that each layer was fed are kept beside
+them, as one more layer of the cache: what happens to a cache (beams that are reordered, samples that are selected or repeated,
+a reset) happens to its layers, and a copy of it has a copy of them. A cache that was cropped is noticed by its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from strassen_tile.errors import ShapeError
+
+ROLLBACK = 32  # rows by which a cache may be cropped, of those of the last call: what assisted decoding takes back
+Key = tuple[str, int]  # of a layer, and how often it had run in the call before
+
+
+class Kept(NamedTuple):
+    """The last rows (B, n, K) that a layer was fed, and how many rows of the sequence there were after them."""
+
+    rows: Tensor
+    end: int
+
+
+class Past:
+    """One more layer of a cache, which has rows where others have keys. For all else it looks like the first of them."""
+
+    keys = values = None
+
+    def __init__(self, like: Any) -> None:
+        self._like = like
+        self.kept: dict[Key, Kept] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._like, name)
+
+    def __repr__(self) -> str:
+        return f"Past({len(self.kept)} layers)"
+
+    def update(self, *arguments: Any, **more: Any) -> Any:
+        """Never called: attention has layers of its own."""
+        raise ShapeError(
+            "the cache was filled by a model of fewer layers than the one it is handed to; give each model its own"
+        )
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self.kept.clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Each sample's rows become those of another."""
+        self._each(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these samples stay."""
+        self._each(lambda rows: rows[indices.to(rows.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sample comes that often."""
+        self._each(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def crop(self, *arguments: Any) -> None:
+        """Nothing: the length of the others says it, when rows are next asked for."""
+
+    def offload(self) -> None:
+        """Nothing: there are few rows."""
+
+    def prefetch(self) -> None:
+        """Nothing, likewise."""
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.kept = {key: Kept(change(kept.rows), kept.end) for key, kept in self.kept.items()}
+
+
+def before(cache: object, key: Key, x: Tensor, length: int, wanted: int) -> Tensor | None:
+    """The last rows (B, n, K), n ≤ `wanted`, of what that layer was fed ahead of x (B, N, K); None at a sequence's start.
+
+    Args:
+        cache: that the call was given.
+        length: rows that the cache holds.
+
+    Raises:
+        ShapeError: the rows are not there, or are not those of this cache.
+    """
+    if not length:
+        return None
+    past = _past_of(cache)
+    kept = None if past is None else past.kept.get(key)
+    if kept is None:
+        raise ShapeError(
+            f"a cache holds {length} rows that a layer with a causal token mix has not seen: it was filled by another model, "
+            "or in training mode. Run the whole sequence (use_cache=False), or fill the cache with this model in eval mode"
+        )
+    rows = kept.rows[:, : max(0, kept.rows.shape[1] - max(0, kept.end - length))]
+    if kept.end < length or rows.shape[1] < min(wanted, length) or rows.shape[0] != x.shape[0]:
+        raise ShapeError(
+            f"the cache holds {length} rows of {x.shape[0]} samples, and a causal token mix goes on from {kept.end} of "
+            f"{kept.rows.shape[0]}, of which it has kept {kept.rows.shape[1]}: a cache may be cropped by at most the "
+            f"{ROLLBACK} last rows of its last call, and is changed by its own methods only"
+        )
+    return rows[:, rows.shape[1] - min(wanted, rows.shape[1]) :]
+
+
+def kept_of(rows: Tensor | None, x: Tensor, length: int, wanted: int) -> Kept:
+    """What is to be kept once a layer was fed x (B, N, K) after those rows, `length` of them in all."""
+    whole = x if rows is None else torch.cat([rows, x], dim=1)
+    most = wanted + min(x.shape[1], ROLLBACK)
+    return Kept(whole[:, max(0, whole.shape[1] - most) :].detach().clone(), length + x.shape[1])
+
+
+def remember(cache: object, kept: Mapping[Key, Kept]) -> None:
+    """Let `cache` hold them; nothing if it is no cache of transformers'."""
+    layers = _layers_of(cache)
+    if layers is None or not layers:
+        return
+    past = _past_of(cache)
+    if past is None:
+        past = Past(layers[0])
+        layers.append(past)
+    past.kept.update(kept)
+
+
+def cache_in(output: object) -> object:
+    """The cache that a model returned; None if there is none."""
+    found = getattr(output, "past_key_values", None)
+    candidates = [found, *(output if isinstance(output, tuple) else ())]
+    return next((one for one in candidates if one is not None and _layers_of(one) is not None), None)
+
+
+def _layers_of(cache: object) -> list[Any] | None:
+    decoder = getattr(cache, "self_attention_cache", cache)
+    layers = getattr(decoder, "layers", None)
+    return layers if isinstance(layers, list) and hasattr(decoder, "get_seq_length") else None
+
+
+def _past_of(cache: object) -> Past | None:
+    return next((layer for layer in reversed(_layers_of(cache) or []) if isinstance(layer, Past)), None)
