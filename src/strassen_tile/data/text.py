@@ -68,23 +68,32 @@ class TextSplits:
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """Pieces of `context` tokens and the tokens that follow each, from places drawn at random by torch's global generator.
+    """Pieces of `context` tokens and the tokens that follow each, from places drawn at random for every seed and epoch.
+
+    Drawn all at once: what an index stands for depends on no process that loads it, nor on who loads what.
 
     Args:
         tokens: (n,).
         context: tokens a piece.
         samples: how many there are in an epoch.
+        seed: of the run.
     """
 
-    def __init__(self, tokens: Tensor, context: int, samples: int) -> None:
-        self.tokens, self.context, self.samples = tokens, context, samples
+    def __init__(self, tokens: Tensor, context: int, samples: int, seed: int) -> None:
+        self.tokens, self.context, self.samples, self.seed = tokens, context, samples, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the places of an epoch."""
+        digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4]))
+        self.starts = torch.randint(len(self.tokens) - self.context, (self.samples,), generator=generator)
 
     def __len__(self) -> int:
         return self.samples
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        start = int(torch.randint(len(self.tokens) - self.context, ()))
-        return _piece(self.tokens, start, self.context)
+        return _piece(self.tokens, int(self.starts[index]), self.context)
 
 
 class Pieces(Dataset[dict[str, Tensor]]):

@@ -18,7 +18,6 @@ from torch import nn
 from strassen_tile import baselines
 from strassen_tile.convert import Conversion
 from strassen_tile.data.text import TextSplits, load_text
-from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import runner
 from strassen_tile.experiments.costs import against, cost_fields
 from strassen_tile.experiments.entries import Compared
@@ -69,14 +68,23 @@ def tuning(recipe: TextRecipe) -> runner.Comparison:
     return _comparison(recipe, splits, f"Learning rates: {_title(recipe)}", runs)
 
 
-def build(recipe: TextRecipe, vocabulary: int, one: Compared, seed: int) -> tuple[nn.Module, Conversion]:
-    """The network of `recipe` with the weights of `seed`, as the method has it."""
+def network(recipe: TextRecipe, vocabulary: int, width: int | None = None) -> nn.Module:
+    """The dense network, with weights from torch's global generator.
+
+    Raises:
+        ConfigError: there is none of that name or width.
+    """
     from strassen_tile.integrations.decoders import decoder  # late: transformers takes seconds
 
-    torch.manual_seed(seed)
-    model = decoder(
-        recipe.model, vocabulary=vocabulary, context=recipe.context, width=one.width, init_range=recipe.init_range
+    return decoder(
+        recipe.model, vocabulary=vocabulary, context=recipe.context, width=width, init_range=recipe.init_range
     )
+
+
+def build(recipe: TextRecipe, vocabulary: int, one: Compared, seed: int) -> tuple[nn.Module, Conversion]:
+    """The network of `recipe` with the weights of `seed`, as the method has it."""
+    torch.manual_seed(seed)
+    model = network(recipe, vocabulary, one.width)
     conversion = one.method.apply(model, {"input_ids": _tokens(vocabulary, *_EXAMPLE)}, in_blocks)
     if one.zero_last:
         zero_last(model, _LAST_OF_BRANCHES)
@@ -92,14 +100,9 @@ def _tokens(vocabulary: int, samples: int, rows: int) -> torch.Tensor:
 def _loaded(recipe: TextRecipe) -> TextSplits:
     share(recipe.batch_size)
     splits = load_text(recipe.data, tokenizer=recipe.tokenizer, limit=recipe.limit, context=recipe.context)
-    for one in recipe.roster():
-        if one.width is None and one.weight_norm is None and not one.zero_last:
-            continue
-        try:
-            build(recipe, splits.vocabulary, one, 0)
-        except Exception as error:  # whatever a network says that cannot be made so: now, and not after other runs
-            name = " ".join(filter(None, [one.method.name, one.variant]))
-            raise ConfigError(f"methods: {name} cannot be made: {error}") from error
+    for width in dict.fromkeys(one.width for one in recipe.roster()):  # before anything is written or trained
+        with torch.device("meta"):
+            network(recipe, splits.vocabulary, width)
     return splits
 
 

@@ -27,8 +27,10 @@ class SeededDraws(Dataset[Any]):
         return len(self.data)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's loader as an epoch begins, before its workers start."""
+        """Called as an epoch begins, before the loader's workers start."""
         self.epoch = epoch
+        if (told := getattr(self.data, "set_epoch", None)) is not None:
+            told(epoch)
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         """The samples of a batch."""

@@ -37,8 +37,9 @@ def train_text(
     *,
     context: int,
     steps: int,
+    seed: int,
     held_out: int | None = None,
-    **seed_records_and_callbacks: Any,
+    **records_and_callbacks: Any,
 ) -> None:
     """Train on text: `fitting.train`, whose records are of loss (nats a token) and bits (a byte).
 
@@ -49,11 +50,12 @@ def train_text(
         training: how; an epoch is `steps` of its batches, of pieces drawn at random.
         context: tokens a piece.
         steps: of an epoch.
+        seed: of the pieces and their order.
         held_out: pieces of the validation text that are read after an epoch; None: all. The test text is read whole.
     """
     task = Task(
         wrap=LanguageModel,
-        train=Windows(splits.train.tokens, context, steps * training.batch_size),
+        train=Windows(splits.train.tokens, context, steps * training.batch_size, seed),
         validation=Pieces(splits.validation.tokens, context, held_out),
         test=Pieces(splits.test.tokens, context),
         collate=default_collate,
@@ -63,7 +65,7 @@ def train_text(
         reduce=_each,
         layers=BLOCKS,
     )
-    train(model, task, folder, training, **seed_records_and_callbacks)
+    train(model, task, folder, training, seed=seed, **records_and_callbacks)
 
 
 def _loss(outputs: dict[str, Tensor], labels: Tensor, count: int | Tensor) -> Tensor:

@@ -44,6 +44,7 @@ class RecipeTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         super().__init__(**more)
         self.divergence = Divergence(self.model)
         self.add_callback(self.divergence)
+        self.add_callback(_Epochs(self.train_dataset))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The recipe's; encoders, decoders, biases and norms without decay."""
@@ -92,6 +93,18 @@ class RecipeTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         except OSError as error:
             resumable(folder, self.model, epoch)  # removes what is there of the new one
             raise OSError(f"no checkpoint could be written in {folder}; is the disk full? {error}") from error
+
+
+class _Epochs(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Tells the data set which epoch begins: accelerate does so in a single process alone."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the loader's workers start."""
+        if (told := getattr(self.data, "set_epoch", None)) is not None:
+            told(round(state.epoch or 0))
 
 
 class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]

@@ -136,8 +136,8 @@ class TileLayer(nn.Module):
         if x.ndim < 3:
             raise ShapeError(
                 f"a 2-D input {shape_text(x.shape)} is a batch of rows, and this layer ({self._mixes()}: samples would leak "
-                "into each other. For one sequence pass x.unsqueeze(0); for independent rows use mixing='none' and no token mix, or "
-                "keep the layer dense"
+                "into each other. For one sequence pass x.unsqueeze(0); for independent rows use mixing='none' and no token "
+                "mix, or keep the layer dense"
             )
         if self.padding is not None:
             self.padding.check_start(self.config.pqs[0])

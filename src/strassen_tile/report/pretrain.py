@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from strassen_tile.records import Row, Value
 from strassen_tile.report import page
-from strassen_tile.report.figures import drawing, new_figure, png
+from strassen_tile.report.figures import drawing, new_figure, png, say_if_empty
 from strassen_tile.report.groups import Group, furthest_of, group_rows, without_rate
 from strassen_tile.report.paired import compare, holm
 from strassen_tile.report.sooner import TRAINING_OF_FORWARD
@@ -156,10 +156,8 @@ def figure(rows: Sequence[Mapping[str, Value]], tried: Sequence[Mapping[str, Val
         bits, params = group.mean("bits", last), number(group.shared(), "params")
         if bits is not None and params is not None:
             axes[1, 0].plot(params, bits, "o", color=colors[group.label])
-    axes[0, 0].set(
-        title="Loss against training FLOPs", xlabel="training FLOPs", ylabel="validation bits a byte", xscale="log"
-    )
-    axes[0, 1].set(title="Loss against seconds of training", xlabel="seconds", xscale="log")
+    axes[0, 0].set(title="Loss against training FLOPs", xlabel="training FLOPs", ylabel="validation bits a byte")
+    axes[0, 1].set(title="Loss against seconds of training", xlabel="seconds")
     axes[1, 0].set(title="At the end, against parameters", xlabel="parameters", ylabel="test bits a byte")
     by_rate: dict[str, dict[float, list[float]]] = {}
     for group in group_rows([*tried, *rows]):
@@ -170,9 +168,12 @@ def figure(rows: Sequence[Mapping[str, Value]], tried: Sequence[Mapping[str, Val
     for index, (name, found) in enumerate(by_rate.items()):
         at = sorted(found)
         axes[1, 1].plot(at, [statistics.fmean(found[lr]) for lr in at], "o-", color=colors.get(name, f"C{index % 10}"))
-    axes[1, 1].set(
-        title="At the end, by learning rate", xlabel="peak learning rate", ylabel="validation bits a byte", xscale="log"
-    )
+    axes[1, 1].set(title="At the end, by learning rate", xlabel="peak learning rate", ylabel="validation bits a byte")
+    for panel in (axes[0, 0], axes[0, 1], axes[1, 1]):
+        if any(len(line.get_xdata()) for line in panel.lines):
+            panel.set_xscale("log")
+        else:
+            say_if_empty(panel)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if handles:
         made.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize="small")
