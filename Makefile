@@ -8,10 +8,13 @@ STAMP  := $(VENV)/.installed
 # A process a core, one thread each: most tests are many small calls.
 TEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo test test-slow lint bench gpu-check clean
+.PHONY: demo pretrain-demo test test-slow lint bench gpu-check clean
 
 demo: $(STAMP)  ## train dense, 2:4 and STL on real images, to where dense stops improving, and compare them (about 6 minutes on 2 cores)
 	$(BIN)/strassen-tile compare --recipe demo --jobs $(JOBS) --out $(OUT)/demo
+
+pretrain-demo: $(STAMP)  ## train small language models, dense and STL, with and without a short convolution (about 8 minutes on 2 cores)
+	$(BIN)/strassen-tile pretrain --recipe demo --jobs $(JOBS) --out $(OUT)/pretrain-demo
 
 test: $(STAMP)  ## the whole fast test suite
 	$(TEST) -m "not slow"

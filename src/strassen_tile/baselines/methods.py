@@ -51,13 +51,22 @@ def dense() -> Method:
     return _replacing(products.dense(), lambda linear: linear)
 
 
-def stl(config: STLConfig) -> Method:
-    """Strassen-Tile with this configuration."""
+def stl(config: STLConfig, *, force_mixing: bool = False) -> Method:
+    """Strassen-Tile with this configuration.
+
+    Args:
+        config: of all layers.
+        force_mixing: mix rows of a sample though the model does not let them meet: a causal model then sees the tokens that
+            it is to predict. To show what that does.
+    """
+    forced = ("*",) if force_mixing else ()
     basis = config.load_basis()
     own, basis = basis is None, basis or bases.random(config.pqs, config.rank)
     return Method(
         **vars(products.stl(basis, own=own, encoder_scope=config.encoder_scope)),
-        apply=lambda model, inputs, keep: convert(model, config, example_inputs=inputs, filter_fn=keep),
+        apply=lambda model, inputs, keep: convert(
+            model, config, example_inputs=inputs, filter_fn=keep, force_mixing=forced
+        ),
     )
 
 

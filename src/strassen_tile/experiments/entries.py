@@ -121,6 +121,9 @@ class STLSettings:
 @dataclass(frozen=True, kw_only=True)
 class _STLEntry(_Entry, STLSettings):
     rank: int | None = field(default=None, metadata=about("of this entry alone"))
+    force_mixing: bool = field(
+        default=False, metadata=about("rows of a sample mix though the model keeps them apart: to show what leaks")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +196,11 @@ def _check_changes(recipe: STLSettings, changes: Mapping[str, Any]) -> None:
 def _stl(recipe: STLSettings, ranks: tuple[int, ...], given: Mapping[str, Any]) -> list[Compared]:
     base = {one.name: getattr(recipe, one.name) for one in fields(STLSettings)}
     values = {**base, **given}
-    rank, token_mix = values.pop("rank", None), values.pop("token_mix", "none")
+    rank, token_mix, forced = (
+        values.pop("rank", None),
+        values.pop("token_mix", "none"),
+        values.pop("force_mixing", False),
+    )
     own = STLSettings(**values)
     check_choices(own)
     ranks = ranks if rank is None else (rank,)
@@ -203,7 +210,8 @@ def _stl(recipe: STLSettings, ranks: tuple[int, ...], given: Mapping[str, Any]) 
     for rank in ranks:
         config = replace(own.config(rank), token_mix=token_mix)
         config.load_basis()  # raises where there is none
-        made.append(Compared(baselines.stl(config), ", ".join([f"r={rank}", *_differences(own, base)])))
+        said = [f"r={rank}", *_differences(own, base), *(["forced"] if forced else [])]
+        made.append(Compared(baselines.stl(config, force_mixing=forced), ", ".join(said)))
     return made
 
 

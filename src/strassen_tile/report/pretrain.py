@@ -118,9 +118,9 @@ def train_flops(group: Group, epoch: float) -> float | None:
 def dense_of(group: Group, groups: Sequence[Group]) -> Group | None:
     """What a group is held against: dense with the same mix ahead of its layers and nothing else; else plain dense."""
     mix = [said for said in group.shown.split(", ") if said.startswith("mix ")]
-    dense = {one.shown: one for one in groups if one.method == "dense"}
-    found = dense.get(", ".join(mix), dense.get(""))
-    return None if found is group else found
+    dense = {one.shown: one for one in groups if one.method == "dense" and one is not group}
+    plain = None if group.method == "dense" and not group.shown else dense.get("")
+    return dense.get(", ".join(mix), plain)
 
 
 def caption(summary: Sequence[Mapping[str, Value]]) -> str:
