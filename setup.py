@@ -8,11 +8,16 @@ import sys
 
 from setuptools import Extension, setup
 
-kernels = Extension(
-    "strassen_tile.ops.cpu._kernels",
-    ["src/strassen_tile/ops/cpu/_kernels.c"],
-    extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=fast", "-Wno-psabi"],
-    py_limited_api=True,
-    optional=True,
-)
-setup(ext_modules=[kernels] if sys.platform == "linux" else [])
+CPU = "src/strassen_tile/ops/cpu"
+kernels = [
+    Extension(
+        f"strassen_tile.ops.cpu.{name}",
+        [f"{CPU}/{name}.c"],
+        depends=[f"{CPU}/vectors.h"],
+        extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=fast", "-Wno-psabi"],
+        py_limited_api=True,
+        optional=True,
+    )
+    for name in ("_kernels", "_taps")
+]
+setup(ext_modules=kernels if sys.platform == "linux" else [])

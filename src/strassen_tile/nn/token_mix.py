@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from strassen_tile.errors import ConfigError, ShapeError, shape_text
 from strassen_tile.nn.padding import PaddingMask
+from strassen_tile.ops.taps import convolve_rows, shifted_sum
 
 TokenMixKind = Literal["none", "causal", "symmetric"]
 KINDS: tuple[str, ...] = get_args(TokenMixKind)[1:]
@@ -46,24 +47,19 @@ def token_mix(
         raise ShapeError(f"a 2-D input {shape_text(x.shape)} is a batch of rows, which a token mix would mix")
     if not x.numel():
         return x
-    taps, ahead = weight.shape[-1], 0 if past is None else past.shape[-2]
-    padded = F.pad(x if past is None else torch.cat([past, x], dim=-2), (0, 0, before - ahead, taps - 1 - before))
+    lead, taps = x.shape[:-2], weight.shape[-1]
+    rows = x if x.ndim == 3 else x.flatten(0, -3)
     if documents is not None:
-        return x + _within_documents(x, padded, weight, before, documents)
-    # Two dimensions, features last in memory: for these CPUs have the fastest code.
-    grid = padded.flatten(0, -3).unsqueeze(1).movedim(-1, 1)
-    mixed = F.conv2d(grid, weight.unsqueeze(1).unsqueeze(1), groups=weight.shape[0])
-    return x + mixed.movedim(1, -1).reshape(x.shape)
-
-
-def _within_documents(x: Tensor, padded: Tensor, weight: Tensor, before: int, documents: Tensor) -> Tensor:
-    n, taps = x.shape[-2], weight.shape[-1]
-    ends = F.pad(documents.unsqueeze(1).float(), (before, taps - 1 - before), mode="replicate").squeeze(1)
-    total = torch.zeros_like(x)
-    for tap in range(taps):
-        same = (ends[..., tap : tap + n] == documents).unsqueeze(-1)
-        total = total + torch.where(same, padded[..., tap : tap + n, :] * weight[:, tap], 0)
-    return total
+        ends = F.pad(documents.flatten(0, -2).unsqueeze(1).float(), (before, taps - 1 - before), mode="replicate")
+        same = ends.squeeze(1).unfold(-1, taps, 1) == documents.flatten(0, -2).unsqueeze(-1)
+        y = shifted_sum(
+            rows, weight, before, residual=True, same=same, past=None if past is None else past.flatten(0, -3)
+        )
+    elif past is None:
+        y = convolve_rows(rows, weight, before)
+    else:
+        y = convolve_rows(torch.cat([past.flatten(0, -3), rows], dim=1), weight, before)[:, past.shape[-2] :]
+    return y if x.ndim == 3 else y.unflatten(0, lead)
 
 
 class TokenMix(nn.Module):
@@ -106,7 +102,7 @@ class TokenMix(nn.Module):
                 past = padding.past_rows(self._key, x, before, keep=not self.training)
             else:
                 padding.check_no_past()
-        return token_mix(x, self.weight.to(x.dtype), before, past=past, documents=documents)
+        return token_mix(x, self.weight, before, past=past, documents=documents)
 
     def reset_parameters(self) -> None:
         """To zero: the mix is then none."""

@@ -1,0 +1,15 @@
+def call(
+    step: str,
+    x: int,
+    second: int,
+    to: int,
+    rows: int,
+    columns: int,
+    count: int,
+    taps: int,
+    before: int,
+    residual: int,
+    type: int,
+    threads: int,
+    /,
+) -> None: ...
