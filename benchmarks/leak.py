@@ -1,0 +1,40 @@
+"""Loss by position in the tile, with the text there and predicted alone, of the models that `pretrain --save` left.
+
+strassen-tile pretrain --recipe leak --out out/leak
+python benchmarks/leak.py out/leak --out out/leak/by-position.json
+"""
+
+import argparse
+from pathlib import Path
+
+from strassen_tile.data.text import load_text
+from strassen_tile.experiments import leak
+from strassen_tile.records import environment, write_rows
+
+PROMPT = b"The default value of this argument is "
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of pretrain --save")
+    parser.add_argument("--pieces", type=int, default=64, help="of the test text")
+    parser.add_argument("--out", type=Path, required=True, help="a JSON file of rows")
+    options = parser.parse_args()
+    rows, where = [], environment()
+    for path in sorted((options.folder / "models").glob("*.safetensors")):
+        model, recipe, told = leak.load_run(path)
+        splits = load_text(recipe.data, tokenizer=recipe.tokenizer, limit=recipe.limit, context=recipe.context)
+        text = leak.continued(model, PROMPT, 100).decode("utf-8", errors="replace")
+        for row in leak.rows_of(model, splits, recipe.context, options.pieces):
+            rows.append({**told, **row, "text": splits.digest, "continued": text, **where})
+            print(
+                {key: row[key] for key in ("position", "bits", "bits_alone", "check_mixing")},
+                told["variant"],
+                flush=True,
+            )
+        print(repr(text), flush=True)
+        write_rows(options.out, rows)
+
+
+if __name__ == "__main__":
+    main()
