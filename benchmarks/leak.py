@@ -7,8 +7,8 @@ python benchmarks/leak.py out/leak --out out/leak/by-position.json
 import argparse
 from pathlib import Path
 
-from strassen_tile.data.text import load_text
 from strassen_tile.experiments import leak
+from strassen_tile.experiments.saved import load_run
 from strassen_tile.records import environment, write_rows
 
 PROMPT = b"The default value of this argument is "
@@ -22,8 +22,7 @@ def main() -> None:
     options = parser.parse_args()
     rows, where = [], environment()
     for path in sorted((options.folder / "models").glob("*.safetensors")):
-        model, recipe, told = leak.load_run(path)
-        splits = load_text(recipe.data, tokenizer=recipe.tokenizer, limit=recipe.limit, context=recipe.context)
+        model, recipe, splits, told = load_run(path)
         text = leak.continued(model, PROMPT, 100).decode("utf-8", errors="replace")
         for row in leak.rows_of(model, splits, recipe.context, options.pieces):
             rows.append({**told, **row, "text": splits.digest, "continued": text, **where})

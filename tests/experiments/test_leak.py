@@ -9,6 +9,7 @@ from strassen_tile.cli import main
 from strassen_tile.data.text import load_text
 from strassen_tile.errors import DataError
 from strassen_tile.experiments import leak
+from strassen_tile.experiments.saved import load_run
 
 SIZES = {
     "hidden_size": 32,
@@ -72,12 +73,12 @@ def test_saved_runs_come_back(tmp_path, capsys):
     changes = [part for key, value in options.items() for part in ("--set", f"{key}={value}")]
     assert main(["pretrain", *changes, "--out", str(tmp_path / "out")]) == 0
     paths = sorted((tmp_path / "out" / "models").iterdir())
-    runs = [leak.load_run(path) for path in paths]
-    assert [(told["method"], told["variant"], told["seed"]) for _, _, told in runs] == [
+    runs = [load_run(path) for path in paths]
+    assert [(told["method"], told["variant"], told["seed"]) for *_, told in runs] == [
         ("dense", "", 0),
         ("stl", "r=24, forced", 0),
     ]
     assert len(leak.continued(runs[0][0], b"to be", 7)) == 7
     torch.save({}, tmp_path / "other.safetensors")
     with pytest.raises(DataError, match="has no weights of a run of pretrain"):
-        leak.load_run(tmp_path / "other.safetensors")
+        load_run(tmp_path / "other.safetensors")

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import strassen_tile as st
@@ -175,7 +176,7 @@ def test_documents_in_one_row_stay_apart(kind):
     model(x)
     assert not torch.allclose(seen["y"], apart)
     if kind == "causal":
-        with pytest.raises(ShapeError, match="cannot be told where they end"):
+        with pytest.raises(ShapeError, match="where documents end"):
             model(x, position_ids=torch.tensor([[0, 1, 0, 1]]))
         for counting in (
             [[3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]],
@@ -296,3 +297,38 @@ def test_only_what_the_model_lets_be_seen_is_mixed(kind, causal):
     batch = nn.Sequential(nn.Linear(8, 8), nn.Flatten(0, 1))
     with pytest.raises(ConversionError, match=r"see|several samples|nothing in the model"):
         st.convert(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), batch[0]), config, example_inputs=x)
+
+
+def test_checkpointed_layers_see_the_documents_and_the_padding_of_their_call():
+    def gradients(checkpointed):
+        model = Packed()
+        st.convert(
+            model, replace(CONFIG, token_mix="causal"), example_inputs=drawn(2, 12, K), filter_fn=lambda m, n: True
+        )
+        for seed, one in enumerate((model.first, model.second)):
+            one.token_mix.weight.data.copy_(drawn(K, 4, seed=seed))
+        if checkpointed:
+            forward, inner = model.second.forward, model.second
+            inner.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
+        x = drawn(1, 11, K).requires_grad_()
+        ways = ({"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6]])}, {})
+        losses = [model.train()(x, **way).square().sum() for way in ways]  # both are run before either's backward pass
+        return [torch.autograd.grad(loss, x)[0] for loss in losses]
+
+    expected, found = gradients(False), gradients(True)
+    assert not torch.allclose(*expected)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_graphs_keep_documents_apart_and_padding_out():
+    torch._dynamo.reset()
+    model = Packed()
+    st.convert(model, replace(CONFIG, token_mix="causal"), example_inputs=drawn(2, 12, K), filter_fn=lambda m, n: True)
+    for seed, one in enumerate((model.first, model.second)):
+        one.token_mix.weight.data.copy_(drawn(K, 4, seed=seed))
+    x, compiled = drawn(1, 11, K), torch.compile(model, backend="aot_eager")
+    for positions in ([0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6], list(range(11)), [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3]):
+        way = {"position_ids": torch.tensor([positions])}
+        torch.testing.assert_close(compiled(x, **way), model(x, **way), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-12, atol=1e-12)

@@ -6,10 +6,7 @@ predicted from the ones before it alone, as in generation. Where nothing leaks t
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,39 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strassen_tile.convert import check_mixing
-from strassen_tile.data.text import Pieces, TextSplits, load_text
-from strassen_tile.errors import DataError
-from strassen_tile.experiments import language
-from strassen_tile.experiments.settings import settings_of
-from strassen_tile.experiments.text_recipe import TextRecipe
+from strassen_tile.data.text import Pieces, TextSplits
 from strassen_tile.records import Row
-from strassen_tile.report.groups import without_rate
 
 TILE_ROWS = 4
-
-
-def load_run(path: Path) -> tuple[nn.Module, TextRecipe, Row]:
-    """The trained model of a run of `pretrain --save`, its recipe, and what tells the run.
-
-    Raises:
-        DataError: the file is not one.
-    """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            said = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-        recipe = _recipe(said["recipe"])
-        index = next(
-            i for i, one in enumerate(recipe.roster()) if _name(one.method.name, one.variant) == _name(**_of(said))
-        )
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, StopIteration) as error:
-        raise DataError(f"{path} has no weights of a run of pretrain: {error!r}") from error
-    splits = load_text(recipe.data, tokenizer=recipe.tokenizer, limit=recipe.limit, context=recipe.context)
-    model, _ = language.build(recipe, splits.vocabulary, recipe.roster()[index], 0)
-    model.load_state_dict(load_file(path))
-    return model.eval(), recipe, {**_of(said), "seed": said["seed"]}
 
 
 @torch.no_grad()
@@ -102,19 +70,3 @@ def _mixes(model: nn.Module) -> bool:
     return any(
         getattr(m, "config", None) is not None and getattr(m.config, "mixes_rows", False) for m in model.modules()
     ) or any(getattr(m, "row_mixing", None) is not None for m in model.modules())
-
-
-def _recipe(said: dict[str, Any]) -> TextRecipe:
-    known = settings_of(TextRecipe)
-    values: Any = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in said.items() if key in known
-    }
-    return replace(TextRecipe(**values), save=False)
-
-
-def _of(said: dict[str, Any]) -> dict[str, Any]:
-    return {"method": said["method"], "variant": said["variant"]}
-
-
-def _name(method: str, variant: str) -> tuple[str, str]:
-    return method, without_rate(variant)

@@ -38,13 +38,13 @@ class Call:
     Attributes:
         key: of the `PaddingMask` that follows it.
         module: what was called; None for a `with`.
-        real: (B, N), True for real rows; None where nothing is padding.
+        real: (B, N), True for real rows, or the number of the document that a row is of, from 1 on, and 0 for padding; None
+            where nothing is padding and each sample is one document.
         held: what a `with` around it says.
         past: rows of the sequence that a cache holds already.
         unclear: why it cannot be told which rows are real; "" if it can.
         traced: whether it was entered while a graph was traced, which sees it as it is then.
         frame: while which the call lasts; None if a compiled one.
-        documents: (B, N) numbers of the documents that rows are of; None where each sample is one.
         cache: that it was given; None without.
         kept: the last rows that layers were fed in it, for the cache.
         ran: how often layers ran in it.
@@ -58,7 +58,6 @@ class Call:
     unclear: str
     traced: bool
     frame: FrameType | None
-    documents: Tensor | None = None
     cache: object = None
     kept: dict[Key, Kept] = field(default_factory=dict)
     ran: dict[str, int] = field(default_factory=dict)

@@ -121,6 +121,21 @@ def documents_of(arguments: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
+def numbered(documents: Tensor, real: Tensor | None) -> Tensor:
+    """(B, N): the document of each row, from 1 on, and 0 for padding.
+
+    Args:
+        documents: numbers (B or 1, n), from 0 on, of the last n rows; those before, which a cache holds, go with the first.
+        real: (B, N), if any row is padding.
+    """
+    numbers = documents.long() + 1
+    if real is None:
+        return numbers
+    if (before := real.shape[1] - numbers.shape[1]) > 0:
+        numbers = torch.cat([numbers[:, :1].expand(-1, before), numbers], dim=1)
+    return torch.where(real != 0, numbers, 0)
+
+
 def _goes_on(name: str, values: object) -> Tensor | None:
     """(B, N − 1): whether each row but the first goes on with the document of the one before it; None where nothing says."""
     if not isinstance(values, Tensor) or not 2 <= values.ndim <= 3 or values.shape[-1] < 2:

@@ -31,6 +31,7 @@ from strassen_tile.nn.masks import (
     check_one_sequence,
     check_pattern,
     documents_of,
+    numbered,
     real_rows,
     takes_of,
 )
@@ -114,7 +115,7 @@ class PaddingMask:
         length, cache = (0, None) if outer is None else (outer.past, outer.cache)
         call = Call(self._key, None, real, real, length, "", compiling, frame, cache=cache)
         if outer is not None:
-            call.documents, call.kept, call.ran = outer.documents, outer.kept, outer.ran
+            call.kept, call.ran = outer.kept, outer.ran
         calls.push(call)
         try:
             yield
@@ -138,29 +139,24 @@ class PaddingMask:
 
     def zero(self, x: Tensor) -> Tensor:
         """`x` (B, N, K) with its padding rows set to zero."""
-        mask = self.current(x)
-        if mask is None:
-            return x
-        if (length := self.past) and mask.shape[-1] == length + x.shape[-2]:  # of the sequence; x goes on from a cache
-            mask = mask[:, length:]
-        _check_describes(mask, x)
-        return x.masked_fill(~mask.unsqueeze(-1), 0)
+        return self.apart(x)[0]
 
-    def documents(self, x: Tensor) -> Tensor | None:
-        """(B, N) numbers of the documents that the rows of x (B, N, K) are of, where the call says that there are several.
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`x` (B, N, K) with its padding rows set to zero, and (B, N) which document each row is of, if there are several.
 
         Raises:
-            ShapeError: it says so of another number of rows.
+            ShapeError: what is known is of another number of rows.
         """
-        call = calls.top(self._key)
-        if call is None or call.documents is None:
-            return None
-        if call.documents.shape[0] not in (1, x.shape[0]) or call.documents.shape[1] != x.shape[1]:
-            raise ShapeError(
-                f"documents are packed into rows {shape_text(call.documents.shape)} of the batch, and a layer with a token mix "
-                f"got {shape_text(x.shape)}: it cannot be told where they end. Keep that layer dense (filter_fn)"
-            )
-        return call.documents.expand(x.shape[:-1])
+        rows = self.current(x)
+        if rows is None:
+            return x, None
+        if (length := self.past) and rows.shape[-1] == length + x.shape[-2]:  # of the sequence; x goes on from a cache
+            rows = rows[:, length:]
+        if rows.shape[0] == 1 and rows.dtype != torch.bool:
+            rows = rows.expand(x.shape[0], -1)
+        _check_describes(rows, x)
+        documents = None if rows.dtype == torch.bool else rows
+        return x.masked_fill((rows == 0).unsqueeze(-1), 0), documents
 
     def past_rows(self, layer: str, x: Tensor, wanted: int, keep: bool) -> Tensor | None:
         """The last rows (B, n, K), n ≤ `wanted`, ahead of x (B, N, K) of what `layer` was fed; None at a sequence's start.
@@ -172,8 +168,10 @@ class PaddingMask:
         Raises:
             ShapeError: as `past.before`.
         """
-        call = calls.top(self._key)
-        if call is None or (call.cache is None and (not keep or torch.compiler.is_dynamo_compiling())):
+        compiling, call = torch.compiler.is_dynamo_compiling(), calls.top(self._key)
+        if call is None or (call.cache is None and (not keep or compiling)):
+            return None
+        if not compiling and (call := calls.live(self._key)) is None:
             return None
         key = layer, call.ran.get(layer, 0)
         call.ran[layer] = key[1] + 1
@@ -234,18 +232,17 @@ class PaddingMask:
         if given.get("past_key_values") is not None:
             cache = given["past_key_values"]
             length = int(cache.get_seq_length())
+        if self.tiles:
+            check_one_sequence(given, held if real is None else real)
+        elif not unclear and (documents := documents_of(given)) is not None:
+            real = numbered(documents, held if real is None else real)
         if real is not None or unclear:
             if compiling:
                 self._traced = True
             else:
                 self._seen = True
-        documents = None
-        if self.tiles:
-            check_one_sequence(given, held if real is None else real)
-        elif (documents := documents_of(given)) is None and inherits and outer is not None:
-            documents = outer.documents
         frame: FrameType | None = None if compiling else sys._getframe(1)
-        call = Call(self._key, module, real, held, length, unclear, compiling, frame, documents, cache)
+        call = Call(self._key, module, real, held, length, unclear, compiling, frame, cache)
         if inherits and outer is not None and cache is outer.cache:
             call.kept, call.ran = outer.kept, outer.ran
         calls.push(call)
@@ -288,7 +285,7 @@ class PaddingMask:
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         call = calls.pop(self._key, module)
         if call is not None and call.kept and not torch.compiler.is_dynamo_compiling():
-            past.remember(call.cache or past.cache_in(output), call.kept)
+            past.remember(past.cache_in(output) if call.cache is None else call.cache, call.kept)
         if call is not None and call.real is not None and isinstance(output, Generator | Coroutine | AsyncGenerator):
             raise ShapeError(
                 f"{type(module).__name__}.forward runs after its call has ended (it is a generator or a coroutine), when its "
@@ -305,16 +302,17 @@ def _check_describes(mask: Tensor, x: Tensor) -> None:
     if x.shape[:-1] != mask.shape:
         raise ShapeError(
             f"the padding mask is {shape_text(mask.shape)}, but a row-mixing layer got {shape_text(x.shape)}: it "
-            "cannot be told which rows are padding. Keep that layer dense (filter_fn) or use mixing='none'"
+            "cannot be told which rows are padding, or where documents end. Keep that layer dense (filter_fn) or use "
+            "mixing='none'"
         )
 
 
 def _ask(x: Tensor, key: str) -> Tensor:
     real = calls.resolve(key, traced=True)
     if real is None:
-        return x.new_ones(x.shape[:-1], dtype=torch.bool)
+        return x.new_ones(x.shape[:-1], dtype=torch.long)
     _check_describes(real, x)
-    return real.clone()
+    return real.long().clone()
 
 
 _library.impl("real_rows", _ask, "CompositeExplicitAutograd")
@@ -322,7 +320,7 @@ _library.impl("real_rows", _ask, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("strassen_tile::real_rows")  # type: ignore[untyped-decorator]
 def _ask_shape(x: Tensor, key: str) -> Tensor:
-    return x.new_empty(x.shape[:-1], dtype=torch.bool)
+    return x.new_empty(x.shape[:-1], dtype=torch.long)
 
 
 for _hook in (PaddingMask._enter, PaddingMask._leave):

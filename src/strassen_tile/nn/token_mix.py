@@ -96,8 +96,7 @@ class TokenMix(nn.Module):
         """(…, N, K) → (…, N, K). Raises ShapeError for a 2-D input, or a cache that it cannot go on from."""
         before, past, documents = BEFORE[self.kind], None, None
         if padding is not None and x.ndim == 3:
-            x = padding.zero(x)
-            documents = padding.documents(x)
+            x, documents = padding.apart(x)
             if self.kind == "causal":
                 past = padding.past_rows(self._key, x, before, keep=not self.training)
             else:
