@@ -158,8 +158,8 @@ class PaddingMask:
         documents = None if rows.dtype == torch.bool else rows
         return x.masked_fill((rows == 0).unsqueeze(-1), 0), documents
 
-    def past_rows(self, layer: str, x: Tensor, wanted: int, keep: bool) -> Tensor | None:
-        """The last rows (B, n, K), n ≤ `wanted`, ahead of x (B, N, K) of what `layer` was fed; None at a sequence's start.
+    def with_past(self, layer: str, x: Tensor, wanted: int, keep: bool) -> Tensor:
+        """X (B, N, K) after the last rows, at most `wanted`, of what `layer` was fed ahead of it: (B, n + N, K).
 
         Args:
             layer: a name that is its own.
@@ -170,14 +170,15 @@ class PaddingMask:
         """
         compiling, call = torch.compiler.is_dynamo_compiling(), calls.top(self._key)
         if call is None or (call.cache is None and (not keep or compiling)):
-            return None
+            return x
         if not compiling and (call := calls.live(self._key)) is None:
-            return None
+            return x
         key = layer, call.ran.get(layer, 0)
         call.ran[layer] = key[1] + 1
         rows = past.before(call.cache, key, x, call.past, wanted)
-        call.kept[key] = past.kept_of(rows, x, call.past, wanted)
-        return rows
+        whole = x if rows is None else torch.cat([rows, x], dim=1)
+        call.kept[key] = past.kept_of(whole, x.shape[1], call.past + x.shape[1], wanted)
+        return whole
 
     def current(self, x: Tensor | None = None) -> Tensor | None:
         """The mask (B, N) of the call in progress, or of the one that a checkpointed layer runs again for.

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from strassen_tile.errors import ShapeError
@@ -107,11 +106,12 @@ def before(cache: object, key: Key, x: Tensor, length: int, wanted: int) -> Tens
     return rows[:, rows.shape[1] - min(wanted, rows.shape[1]) :]
 
 
-def kept_of(rows: Tensor | None, x: Tensor, length: int, wanted: int) -> Kept:
-    """What is to be kept once a layer was fed x (B, N, K) after those rows, `length` of them in all."""
-    whole = x if rows is None else torch.cat([rows, x], dim=1)
-    most = wanted + min(x.shape[1], ROLLBACK)
-    return Kept(whole[:, max(0, whole.shape[1] - most) :].detach().clone(), length + x.shape[1])
+def kept_of(whole: Tensor, n: int, length: int, wanted: int) -> Kept:
+    """What is to be kept of `whole` (B, …, K), the rows ahead and the n that a layer was fed, of `length` that there were."""
+    most = wanted + min(n, ROLLBACK)
+    last = whole.detach()
+    # A few rows are kept in the memory they are in; of many, not all memory for the sake of the last.
+    return Kept(last if whole.shape[1] <= most else last[:, whole.shape[1] - most :].clone(), length)
 
 
 def remember(cache: object, kept: Mapping[Key, Kept]) -> None:

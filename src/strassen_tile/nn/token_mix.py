@@ -28,17 +28,14 @@ BEFORE = {
 }  # of the rows that a row sees; the others come after it
 
 
-def token_mix(
-    x: Tensor, weight: Tensor, before: int, *, past: Tensor | None = None, documents: Tensor | None = None
-) -> Tensor:
-    """Mix neighbouring rows of x (…, N, K): x[n, k] + Σ_t weight[k, t] x[n + t − before, k].
+def token_mix(x: Tensor, weight: Tensor, before: int, *, documents: Tensor | None = None) -> Tensor:
+    """Mix neighbouring rows of x (…, N, K): x[n, k] + Σ_t weight[k, t] x[n + t − before, k]; zeros outside.
 
     Args:
         x: rows of one sample in dimension −2.
         weight: (K, T), T taps.
         before: how many of the taps look back, from 0 to T − 1.
-        past: (…, n, K), n ≤ before: rows ahead of x that a cache has kept. Zeros stand for what lies outside.
-        documents: (…, N) numbers: rows of different ones do not see each other. Rows of `past` are of the first row's.
+        documents: (…, N) numbers: rows of different ones do not see each other.
 
     Raises:
         ShapeError: x is 2-D: its rows are a batch.
@@ -49,16 +46,13 @@ def token_mix(
         return x
     lead, taps = x.shape[:-2], weight.shape[-1]
     rows = x if x.ndim == 3 else x.flatten(0, -3)
-    if documents is not None:
-        ends = F.pad(documents.flatten(0, -2).unsqueeze(1).float(), (before, taps - 1 - before), mode="replicate")
-        same = ends.squeeze(1).unfold(-1, taps, 1) == documents.flatten(0, -2).unsqueeze(-1)
-        y = shifted_sum(
-            rows, weight, before, residual=True, same=same, past=None if past is None else past.flatten(0, -3)
-        )
-    elif past is None:
+    if documents is None:
         y = convolve_rows(rows, weight, before)
     else:
-        y = convolve_rows(torch.cat([past.flatten(0, -3), rows], dim=1), weight, before)[:, past.shape[-2] :]
+        each = documents.flatten(0, -2)
+        ends = F.pad(each.unsqueeze(1).float(), (before, taps - 1 - before), mode="replicate").squeeze(1)
+        same = ends.unfold(-1, taps, 1) == each.unsqueeze(-1)
+        y = shifted_sum(rows, weight, before, residual=True, same=same)
     return y if x.ndim == 3 else y.unflatten(0, lead)
 
 
@@ -94,14 +88,19 @@ class TokenMix(nn.Module):
 
     def forward(self, x: Tensor, padding: PaddingMask | None = None) -> Tensor:
         """(…, N, K) → (…, N, K). Raises ShapeError for a 2-D input, or a cache that it cannot go on from."""
-        before, past, documents = BEFORE[self.kind], None, None
+        before, documents, ahead = BEFORE[self.kind], None, 0
         if padding is not None and x.ndim == 3:
-            x, documents = padding.apart(x)
+            own, documents = padding.apart(x)
+            x = own
             if self.kind == "causal":
-                past = padding.past_rows(self._key, x, before, keep=not self.training)
+                x = padding.with_past(self._key, own, before, keep=not self.training)
             else:
                 padding.check_no_past()
-        return token_mix(x, self.weight, before, past=past, documents=documents)
+            ahead = x.shape[1] - own.shape[1]
+        if documents is not None and ahead:  # rows of the past are of the first row's
+            documents = F.pad(documents.unsqueeze(1).float(), (ahead, 0), mode="replicate").squeeze(1)
+        y = token_mix(x, self.weight, before, documents=documents)
+        return y[..., ahead:, :] if ahead else y
 
     def reset_parameters(self) -> None:
         """To zero: the mix is then none."""

@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from strassen_tile.ops.cpu import taps as cpu
-from strassen_tile.ops.gradients import _map_samples, forward_mode
+from strassen_tile.ops.gradients import _map_samples, below_autograd, forward_mode, learns
 
 _library = torch.library.Library("strassen_tile", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -32,20 +32,20 @@ def convolve_rows(x: Tensor, weight: Tensor, before: int, *, residual: bool = Tr
     """
     if forward_mode() or x.is_complex() or weight.is_complex():
         return shifted_sum(x, weight, before, residual=residual)
-    return _Convolve.apply(x, weight, before, residual)  # type: ignore[no-any-return, no-untyped-call]
+    if torch._C._are_functorch_transforms_active() or learns(x, weight):
+        return _Convolve.apply(x, weight, before, residual)  # type: ignore[no-any-return, no-untyped-call]
+    with below_autograd():
+        return torch.ops.strassen_tile.taps(x, weight, before, residual)  # type: ignore[no-any-return]
 
 
-def shifted_sum(
-    x: Tensor, weight: Tensor, before: int, *, residual: bool, same: Tensor | None = None, past: Tensor | None = None
-) -> Tensor:
+def shifted_sum(x: Tensor, weight: Tensor, before: int, *, residual: bool, same: Tensor | None = None) -> Tensor:
     """The same in PyTorch's own operators, tap by tap.
 
     Args:
         same: (B, N, T), which taps count in which rows; None: all.
-        past: (B, n, K), n ≤ before: rows ahead of X.
     """
-    n, taps, ahead = x.shape[-2], weight.shape[-1], 0 if past is None else past.shape[-2]
-    rows = F.pad(x if past is None else torch.cat([past, x], dim=-2), (0, 0, before - ahead, taps - 1 - before))
+    n, taps = x.shape[-2], weight.shape[-1]
+    rows = F.pad(x, (0, 0, before, taps - 1 - before))
     total = x if residual else torch.zeros_like(x)
     for tap in range(taps):
         seen = rows[..., tap : tap + n, :] * weight[:, tap]
