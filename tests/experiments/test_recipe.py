@@ -96,7 +96,7 @@ def test_what_a_value_becomes_as_text_is_read_as_the_value() -> None:
         ("ranks = [[8]]", "ranks: text, a number"),
         ("ranks = {a = 1}", "ranks: text, a number"),
         ("lr = inf", "lr must be a positive finite number"),
-        ("warmup = 1.5", "warmup and label_smoothing must be from 0 to 1"),
+        ("warmup = 1.5", "warmup must be from 0 to 1"),
         ("weight_decay = -1", "weight_decay must be"),
         ("workers = -1", "workers must be"),
         ('mixing = "some"', "mixing: one of sequence, none, causal"),

@@ -52,7 +52,6 @@ def test_steps_and_chunks_come_to_the_whole(name):
             cache, start = out.past_key_values, end
             parts.append(out.logits)
         close(torch.cat(parts, dim=1), whole)
-    assert check_mixing(model, {"input_ids": IDS})
     with torch.no_grad():  # the mix matters
         for module in model.modules():
             if hasattr(module, "token_mix") and module.token_mix is not None:

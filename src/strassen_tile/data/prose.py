@@ -6,6 +6,7 @@ Modules are parsed, never imported. What it comes to differs between versions of
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import sysconfig
 from pathlib import Path
@@ -17,6 +18,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _FEWEST = 100
 
 
+@functools.cache
 def standard_library() -> dict[str, str]:
     """Name of a module or help topic → its prose.
 

@@ -152,7 +152,7 @@ class PaddingMask:
             return x, None
         if (length := self.past) and rows.shape[-1] == length + x.shape[-2]:  # of the sequence; x goes on from a cache
             rows = rows[:, length:]
-        if rows.shape[0] == 1 and rows.dtype != torch.bool:
+        if rows.dtype != torch.bool and rows.shape[0] == 1:
             rows = rows.expand(x.shape[0], -1)
         _check_describes(rows, x)
         documents = None if rows.dtype == torch.bool else rows
