@@ -80,6 +80,35 @@ def test_generation_with_a_cache_is_that_without(name):
 
 
 @torch.no_grad()
+def test_static_caches_and_masks_of_who_sees_whom():
+    model, options = built(), {"max_new_tokens": 9, "do_sample": False}
+    expected = model.generate(IDS, **options)
+    assert torch.equal(model.generate(IDS, cache_implementation="static", **options), expected)
+    mask = torch.tensor([[0] * 3 + [1] * 13, [0] * 3 + [1] * 13])
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), IDS], dim=1)
+    left = model.generate(padded, attention_mask=mask, cache_implementation="static", **options)
+    assert torch.equal(left[:, 3:], expected)
+    causal = torch.ones(1, 1, 13, 13).tril().bool()
+    blocks = causal & (torch.arange(13)[:, None] // 6 == torch.arange(13) // 6)
+    positions = torch.tensor([[*range(6), *range(6), 0]])
+    for shown in (blocks, torch.where(blocks, 0.0, torch.finfo(torch.float32).min)):
+        found = model(IDS, attention_mask=shown.expand(2, 1, 13, 13), position_ids=positions, use_cache=False).logits
+        close(found[:, 6:12], model(IDS[:, 6:12]).logits)
+    ones = blocks.float().expand(
+        2, 1, 13, 13
+    )  # 1 and 0, as some say it; who adds it to scores would have another model
+    seen = []
+    model.model.layers[0].self_attn.q_proj.token_mix.register_forward_pre_hook(
+        lambda m, args: seen.append(args[1].current())
+    )
+    model(IDS, attention_mask=ones, position_ids=positions, use_cache=False)
+    assert seen[0].unique(dim=0).tolist() == [[1] * 6 + [2] * 6 + [3]]
+    odd = causal & ~torch.eye(13).roll(2, 0).bool()
+    with pytest.raises(ShapeError, match="a token mix cannot follow that"):
+        model(IDS, attention_mask=odd, use_cache=False)
+
+
+@torch.no_grad()
 def test_any_method_is_decoded():
     model = built(method=baselines.mixed(baselines.low_rank(0.5), "causal"))
     whole = model(IDS).logits

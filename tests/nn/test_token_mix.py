@@ -125,6 +125,22 @@ def test_tiles_go_on_wanting_their_padding_on_the_right():
     assert torch.equal(a[right], b[right])
 
 
+def test_a_symmetric_mix_is_not_told_of_its_rows_by_a_causal_mask():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer("symmetric")
+
+        def forward(self, x, attention_mask=None):
+            return self.layer(x)
+
+    model, causal = Attends(), torch.ones(B, 1, N, N).tril().bool()
+    model.layer.padding = PaddingMask(tiles=False)
+    model.layer.padding.attach(model)
+    with pytest.raises(ShapeError, match="does not say which rows are padding"):
+        model(drawn(B, N, K), attention_mask=causal)
+
+
 class Packed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -226,7 +242,7 @@ def test_models_are_saved_and_loaded(tmp_path):
     done = st.load_model(loaded, tmp_path / "saved")
     x = drawn(1, 7, K)
     assert torch.equal(loaded(x), model(x))
-    assert not done.padding.tiles
+    assert (done.padding.tiles, done.padding.ahead) == (False, False)
     assert "token_mix='causal'" in str(done)
 
 

@@ -120,7 +120,7 @@ def mixed(method: Method, kind: Mix, rows_mixed: int = 4) -> Method:
 
     def apply(model: nn.Module, inputs: object, keep: Filter | None) -> Conversion:
         follows = kind in ("causal", "symmetric")
-        padding = PaddingMask(tiles=p > 1) if follows else None
+        padding = PaddingMask(tiles=p > 1, ahead=p > 1 or kind != "causal") if follows else None
 
         def wrap(layer: nn.Module) -> MixedLinear:
             made = MixedLinear(layer, kind, rows_mixed)

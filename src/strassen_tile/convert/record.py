@@ -23,9 +23,10 @@ from torch import nn
 
 from strassen_tile._version import __version__
 from strassen_tile.convert.replace import replace_modules
+from strassen_tile.convert.select import padding_of
 from strassen_tile.convert.swap import Conversion
 from strassen_tile.errors import CheckpointError, ConfigError, ConversionError
-from strassen_tile.nn import PaddingMask, STLConfig, STLLinear, STLLinearFP8
+from strassen_tile.nn import STLConfig, STLLinear, STLLinearFP8
 from strassen_tile.nn.base import TileLayer
 from strassen_tile.nn.config import NAMES
 
@@ -160,8 +161,7 @@ class Record:
                 )
         undo = replace_modules(model, made)
         configs = [kind.config for kind in self.layers.values()]
-        tiles, mixes = (any(getattr(config, what) for config in configs) for what in ("mixes_in_tiles", "mixes_rows"))
-        padding = PaddingMask(tiles) if mixes else None
+        padding = padding_of(configs) if any(config.mixes_rows for config in configs) else None
         renamed = ((rename(name), why) for name, why in self.skipped.items())
         skipped = {name: why for name, why in renamed if name is not None and name in modules}
         return Conversion({**made, **there}, skipped, padding=padding, _undo=[undo])

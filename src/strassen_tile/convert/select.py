@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,7 +17,7 @@ from strassen_tile.convert.perturb import Mixing
 from strassen_tile.convert.replace import modules_by_name
 from strassen_tile.convert.running import evaluating, run, scratch_copy, tensors
 from strassen_tile.errors import ConversionError
-from strassen_tile.nn import STLConfig
+from strassen_tile.nn import PaddingMask, STLConfig
 from strassen_tile.nn.token_mix import BEFORE, TAPS
 
 Filter = Callable[[nn.Module, str], bool]
@@ -139,6 +139,12 @@ def mixing_of(config: STLConfig) -> Mixing | None:
     before = BEFORE[config.token_mix]
     after = 0 if config.token_mix == "none" else TAPS - 1 - before
     return Mixing(config.pqs[0], config.mixing == "causal" or not config.mixes_in_tiles, before, after)
+
+
+def padding_of(configs: Iterable[STLConfig]) -> PaddingMask:
+    """What layers of these configs are told of their rows by."""
+    all_of = list(configs)
+    return PaddingMask(any(c.mixes_in_tiles for c in all_of), any(c.sees_later_rows for c in all_of))
 
 
 def matching(pattern: str, found: Sequence[Candidate], argument: str) -> list[Candidate]:

@@ -13,11 +13,11 @@ from torch.nn.parameter import is_lazy
 
 from strassen_tile.convert.layers import Candidate, candidates
 from strassen_tile.convert.replace import modules_by_name, replace_modules
-from strassen_tile.convert.select import Filter, matching, materialise, mixing_of
+from strassen_tile.convert.select import Filter, matching, materialise, mixing_of, padding_of
 from strassen_tile.convert.swap import Conversion, changed, grouped, swap
 from strassen_tile.cost import machine
 from strassen_tile.errors import ConversionError
-from strassen_tile.nn import PaddingMask, STLConfig, STLLinear, STLLinearFP8
+from strassen_tile.nn import STLConfig, STLLinear, STLLinearFP8
 from strassen_tile.nn.fusion import has_own_hooks
 
 
@@ -77,7 +77,7 @@ def convert(
     configs = _configs(found, config, layer_configs)
     for used in {config, *configs.values()}:
         used.load_basis()  # one that does not exist is said before anything is touched
-    padding, threshold = PaddingMask(tiles=any(c.mixes_in_tiles for c in configs.values())), min_speedup or 0.0
+    padding, threshold = padding_of(configs.values()), min_speedup or 0.0
 
     def replace(linear: nn.Linear) -> nn.Module:
         chosen = configs[linear]

@@ -28,6 +28,10 @@ PACKED = (
 )
 _LEFT = "the mask has padding before real rows; pad on the right (tokenizer.padding_side = 'right')"
 _SCORES = "attention_mask has negative values: it is 1 for real rows and 0 for padding, not something to add to scores"
+_PATTERN = (
+    "attention_mask {shape} lets rows see some of the rows before them and not others, nearer or further: a token mix cannot "
+    "follow that. Keep those layers dense (filter_fn)"
+)
 _NAN = "{name} has NaN: it does not say whether those rows are real"
 _POSITIONS = ("position_ids", "seq_idx")
 _ROWS_GIVEN = ("input_ids", "inputs_embeds", "position_ids")
@@ -119,6 +123,38 @@ def documents_of(arguments: Mapping[str, Any]) -> Tensor | None:
         if isinstance(ends, Tensor) and rows is not None and ends.numel() > 2:
             return torch.bucketize(torch.arange(rows.shape[1], device=ends.device), ends[1:], right=True)[None]
     return None
+
+
+def rows_of_pattern(mask: object, past: int) -> Tensor | None:
+    """(B, N): the document of each row, from 1 on, and 0 for padding, by a mask (B, 1, N, n) of who sees whom; or None.
+
+    A row that does not see itself is padding, and one that does not see the row before it begins a document.
+
+    Args:
+        mask: of a causal model, True or 0 where something is seen; or a dict of such, of layers of several kinds.
+        past: rows that a cache holds, and that come first among the n.
+
+    Raises:
+        ShapeError: rows see others near them in another way than documents do.
+    """
+    if isinstance(mask, Mapping):
+        given = [one for one in mask.values() if isinstance(one, Tensor)]
+        mask = mask.get("full_attention", given[0] if given else None)
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[3] < past + mask.shape[2]:
+        return None
+    seen = mask[:, 0] != 0
+    if mask.is_floating_point():  # added to scores; or 1 and 0
+        seen = torch.where((mask > 0).any(), seen, mask[:, 0] == 0)
+    own = seen.diagonal(past, 1, 2)
+    if own.shape[1] < 2:
+        return own.long()
+    begins = F.pad(~seen.diagonal(past - 1, 1, 2)[:, -(own.shape[1] - 1) :], (1, 0))
+    numbers = torch.where(own, begins.cumsum(1) + 1, 0)
+    for by in range(2, min(4, own.shape[1])):
+        sees = seen.diagonal(past - by, 1, 2)[:, -(own.shape[1] - by) :]
+        alike = (numbers[:, by:] == numbers[:, :-by]) & own[:, by:]
+        _require((sees == alike)[own[:, by:]].all(), _PATTERN.format(shape=shape_text(mask.shape)))
+    return numbers
 
 
 def numbered(documents: Tensor, real: Tensor | None) -> Tensor:

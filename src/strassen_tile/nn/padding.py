@@ -33,6 +33,7 @@ from strassen_tile.nn.masks import (
     documents_of,
     numbered,
     real_rows,
+    rows_of_pattern,
     takes_of,
 )
 
@@ -53,10 +54,11 @@ class PaddingMask:
     Args:
         tiles: whether rows mix in tiles, which begin at row 0: padding then has to stand on the right, and a row of the batch
             must be one sequence. Without, as for token mixes alone, it may stand on the left, and documents may be packed.
+        ahead: whether rows see later ones. Without, a mask of who sees whom (B, 1, N, n), as of static caches, says it too.
     """
 
-    def __init__(self, tiles: bool = True) -> None:
-        self.tiles = tiles
+    def __init__(self, tiles: bool = True, ahead: bool = True) -> None:
+        self.tiles, self.ahead = tiles, ahead
         self._key = uuid.uuid4().hex
         self._seen = False  # any mask, in a call that was run as it stands
         self._traced = False  # any mask, in a call that was compiled
@@ -227,15 +229,19 @@ class PaddingMask:
         outer = calls.top(self._key) if compiling else calls.live(self._key)
         given = {name: args[at] for name, at in takes.positions.items() if at < len(args)} | kwargs
         held = outer.held if outer is not None else None if compiling else calls.held(self._key)
-        real, unclear = self._read(type(module).__name__, takes, given, outer, held)
         inherits = outer is not None and not takes.own_rows
         length, cache = (outer.past, outer.cache) if outer is not None and inherits else (0, None)
         if given.get("past_key_values") is not None:
             cache = given["past_key_values"]
             length = int(cache.get_seq_length())
+        follows = not (self.tiles or self.ahead)
+        real, unclear = rows_of_pattern(given.get("attention_mask"), length) if follows else None, ""
+        by_pattern = real is not None
+        if not by_pattern:
+            real, unclear = self._read(type(module).__name__, takes, given, outer, held)
         if self.tiles:
             check_one_sequence(given, held if real is None else real)
-        elif not unclear and (documents := documents_of(given)) is not None:
+        elif not (by_pattern or unclear) and (documents := documents_of(given)) is not None:
             real = numbered(documents, held if real is None else real)
         if real is not None or unclear:
             if compiling:
