@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from strassen_tile.data import text
+from strassen_tile.data.pieces import Pieces, Windows
 from strassen_tile.data.prose import standard_library
-from strassen_tile.data.text import Pieces, Windows, load_text
+from strassen_tile.data.text import load_text
 from strassen_tile.errors import DataError
 
 

@@ -5,16 +5,8 @@ import math
 import pytest
 
 from strassen_tile.report.groups import group_rows
-from strassen_tile.report.pretrain import (
-    caption,
-    columns,
-    dense_of,
-    figure,
-    reached,
-    summarise,
-    train_flops,
-    write_report,
-)
+from strassen_tile.report.pretrain import caption, columns, figure, write_report
+from strassen_tile.report.pretrain_runs import dense_of, reached, summarise, train_flops
 from strassen_tile.report.table import filled
 
 

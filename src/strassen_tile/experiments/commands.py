@@ -34,6 +34,7 @@ from strassen_tile.report import bench as bench_report
 from strassen_tile.report import plan as plan_report
 from strassen_tile.report import pretrain as pretrain_report
 from strassen_tile.report.compare import columns, summarise, table_caption, write_report
+from strassen_tile.report.pretrain_runs import summarise as pretrain_summarise
 from strassen_tile.report.runs import progress_note
 from strassen_tile.report.table import Column, ratio, rich_table, seconds
 
@@ -54,7 +55,7 @@ def run_pretrain(options: argparse.Namespace) -> int:
     report = _Report(
         "Language models, dense and Strassen-Tile",
         pretrain_report.columns,
-        pretrain_report.summarise,
+        pretrain_summarise,
         pretrain_report.caption,
         pretrain_report.write_report,
         lambda rows: "",

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strassen_tile.convert import check_mixing
-from strassen_tile.data.text import Pieces, TextSplits
+from strassen_tile.data.pieces import Pieces
+from strassen_tile.data.text import TextSplits
 from strassen_tile.records import Row
 
 TILE_ROWS = 4

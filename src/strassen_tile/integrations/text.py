@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import EvalPrediction
 
-from strassen_tile.data.text import Part, Pieces, TextSplits, Windows
+from strassen_tile.data.pieces import Pieces, Windows
+from strassen_tile.data.text import Part, TextSplits
 from strassen_tile.integrations.decoders import BLOCKS
 from strassen_tile.integrations.fitting import Task, Trained, train
 from strassen_tile.integrations.trainer import IGNORED

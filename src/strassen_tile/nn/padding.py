@@ -21,21 +21,8 @@ from strassen_tile.errors import ShapeError, shape_text
 from strassen_tile.nn import calls, past
 from strassen_tile.nn.calls import Call
 from strassen_tile.nn.direct import Direct
-from strassen_tile.nn.masks import (
-    OTHERS,
-    PATTERNS,
-    ROWS,
-    SIGNALS,
-    Takes,
-    check_hides_nothing,
-    check_one_sequence,
-    check_pattern,
-    documents_of,
-    numbered,
-    real_rows,
-    rows_of_pattern,
-    takes_of,
-)
+from strassen_tile.nn.masks import OTHERS, ROWS, SIGNALS, Takes, real_rows, takes_of
+from strassen_tile.nn.reading import said
 
 _library = torch.library.Library("strassen_tile", "FRAGMENT")
 _library.define(
@@ -234,15 +221,9 @@ class PaddingMask:
         if given.get("past_key_values") is not None:
             cache = given["past_key_values"]
             length = int(cache.get_seq_length())
-        follows = not (self.tiles or self.ahead)
-        real, unclear = rows_of_pattern(given.get("attention_mask"), length) if follows else None, ""
-        by_pattern = real is not None
-        if not by_pattern:
-            real, unclear = self._read(type(module).__name__, takes, given, outer, held)
-        if self.tiles:
-            check_one_sequence(given, held if real is None else real)
-        elif not (by_pattern or unclear) and (documents := documents_of(given)) is not None:
-            real = numbered(documents, held if real is None else real)
+        real, unclear = said(
+            type(module).__name__, takes, given, outer, held, length, tiles=self.tiles, ahead=self.ahead
+        )
         if real is not None or unclear:
             if compiling:
                 self._traced = True
@@ -253,41 +234,6 @@ class PaddingMask:
         if inherits and outer is not None and cache is outer.cache:
             call.kept, call.ran = outer.kept, outer.ran
         calls.push(call)
-
-    def _read(
-        self, module_name: str, takes: Takes, given: dict[str, Any], outer: Call | None, held: Tensor | None
-    ) -> tuple[Tensor | None, str]:
-        """The real rows as the arguments of a call say them, and why that is not clear."""
-        first = [name for name in ROWS if given.get(name) is not None]
-        second = [name for name in OTHERS if given.get(name) is not None]
-        takes_first = any(name in takes.positions for name in ROWS)
-        if any(name in takes.positions for name in OTHERS):
-            if takes_first:
-                return None, "it has masks for two sequences" if first or second else ""
-            first = second
-        if not first:
-            told = outer is not None and (outer.real is not None or bool(outer.unclear))
-            hidden = any(given.get(name) is not None for name in PATTERNS if name in takes.positions)
-            if not told or (takes.own_rows and not hidden):
-                return None, ""
-            return None, f"{module_name} takes a mask and was given none, inside a call with one"
-        name, mask = first[0], given[first[0]]
-        if isinstance(mask, Tensor) and (mask.ndim == 2 or name != "attention_mask"):
-            return real_rows(mask, name, anywhere=not self.tiles), ""
-        real = outer.real if outer is not None and outer.real is not None else held
-        of_tower = outer is not None and getattr(outer.module, "main_input_name", "") in SIGNALS
-        if real is None and outer is not None and of_tower and isinstance(mask, Tensor):
-            check_hides_nothing(mask)  # the tower was told of no padding under a name that is followed
-            return None, outer.unclear
-        if real is None and (outer is None or not outer.unclear):
-            shape = shape_text(mask.shape) if isinstance(mask, Tensor) else f"of type {type(mask).__name__}"
-            raise ShapeError(
-                f"attention_mask {shape} does not say which rows are padding: pass one of shape (B, N), or "
-                "call the model inside `with strassen_tile.padding(model, mask)`"
-            )
-        if isinstance(mask, Tensor):
-            check_pattern(mask, real)
-        return (None, outer.unclear) if outer is not None and outer.unclear else (None if real is held else real, "")
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         call = calls.pop(self._key, module)

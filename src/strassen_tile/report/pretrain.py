@@ -1,7 +1,6 @@
 """The report of `strassen-tile pretrain`: loss in bits a byte, against training FLOPs, seconds, parameters and rate.
 
-Rows are those of `report.groups`, with `bits` and `loss` (nats a token) of the test text in a run's last row, `val_bits` and
-`val_loss` in all, `flops_per_token` of a forward pass, and `tokens_per_epoch`.
+What the rows are is in `report.pretrain_runs`.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strassen_tile.records import Row, Value
+from strassen_tile.records import Value
 from strassen_tile.report import page
 from strassen_tile.report.figures import drawing, new_figure, png, say_if_empty
-from strassen_tile.report.groups import Group, furthest_of, group_rows, without_rate
-from strassen_tile.report.paired import compare, holm
+from strassen_tile.report.groups import Group, group_rows, without_rate
+from strassen_tile.report.pretrain_runs import summarise, train_flops
 from strassen_tile.report.sooner import TRAINING_OF_FORWARD
 from strassen_tile.report.table import (
     Column,
@@ -27,7 +26,6 @@ from strassen_tile.report.table import (
     p_value,
     plus_minus,
     rate,
-    sample_sd,
 )
 
 if TYPE_CHECKING:
@@ -73,54 +71,6 @@ def columns(state: bool = False) -> tuple[Column, ...]:
         Column("Time, s", field("train_seconds", lambda s: "–" if s is None else f"{s:.0f}"), spare=8),
     )
     return (*shown, Column("Epoch reached", "state", "left")) if state else shown
-
-
-def summarise(rows: Sequence[Mapping[str, Value]]) -> list[Row]:
-    """One record per method and variant, at the last epoch its seeds have reached; means, and sd under the name with `_sd`."""
-    groups = group_rows(rows)
-    furthest = furthest_of(groups)
-    records: list[Row] = []
-    for group in groups:
-        last = group.epochs[-1]
-        reached = {seed: max(run) for seed, run in group.seeds.items()}
-        record: Row = {
-            "method": group.method,
-            "rank": group.rank,
-            "variant": group.shown or None,
-            "epoch": last,
-            "seeds": sum(epoch == last for epoch in reached.values()),
-            "complete": _over(group, furthest),
-            "state": ", ".join(f"seed {seed}: {epoch}" for seed, epoch in reached.items()),
-        }
-        for key in ("bits", "val_bits", "loss", "val_loss", "train_loss", "train_seconds"):
-            values = group.values(key, last)
-            known = [value for value in values if value is not None]
-            whole = bool(known) and len(known) == len(values)
-            record[key] = statistics.fmean(known) if whole else None
-            record[f"{key}_sd"] = sample_sd(known) if whole else None
-        shared = {key: value for key, value in group.shared().items() if key not in record}
-        records.append(
-            {**record, **shared, "train_flops": train_flops(group, last), **_against(group, groups, furthest)}
-        )
-    tested = [(record, p) for record in records if isinstance(p := record["p"], float)]
-    for (record, _), p_holm in zip(tested, holm([p for _, p in tested]), strict=True):
-        record["p_holm"] = p_holm
-    return records
-
-
-def train_flops(group: Group, epoch: float) -> float | None:
-    """FLOPs that a run of the group has been trained with after so many epochs."""
-    shared = group.shared()
-    each, tokens = number(shared, "flops_per_token"), number(shared, "tokens_per_epoch")
-    return None if each is None or tokens is None else TRAINING_OF_FORWARD * each * tokens * epoch
-
-
-def dense_of(group: Group, groups: Sequence[Group]) -> Group | None:
-    """What a group is held against: dense with the same mix ahead of its layers and nothing else; else plain dense."""
-    mix = [said for said in group.shown.split(", ") if said.startswith("mix ")]
-    dense = {one.shown: one for one in groups if one.method == "dense" and one is not group}
-    plain = None if group.method == "dense" and not group.shown else dense.get("")
-    return dense.get(", ".join(mix), plain)
 
 
 def caption(summary: Sequence[Mapping[str, Value]]) -> str:
@@ -214,60 +164,6 @@ def write_report(
         ]
 
     return page.write_report(out_dir, rows, title, sections)
-
-
-def _over(group: Group, furthest: int) -> bool:
-    last = group.epochs[-1]
-    rows = [run.get(last, {}) for run in group.seeds.values()]
-    if not all(rows):
-        return False
-    return all(
-        row.get("diverged")
-        or (last == (number(row, "epochs") or furthest) and (row.get("tested") is False or row.get("bits") is not None))
-        for row in rows
-    )
-
-
-def _against(group: Group, groups: Sequence[Group], furthest: int) -> Row:
-    """Test bits less those of the dense it is held against, and what it took to come to where that ends."""
-    found: Row = dict.fromkeys(("difference", "difference_sd", "p", "p_holm", "flops_share", "seconds_share"))
-    dense = dense_of(group, groups)
-    if dense is None or not (_over(group, furthest) and _over(dense, furthest)):
-        return found
-    apart = compare(group, dense, "bits")
-    found |= {"difference": apart.mean, "difference_sd": apart.sd, "p": apart.p}
-    end, last = dense.mean("val_bits", dense.epochs[-1]), dense.epochs[-1]
-    at = None if end is None else reached(group, end)
-    if at is None:
-        return found
-    spent, whole = train_flops(group, at), train_flops(dense, last)
-    found["flops_share"] = spent / whole if spent is not None and whole else None
-    seconds, all_seconds = _seconds(group, at), dense.mean("train_seconds", last)
-    found["seconds_share"] = seconds / all_seconds if seconds is not None and all_seconds else None
-    return found
-
-
-def reached(group: Group, level: float) -> float | None:
-    """The epoch, read off a line between two, at which the mean validation bits of a group first come down to `level`."""
-    before: tuple[int, float] | None = None
-    for epoch in group.epochs:
-        now = group.mean("val_bits", epoch)
-        if now is None:
-            before = None
-            continue
-        if now <= level:
-            if before is None or before[1] <= now:
-                return float(epoch)
-            return before[0] + (epoch - before[0]) * (before[1] - level) / (before[1] - now)
-        before = (epoch, now)
-    return None
-
-
-def _seconds(group: Group, epoch: float) -> float | None:
-    below, above = int(epoch), -int(-epoch // 1)
-    first = group.mean("train_seconds", below) if below else 0.0
-    then = group.mean("train_seconds", above)
-    return None if first is None or then is None else first + (then - first) * (epoch - below)
 
 
 def _course(axes: Any, group: Group, color: str, cost: Any) -> None:
