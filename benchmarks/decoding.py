@@ -8,7 +8,9 @@ ratio to dense is the median of the rounds'.
 
 import argparse
 import random
+import shlex
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -44,7 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, required=True, help="a JSON file of rows")
     options = parser.parse_args()
-    rows, where = [], environment()
+    rows, where = [], {**environment(), "command": shlex.join(["python", "benchmarks/decoding.py", *sys.argv[1:]])}
     for name in options.models:
         changes = [f"model={name}", "context=640", "lr_grid=none", f"methods={','.join(METHODS)}"]
         recipe = text_recipe_of(None, changes)

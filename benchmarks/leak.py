@@ -5,6 +5,8 @@ python benchmarks/leak.py out/leak --out out/leak/by-position.json
 """
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 from strassen_tile.experiments import leak
@@ -20,7 +22,7 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=64, help="of the test text")
     parser.add_argument("--out", type=Path, required=True, help="a JSON file of rows")
     options = parser.parse_args()
-    rows, where = [], environment()
+    rows, where = [], {**environment(), "command": shlex.join(["python", "benchmarks/leak.py", *sys.argv[1:]])}
     for path in sorted((options.folder / "models").glob("*.safetensors")):
         model, recipe, splits, told = load_run(path)
         text = leak.continued(model, PROMPT, 100).decode("utf-8", errors="replace")
