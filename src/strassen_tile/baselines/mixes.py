@@ -144,6 +144,9 @@ class MixedLinear(nn.Module):
         ConfigError: an unknown kind, or rows_mixed < 1.
     """
 
+    padding: PaddingMask | None
+    mix: nn.Parameter | TokenMix
+
     def __init__(self, linear: nn.Module, kind: Mix = "tile", rows_mixed: int = 4) -> None:
         super().__init__()
         check_mix(kind, rows_mixed)
@@ -151,14 +154,11 @@ class MixedLinear(nn.Module):
         self.in_features, self.out_features = int(linear.in_features), int(linear.out_features)  # type: ignore[arg-type]
         like = next(t for t in (*linear.parameters(), *linear.buffers()) if t.is_floating_point())
         self.linear, self.padding = linear, None
-        self.mix: nn.Parameter | TokenMix
         if kind == "causal" or kind == "symmetric":
             self.mix = TokenMix(self.in_features, kind, device=like.device, dtype=like.dtype)
         else:
             self.mix = nn.Parameter(like.new_zeros(mix_shape(kind, self.in_features, rows_mixed)))
         self.train(linear.training)
-
-    padding: PaddingMask | None
 
     @property
     def follows_padding(self) -> bool:

@@ -23,10 +23,14 @@ class Windows(Dataset[dict[str, Tensor]]):
 
     def __init__(self, tokens: Tensor, context: int, samples: int, seed: int) -> None:
         self.tokens, self.context, self.samples, self.seed = tokens, context, samples, seed
+        self.epoch: int | None = None
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the places of an epoch."""
+        """Draw the places of an epoch, once: it is told by accelerate and by the trainer, which several processes need."""
+        if epoch == self.epoch:
+            return
+        self.epoch = epoch
         digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4]))
         self.starts = torch.randint(len(self.tokens) - self.context, (self.samples,), generator=generator)
