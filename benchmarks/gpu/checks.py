@@ -5,8 +5,9 @@ import itertools
 import torch
 
 import strassen_tile as stl
-from strassen_tile.ops import eager
+from strassen_tile.ops import eager, taps
 from strassen_tile.ops.cuda import choices, fp8, passes, tune
+from strassen_tile.ops.cuda import taps as triton_taps
 from strassen_tile.ops.fused import Norm, Weights, composed_mlp, composed_norm_linear
 
 TILES = ((4, 4, 24), (4, 4, 16), (4, 4, 32), (4, 4, 49), (2, 2, 7), (2, 4, 24), (1, 4, 6), (8, 8, 64), (3, 2, 5))
@@ -31,6 +32,8 @@ def cases(device, sizes, dtypes, large=True):
     if device == "cpu" or torch.cuda.get_device_capability() >= (8, 9):
         for tile, dtype, size in itertools.product(TILES, dtypes, sizes):
             yield lambda tile=tile, dtype=dtype, size=size: eight_bits(device, *tile, dtype, *size)
+    for dtype, size in itertools.product(dtypes, sizes):
+        yield lambda dtype=dtype, size=size: convolution(device, dtype, *size)
     if device == "cuda" and large:
         yield captured
         yield far
@@ -47,6 +50,23 @@ def kernels(device, p, q, r, dtype, n, k):
     yield f"decode {label}", relative(passes.decode(z, e, 2, n, k), expected), ALLOWED[dtype]
     expected = eager.correlate(x.double(), z.double(), (p, q), False)
     yield f"correlate {label}", relative(passes.correlate(x, z, (p, q), False), expected), ALLOWED[dtype]
+
+
+def convolution(device, dtype, n, k):
+    """The short convolution ahead of a layer, and the gradients of both of its factors."""
+    x, grad = (torch.randn(3, n, k, device=device).to(dtype) for _ in range(2))
+    weight = torch.randn(k, 4, device=device)
+    label = f"{dtype} {n}x{k}".replace("torch.", "")
+    for kind, before in (("causal", 3), ("symmetric", 2)):
+        doubles = [t.double().requires_grad_() for t in (x, weight)]
+        expected = taps.shifted_sum(*doubles, before, residual=True)
+        wide = torch.autograd.grad(expected, doubles, grad.double())
+        y = triton_taps.convolve(x, weight, before, True)
+        yield f"taps {kind} {label}", relative(y, expected.detach()), ALLOWED[dtype]
+        back = triton_taps.convolve(grad, weight.flip(-1), 3 - before, True)
+        yield f"taps {kind}, gradient of x {label}", relative(back, wide[0]), ALLOWED[dtype]
+        found = triton_taps.correlate(grad, x, 4, before)
+        yield f"taps {kind}, gradient of the weight {label}", relative(found, wide[1]), 1e-5
 
 
 def layer(device, p, q, r, dtype, features, out):

@@ -15,12 +15,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from strassen_tile.ops.cuda import kernels, launch
+from strassen_tile.ops.cuda import kernels, launch, taps
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {
     "x", "factor", "encoded", "bias", "y", "decoder", "encoder", "out", "scale", "shift", "sums", "row_scale",
-    "up", "up_decoder", "up_bias",
+    "up", "up_decoder", "up_bias", "grad", "weight",
 }  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -34,13 +34,13 @@ def compiled(kernel, element: str, constants: dict, capability: int) -> dict:
             continue
         if name in POINTERS:
             signature[name] = f"*{element}"
-            if name in ("sums", "row_scale") or (name == "scale" and constants.get("SCALED")):
+            if name in ("sums", "row_scale", "weight") or (name == "scale" and constants.get("SCALED")):
                 signature[name] = "*fp32"
             elif name == "encoded" and constants.get("SCALED"):
                 signature[name] = "*fp8e4nv"
         else:
             signature[name] = "fp32" if name == "eps" else "i32"
-        if name not in ("rank", "up_rank", "next_rank", "eps", "total", "tile_rows", "blocks"):
+        if name not in ("rank", "up_rank", "next_rank", "eps", "total", "tile_rows", "blocks", "before"):
             attrs[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs={(names.index(k),): v for k, v in constants.items()}, attrs=attrs)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
@@ -94,6 +94,10 @@ def variants(capability: int):
             normed = {**sizes("norm_encode"), **dense, "CENTRE": True, "SCALE": True, "SHIFT": True}
             del normed["ENTRIES"], normed["FAST"]
             yield f"norm {label}", kernels.norm_encode_kernel, element, normed
+    block = {"TAPS": 4, "BN": taps._ROWS, "BK": taps._COLUMNS, "num_warps": taps._WARPS}
+    for element in TYPES:
+        yield f"taps {element}", kernels.taps_kernel, element, {**block, "RESIDUAL": True}
+        yield f"taps correlate {element}", kernels.taps_correlate_kernel, element, {**block, "PADDED": 4}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ linear in X and in W, and the gradient of each is made of the same two operators
 
 from __future__ import annotations
 
+from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -56,7 +58,9 @@ def shifted_sum(x: Tensor, weight: Tensor, before: int, *, residual: bool, same:
 def _convolve(x: Tensor, weight: Tensor, before: int, residual: bool) -> Tensor:
     if cpu.supports(x):
         return cpu.convolve(x, weight, before, residual)
-    # Two dimensions, features last in memory: for these CPUs have the fastest code.
+    if x.is_cuda and (kernels := _triton()) is not None and kernels.supports(x):
+        return kernels.convolve(x, weight, before, residual)  # type: ignore[no-any-return]
+    # Two dimensions, features last in memory: for these PyTorch has the fastest code on a CPU.
     rows = F.pad(x, (0, 0, before, weight.shape[-1] - 1 - before))
     grid = rows.unsqueeze(1).movedim(-1, 1)
     y = F.conv2d(grid, weight.to(x.dtype).unsqueeze(1).unsqueeze(1), groups=weight.shape[0])
@@ -67,9 +71,21 @@ def _convolve(x: Tensor, weight: Tensor, before: int, residual: bool) -> Tensor:
 def _correlate(grad: Tensor, x: Tensor, taps: int, before: int) -> Tensor:
     if cpu.supports(grad, x) and grad.dtype == x.dtype:
         return cpu.correlate(grad, x, taps, before)
+    if x.is_cuda and (kernels := _triton()) is not None and kernels.supports(x) and grad.dtype == x.dtype:
+        return kernels.correlate(grad, x, taps, before)  # type: ignore[no-any-return]
     n, kept = x.shape[1], _kept(x.dtype)
     grad, rows = grad.to(kept), F.pad(x.to(kept), (0, 0, before, taps - 1 - before))
     return torch.stack([(grad * rows[:, tap : tap + n]).sum((0, 1)) for tap in range(taps)], dim=-1)
+
+
+@lru_cache(maxsize=1)
+def _triton() -> ModuleType | None:
+    """The module of Triton's kernels; None without triton. Imported when the first tensor on a GPU comes."""
+    try:
+        from strassen_tile.ops.cuda import taps
+    except ImportError:
+        return None
+    return taps
 
 
 def _kept(dtype: torch.dtype) -> torch.dtype:
