@@ -1,8 +1,9 @@
-"""Where bases come from: exact algorithms, best approximations, random starts, published files."""
+"""Where bases come from: exact algorithms, best approximations, random starts, group algebras, published files."""
 
 from strassen_tile.bases.approximate import approximate, shipped, truncated
 from strassen_tile.bases.exact import naive, strassen
 from strassen_tile.bases.files import load
+from strassen_tile.bases.groups import group
 from strassen_tile.bases.random import random
 
-__all__ = ["approximate", "load", "naive", "random", "shipped", "strassen", "truncated"]
+__all__ = ["approximate", "group", "load", "naive", "random", "shipped", "strassen", "truncated"]

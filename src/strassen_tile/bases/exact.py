@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from strassen_tile.basis import Basis
@@ -49,12 +51,20 @@ def strassen(levels: int = 1) -> Basis:
     """
     if (as_integer(levels) or 0) < 1:
         raise BasisError(f"strassen takes an integer levels >= 1; got {levels!r}")
-    a, inverse, encoder, weight_encoder, decoder = (
-        torch.tensor(matrix, dtype=torch.float64, device="cpu")
-        for matrix in (_CONJUGATION, _INVERSE, _STRASSEN_ENCODER, _STRASSEN_WEIGHT_ENCODER, _STRASSEN_DECODER)
-    )
-    level = Basis(a.mT @ encoder @ inverse.mT, a.mT @ weight_encoder @ inverse.mT, inverse @ decoder @ a)
+    a, inverse = (torch.tensor(rows, dtype=torch.float64, device="cpu") for rows in (_CONJUGATION, _INVERSE))
+    one = classical()
+    level = Basis(a.mT @ one.encoder @ inverse.mT, a.mT @ one.weight_encoder @ inverse.mT, inverse @ one.decoder @ a)
+    return replace(_power(level, levels), name=f"strassen{levels}")
+
+
+def classical(levels: int = 1) -> Basis:
+    """Strassen's algorithm as he wrote it, coefficients 0 and ±1, for 2^levels-sided tiles: kappa 4 a level."""
+    e, f, d = (torch.tensor(rows) for rows in (_STRASSEN_ENCODER, _STRASSEN_WEIGHT_ENCODER, _STRASSEN_DECODER))
+    return replace(_power(Basis(e, f, d), levels), name=f"classical{levels}")
+
+
+def _power(level: Basis, levels: int) -> Basis:
     basis = level
     for _ in range(levels - 1):
         basis = basis.kron(level)
-    return Basis(basis.encoder, basis.weight_encoder, basis.decoder, name=f"strassen{levels}")
+    return basis
