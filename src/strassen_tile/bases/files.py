@@ -1,6 +1,6 @@
-"""Published factors in: our own JSON, the FastMatrixMultiplication catalogue's JSON, AlphaTensor's NPZ.
+"""Factors in and out: our own JSON; the FastMatrixMultiplication catalogue's JSON, AlphaTensor's NPZ, and text.
 
-The last two hold exact algorithms by what they are, so a file of theirs that does not multiply exactly is refused.
+All but the first hold exact algorithms by what they are, so a file of theirs that does not multiply exactly is refused.
 NPZ needs numpy and is never unpickled.
 """
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from strassen_tile import files
+from strassen_tile.bases.text_files import read_coefficients, read_sms, write_coefficients, write_sms
 from strassen_tile.basis import MAX_BYTES, Basis, check_size, read_json
 from strassen_tile.errors import BasisError, ConfigError, ShapeError, shape_text
 from strassen_tile.tiling import Tile, as_tile
@@ -29,11 +30,13 @@ _PIECE = 1 << 20
 
 
 def load(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Basis:
-    """Read a basis from `path`: JSON of `Basis.save`, JSON of the catalogue, or NPZ.
+    """Read a basis from `path`: JSON of `Basis.save`, JSON of the catalogue, NPZ, SMS, or a coefficient file.
 
     The catalogue's JSON has `n` (three sizes), `m` (rank) and `u`, `v`, `w`, each a list of m flat rows of numbers or
     strings such as "1/2". An NPZ has one key such as "4,4,4" whose array is the three factors, each (size, rank). In
-    both the third factor may be stored transposed (s×p); whichever way multiplies exactly is taken.
+    both the third factor may be stored transposed (s×p); whichever way multiplies exactly is taken. SMS is plinopt's: three
+    files, PREFIX_L.sms, PREFIX_R.sms and PREFIX_P.sms, of which `path` is any, or PREFIX.sms. A file of another suffix that
+    is no JSON is read as fast-matmul's coefficients: `text_files` has both.
 
     Args:
         path: the file.
@@ -46,10 +49,51 @@ def load(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Basis:
     source = files.as_path(path)
     if source.suffix.lower() == ".npz":
         return _load_npz(source, max_bytes)
+    if source.suffix.lower() == ".sms":
+        return _exact(*read_sms(source, max_bytes), source)
+    if source.suffix.lower() != ".json" and not _looks_like_json(source, max_bytes):
+        return _exact(*read_coefficients(source, max_bytes), source)
     record = read_json(source, max_bytes)
     if isinstance(record, dict) and set(record) >= _CATALOGUE:
         return _load_catalogue(record, source, max_bytes)
     return Basis.from_record(record, source=str(source), max_bytes=max_bytes)
+
+
+def save(basis: Basis, path: str | Path) -> None:
+    """Write a basis so that `load` reads it back.
+
+    Args:
+        basis: any for `.json`; an exact one for the others, which say nothing of an error.
+        path: `.json`, `.sms` (three files, with _L, _R and _P before the suffix), or `.txt`, a coefficient file.
+
+    Raises:
+        BasisError: another suffix, an approximation in a format of exact algorithms, or what the file system says. Nothing is
+            half-written.
+    """
+    target = files.as_path(path)
+    writers = {".sms": write_sms, ".txt": write_coefficients}
+    if target.suffix.lower() == ".json":
+        basis.save(target)
+        return
+    if target.suffix.lower() not in writers:
+        raise BasisError(f"a basis is saved as .json, .sms or .txt; got {target.name!r}")
+    if not basis.is_exact:
+        raise BasisError(
+            f"{target.suffix} files hold exact algorithms, and the relative squared error of this one is {basis.error:.3g}; "
+            "save it as .json"
+        )
+    try:
+        writers[target.suffix.lower()](basis, target)
+    except OSError as error:
+        raise BasisError(f"cannot write a basis to {target}: {error}") from error
+
+
+def _looks_like_json(source: Path, max_bytes: int) -> bool:
+    try:
+        with files.opened(source, max_bytes) as file:
+            return file.read(_HEADER).lstrip()[:1] in (b"{", b"[", b"")
+    except OSError as error:
+        raise BasisError(f"cannot read a basis from {source}: {error}") from error
 
 
 def _load_catalogue(record: dict[str, object], source: Path, max_bytes: int) -> Basis:
