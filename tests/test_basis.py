@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from strassen_tile import Basis, bases, reference
-from strassen_tile import basis as basis_module
+from strassen_tile import Basis, algebra, bases, reference
 from strassen_tile.errors import BasisError
 
 FACTORS = ("encoder", "weight_encoder", "decoder")
@@ -95,7 +94,7 @@ def test_a_basis_outlives_the_context_it_was_made_in() -> None:
 def test_error_and_kappa_against_loops(basis: Basis, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong error or kappa chooses the wrong basis; both branches of the error must give the definition."""
     assert basis.error == pytest.approx(looped_error(basis), rel=1e-12, abs=1e-25)
-    monkeypatch.setattr(basis_module, "EXPLICIT_UP_TO", 0)
+    monkeypatch.setattr(algebra, "EXPLICIT_UP_TO", 0)
     assert Basis(*(getattr(basis, f) for f in FACTORS)).error == pytest.approx(basis.error, rel=1e-12, abs=1e-25)
     p, q, s = basis.tile
     squares = [[sum(v * v for row in term for v in row) for term in getattr(basis, f).tolist()] for f in FACTORS]
@@ -118,13 +117,13 @@ def test_large_tiles_use_gram_matrices_and_agree(monkeypatch: pytest.MonkeyPatch
     assert time.process_time() - start < 1
     basis = bases.random((16, 16, 17), 3)
     gram = basis.error
-    monkeypatch.setattr(basis_module, "EXPLICIT_UP_TO", 2**60)
+    monkeypatch.setattr(algebra, "EXPLICIT_UP_TO", 2**60)
     assert gram == pytest.approx(Basis(*(getattr(basis, f) for f in FACTORS)).error, rel=1e-11)
 
 
 def test_large_tiles_do_not_round_to_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """1 - 2 + 1 cancels to rounding noise: a slightly wrong, or an overflowing, large basis must not pass for exact."""
-    monkeypatch.setattr(basis_module, "EXPLICIT_UP_TO", 0)
+    monkeypatch.setattr(algebra, "EXPLICIT_UP_TO", 0)
     exact = bases.strassen(2)
     off = exact.encoder.clone()
     off[3, 1, 2] += 1e-10

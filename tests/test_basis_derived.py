@@ -1,12 +1,14 @@
 """Algorithms made from algorithms: products, symmetries, refits, balance and rounding."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from strassen_tile import Basis, bases, reference
+from strassen_tile import Basis, algebra, bases, reference
+from strassen_tile.bases import exact
 from strassen_tile.errors import BasisError
 
 FACTORS = ("encoder", "weight_encoder", "decoder")
@@ -158,3 +160,58 @@ def test_quantize_wants_a_floating_point_dtype() -> None:
     for dtype in (torch.int8, torch.complex64, "bfloat16", None, float):
         with pytest.raises(BasisError, match="floating-point dtype"):
             bases.approximate(2, 5).quantize(dtype)
+
+
+def test_the_symmetries_keep_what_is_exact() -> None:
+    """A transpose or an inverse in the wrong place: the moved algorithm would not multiply."""
+    basis = bases.strassen().kron(bases.naive(1, 3, 2))
+    p, q, s = basis.tile
+    sides = [torch.eye(side, dtype=torch.float64) + 0.3 * normal(side, side, seed=side) for side in (p, q, s)]
+    factors = basis.encoder, basis.weight_encoder, basis.decoder
+    assert Basis(*algebra.moved(factors, *sides)).is_exact
+    x, w = normal(p, q), normal(q, s, seed=1)
+    a, b, c = sides
+    moved = apply(Basis(*algebra.moved(factors, a, b, c)), x, w)
+    # By its definition: A⁻¹ (A X B⁻¹ · B W C⁻¹) C.
+    inside = apply(basis, a @ x @ torch.linalg.inv(b), b @ w @ torch.linalg.inv(c))
+    torch.testing.assert_close(moved, torch.linalg.inv(a) @ inside @ c)
+
+
+@pytest.mark.parametrize(
+    "basis,kappa", [(bases.strassen(), 2.7778), (bases.strassen(2), 7.7161), (bases.naive(2, 2, 2), 1)]
+)
+def test_conditioned(basis: Basis, kappa: float) -> None:
+    better = basis.conditioned(starts=2)
+    assert better.is_exact
+    assert better.tile == basis.tile
+    assert better.rank == basis.rank
+    assert better.kappa == pytest.approx(kappa, rel=1e-4)
+    assert better.growth_factor <= basis.growth_factor
+    norms = [getattr(better, field).flatten(1).norm(dim=1) for field in FACTORS]
+    assert better.growth_factor == pytest.approx(sum(float(e * f * d) for e, f, d in zip(*norms, strict=True)))
+
+
+def test_conditioned_takes_exact_bases_only() -> None:
+    with pytest.raises(BasisError, match="keeps exact bases exact"):
+        bases.approximate(2, 5).conditioned()
+    with pytest.raises(BasisError, match="starts must be"):
+        bases.strassen().conditioned(starts=0)
+
+
+def test_growth_factor_of_strassen() -> None:
+    """12 + 2√2, as published."""
+    e, f, d = (
+        torch.tensor(rows)
+        for rows in (exact._STRASSEN_ENCODER, exact._STRASSEN_WEIGHT_ENCODER, exact._STRASSEN_DECODER)
+    )
+    assert Basis(e, f, d).growth_factor == pytest.approx(12 + 2 * math.sqrt(2))
+
+
+def test_oriented() -> None:
+    basis = bases.random((1, 2, 3), 2, seed=4)
+    for tile in itertools.permutations((1, 2, 3)):
+        turned = basis.oriented(tile)
+        assert turned.tile == tile
+        assert turned.error == pytest.approx(basis.error)
+    with pytest.raises(BasisError, match="no other order"):
+        basis.oriented((2, 2, 3))

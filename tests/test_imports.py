@@ -20,6 +20,8 @@ ORDER = [
     "files",
     "records",
     "tiling",
+    "algebra",
+    "basis_record",
     "basis",
     "bases",
     "cost",

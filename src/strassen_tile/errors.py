@@ -24,6 +24,10 @@ class ConfigError(STLError):
     """A configuration has an unknown key or a value that makes no sense."""
 
 
+class BasisMismatchError(BasisError, ConfigError):
+    """A basis that exists is not for the tile or rank it is asked for."""
+
+
 class ConversionError(STLError):
     """A model cannot be converted as asked."""
 

@@ -120,7 +120,7 @@ def test_a_file_brings_its_rank(tmp_path):
     with pytest.raises(BasisError, match=r"none\.json"):
         STLConfig(tile=2, basis=str(tmp_path / "none.json"))
     with pytest.raises(
-        BasisError, match=rf"basis must be one of {', '.join(NAMES)}, or the path of a file; .*orthogonol"
+        BasisError, match=rf"basis must be one of {', '.join(NAMES)}, group:NAME, or the path of a file; .*orthogonol"
     ):
         STLConfig(rank=24, basis="orthogonol").load_basis()
     with pytest.raises(ConfigError, match="cubic tile"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
@@ -53,9 +54,7 @@ def _approximate(wanted: Tile, rank: int) -> Basis:
     for (stored, stored_rank), name in shipped().items():
         if stored_rank == rank and sorted(stored) == sorted(wanted):
             basis = Basis.from_record(json.loads((_DATA / name).read_text(encoding="utf-8")), source=name)
-            return _orient(
-                Basis(basis.encoder, basis.weight_encoder, basis.decoder, name.removesuffix(".json")), wanted
-            )
+            return replace(basis, name=name.removesuffix(".json")).oriented(wanted)
     ranks: dict[str, list[int]] = {}
     for stored, stored_rank in shipped():
         ranks.setdefault("x".join(map(str, stored)), []).append(stored_rank)
@@ -64,16 +63,6 @@ def _approximate(wanted: Tile, rank: int) -> Basis:
         f"no approximate basis ships for tile {wanted} at rank {rank}. Shipped (tile: ranks): {listing}. "
         "Take one of these, bases.random(tile, rank), or bases.load(path)"
     )
-
-
-def _orient(basis: Basis, tile: Tile) -> Basis:
-    """`basis` for the same three sides in the order of `tile`; the tensor's symmetries keep error and kappa."""
-    for candidate in (basis, basis.transpose()):
-        for _ in range(3):
-            if candidate.tile == tile:
-                return candidate
-            candidate = candidate.cycle()
-    raise BasisError(f"a basis for {basis.tile} cannot serve {tile}")
 
 
 def truncated(levels: int, rank: int) -> Basis:

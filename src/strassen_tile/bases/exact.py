@@ -59,7 +59,10 @@ def strassen(levels: int = 1) -> Basis:
 
 def classical(levels: int = 1) -> Basis:
     """Strassen's algorithm as he wrote it, coefficients 0 and ±1, for 2^levels-sided tiles: kappa 4 a level."""
-    e, f, d = (torch.tensor(rows) for rows in (_STRASSEN_ENCODER, _STRASSEN_WEIGHT_ENCODER, _STRASSEN_DECODER))
+    e, f, d = (
+        torch.tensor(rows, dtype=torch.float64, device="cpu")
+        for rows in (_STRASSEN_ENCODER, _STRASSEN_WEIGHT_ENCODER, _STRASSEN_DECODER)
+    )
     return replace(_power(Basis(e, f, d), levels), name=f"classical{levels}")
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from strassen_tile import files
 from strassen_tile.bases.text_files import read_coefficients, read_sms, write_coefficients, write_sms
-from strassen_tile.basis import MAX_BYTES, Basis, check_size, read_json
+from strassen_tile.basis import Basis
+from strassen_tile.basis_record import MAX_BYTES, check_size, read_json
 from strassen_tile.errors import BasisError, ConfigError, ShapeError, shape_text
 from strassen_tile.tiling import Tile, as_tile
 

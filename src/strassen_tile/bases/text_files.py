@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from strassen_tile import files
-from strassen_tile.basis import Basis, check_size
+from strassen_tile.basis import Basis
+from strassen_tile.basis_record import check_size
 from strassen_tile.errors import BasisError
 from strassen_tile.tiling import Tile
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from strassen_tile import bases, files
+from strassen_tile.bases.names import own_rank, usual_rank
 from strassen_tile.basis import Basis
 from strassen_tile.errors import BasisError, ConfigError, ShapeError, STLError
 from strassen_tile.nn.token_mix import TokenMixKind
@@ -31,11 +32,12 @@ _SWITCHES = ("train_encoder", "train_decoder", "recompute")
 DRAWN = ("random", "orthogonal", "signs")  # anew for every layer
 _APPROXIMATE = ("approximate", "truncated")  # for ranks that the user chooses
 _EXACT = ("naive", "strassen")
-NAMES = (*DRAWN, *_APPROXIMATE, *_EXACT)
+NAMES = (*DRAWN, *_APPROXIMATE, *_EXACT, "group:NAME")
 _BY_TILE: Any = None  # so that the attribute, which is a number once there is a config, is typed as one
 MAX_BYTES = 1 << 20  # of a file
 _MOST_NUMBERS = 1 << 26  # in an encoder or decoder: half a GiB in float64
 _MOST_OF_DENSE = 4
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,16 @@ class STLConfig:
 
     Attributes:
         tile: (p, q, s), or one side for a cube. Held as a triple.
-        rank: r, products a tile. None: that of the basis; where that has none of its own (all but "naive", "strassen" and
-            files), ⅜ of the pqs products of a dense tile: 24 of 4×4×4, 6 of 1×4×4. From pqs on nothing is saved, and a
-            UserWarning says so unless the basis is exact; above 4pqs nothing is gained by training either, and it is
+        rank: r, products a tile. None: that of the basis; where that has none of its own (all but "naive", "strassen",
+            groups and files), ⅜ of the pqs products of a dense tile: 24 of 4×4×4, 6 of 1×4×4. From pqs on nothing is saved,
+            and a UserWarning says so unless the basis is exact; above 4pqs nothing is gained by training either, and it is
             refused. (With r = pqs a layer can be dense; up to p²qs, more terms are more freedom: a control, never a saving.)
         basis: where E and D start. Drawn for each layer, with the same variances: "random" (Gaussian), "orthogonal" (E as a
             matrix (r, pq) and D as (r, ps) have orthonormal rows or, where r is larger, columns, times a number; not for
             causal tiles), "signs" (±1 times a number). Given: "approximate" (shipped factors), "truncated" (the terms of
-            Strassen's algorithm that matter most, for cubes of 2, 4 or 8), "naive", "strassen", or the path of a file that
-            `bases.load` reads; these must have this tile and rank.
+            Strassen's algorithm that matter most, for cubes of 2, 4 or 8), "naive", "strassen", "group:NAME" (of a
+            group algebra, as in "group:D4xZ2^2"), or the path of a file that `bases.load` reads: what `bases.named` makes of
+            the name; these must have this tile and rank.
         mixing: "sequence" lets the p rows of a tile see each other, both ways; "causal" only backwards; "none" not at
             all (p = 1: tile=4 becomes (1, 4, 4)).
         encoder_scope: "layer" for one encoder and decoder a layer; "tile" for an encoder of each column tile and a
@@ -132,31 +135,21 @@ class STLConfig:
         return self.init == "fit" or (self.init == "auto" and self.basis not in DRAWN)
 
     def _default_rank(self) -> int:
-        p, q, s = self.pqs
-        if self.basis in (*DRAWN, *_APPROXIMATE):
-            return max(1, round(3 / 8 * p * q * s))
-        if self.basis == "naive":
-            return p * q * s
-        return 7 ** self._levels() if self.basis == "strassen" else self._from_file().rank
+        if self.basis in DRAWN:
+            return usual_rank(self.pqs)
+        return self._given(own_rank, self.pqs) or usual_rank(self.pqs)
 
-    def _from_file(self) -> Basis:
+    def _given(self, make: Callable[..., T], *arguments: object) -> T:
+        """What `make` makes of the basis's name; where there is no such basis, all names there are."""
         try:
-            return bases.load(self.basis)
+            return make(self.basis, *arguments)
         except BasisError as error:
-            names = ", ".join(NAMES)
-            raise BasisError(f"basis must be one of {names}, or the path of a file; {error}") from error
-
-    def _levels(self) -> int:
-        """How often Strassen's algorithm is applied to itself for this tile."""
-        p, q, s = self.pqs
-        levels = p.bit_length() - 1
-        if not p == q == s == 2**levels or levels < 1:
-            raise ConfigError(f"basis {self.basis!r} needs a cubic tile of side 2, 4, 8, …; got {self.tile}")
-        return levels
+            if isinstance(error, ConfigError) or self.basis in NAMES or self.basis.startswith("group:"):
+                raise
+            raise BasisError(f"basis must be one of {', '.join(NAMES)}, or the path of a file; {error}") from error
 
     def _way_out(self) -> str:
-        p, q, s = self.pqs
-        usual = max(1, round(3 / 8 * p * q * s))
+        usual = usual_rank(self.pqs)
         return ("" if usual >= self.rank else f"leave rank out for {usual}, or ") + "take a larger tile"
 
     def _check_rank(self) -> None:
@@ -195,22 +188,8 @@ class STLConfig:
                     "basis 'orthogonal' lets rows see later ones; mixing='causal' takes 'random', 'signs' or 'naive'"
                 )
             return None
-        if self.basis == "approximate":
-            return bases.approximate(self.pqs, self.rank)
-        if self.basis == "truncated":
-            return bases.truncated(self._levels(), self.rank)
-        if self.basis in _EXACT:
-            if self.rank != (own := self._default_rank()):  # first: of a large tile it is much work to make
-                raise ConfigError(
-                    f"basis {self.basis!r} has rank {own} for tile {self.tile}; the config says {self.rank}"
-                )
-            return bases.naive(*self.pqs) if self.basis == "naive" else bases.strassen(self._levels())
-        basis = self._from_file()
-        if basis.tile != self.pqs or basis.rank != self.rank:
-            raise ConfigError(
-                f"basis {self.basis!r} has tile {basis.tile} and rank {basis.rank}; the config says {self.tile} and {self.rank}"
-            )
-        if not basis.is_exact:
+        basis = self._given(bases.named, self.pqs, self.rank)
+        if self.basis not in _APPROXIMATE and not basis.is_exact:  # of those the config has said so
             self._warn_if_nothing_is_saved()
         return basis
 

@@ -1,0 +1,84 @@
+"""A basis by name: the one place where a name becomes factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from strassen_tile.bases.approximate import approximate, truncated
+from strassen_tile.bases.exact import naive, strassen
+from strassen_tile.bases.files import load
+from strassen_tile.bases.finite_groups import as_group, products
+from strassen_tile.bases.groups import group
+from strassen_tile.bases.random import random
+from strassen_tile.basis import Basis
+from strassen_tile.errors import BasisMismatchError
+from strassen_tile.tiling import Tile, as_integer, as_tile
+
+NAMES = ("naive", "strassen", "approximate", "truncated", "random", "group:NAME")
+
+
+def named(spec: str, tile: int | Sequence[int] | None = None, rank: int | None = None) -> Basis:
+    """The basis that `spec` names.
+
+    Args:
+        spec: "naive" and "strassen" (exact), "approximate" (the shipped one), "truncated" (Strassen's best terms), "random"
+            (or "random:SEED"), "group:NAME" (or "group:NAME:DECODER", as in "group:D4xZ2^2:raw"), or the path of a file.
+        tile: p, q, s, or one side for a cube; None: 4, and for a file its own.
+        rank: None: that of the basis; "approximate", "truncated" and "random" then take ⅜ of the pqs products of a dense tile.
+
+    Raises:
+        BasisError: no such basis.
+        BasisMismatchError: it is not for that tile or rank.
+        ShapeError: a tile that makes no sense.
+    """
+    sides = as_tile(4 if tile is None else tile)
+    own = own_rank(spec, sides)  # first: of a large tile a basis is much work to make
+    if own is not None and rank is not None and as_integer(rank) != own:
+        raise BasisMismatchError(f"basis {spec!r} has rank {own}; {rank!r} is asked for")
+    kind, _, rest = spec.partition(":")
+    wanted = usual_rank(sides) if rank is None else rank
+    if kind == "random" and (not rest or rest.isdecimal()):
+        return random(sides, wanted, seed=int(rest or 0))
+    if kind == "group":
+        name, _, decoder = rest.partition(":")
+        return group(name, sides, decoder=decoder or "ls")  # type: ignore[arg-type] # judged there
+    if spec == "approximate":
+        return approximate(sides, wanted)
+    if spec == "truncated":
+        return truncated(_levels(spec, sides), wanted)
+    if spec in ("naive", "strassen"):
+        return naive(*sides) if spec == "naive" else strassen(_levels(spec, sides))
+    found = load(spec)
+    if tile is not None and found.tile != sides:
+        raise BasisMismatchError(f"basis {spec!r} has tile {found.tile}; {sides} is asked for")
+    return found
+
+
+def own_rank(spec: str, tile: Tile) -> int | None:
+    """The rank of the basis that `spec` names, where it has but one; None where it is chosen. Raises BasisError as `named`."""
+    p, q, s = tile
+    kind, _, rest = spec.partition(":")
+    if spec in ("approximate", "truncated") or (kind == "random" and (not rest or rest.isdecimal())):
+        return None
+    if spec == "naive":
+        return p * q * s
+    if spec == "strassen":
+        return int(7 ** _levels(spec, tile))
+    if kind == "group":
+        return len(products(as_group(rest.partition(":")[0])).left)
+    return load(spec).rank
+
+
+def usual_rank(tile: Tile) -> int:
+    """⅜ of the pqs products of a dense tile, and at least one: 24 of 4×4×4, 6 of 1×4×4."""
+    p, q, s = tile
+    return max(1, round(3 / 8 * p * q * s))
+
+
+def _levels(spec: str, tile: Tile) -> int:
+    """How often Strassen's algorithm is applied to itself for this tile. Raises BasisMismatchError: no cube of 2, 4, 8, …"""
+    p, q, s = tile
+    found = p.bit_length() - 1
+    if not p == q == s == 2**found or found < 1:
+        raise BasisMismatchError(f"basis {spec!r} needs a cubic tile of side 2, 4, 8, …; got {tile}")
+    return found
