@@ -210,12 +210,17 @@ class Basis:
         refitted = replace(rounded, decoder=rounded.refit_decoder().decoder.float())
         return refitted if refitted.error < rounded.error else rounded
 
-    def save(self, path: str | Path) -> None:
-        """Write JSON that `load` reads back exactly; the file appears whole or not at all (then a BasisError says why)."""
+    def save(self, path: str | Path, *, provenance: dict[str, Any] | None = None) -> None:
+        """Write JSON that `load` reads back exactly; the file appears whole or not at all (then a BasisError says why).
+
+        Args:
+            path: the file.
+            provenance: where the factors come from, written down beside them.
+        """
         record: dict[str, Any] = {"name": self.name, "tile": self.tile, "rank": self.rank, "exact": self.is_exact}
         record |= {"relative_squared_error": self.error, "kappa": self.kappa}
         record |= {field: getattr(self, field).tolist() for field in FACTORS}
-        basis_record.write(record, path)
+        basis_record.write(record if provenance is None else {**record, "provenance": provenance}, path)
 
     @classmethod
     def load(cls, path: str | Path, *, max_bytes: int = MAX_BYTES) -> Basis:
