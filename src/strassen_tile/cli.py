@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import TypeAlias
 
 from strassen_tile import __version__
+from strassen_tile.arguments import (
+    Parser,
+    add_settings,
+    folder,
+    integer,
+    integers,
+    json_object,
+    names,
+    real,
+    shapes_of_inputs,
+    tile,
+)
 from strassen_tile.errors import STLError
 from strassen_tile.experiments import settings
 from strassen_tile.experiments.recipe import Recipe
 from strassen_tile.experiments.text_recipe import TextRecipe
-from strassen_tile.files import parse_json
 
 _REPORT = ("matplotlib", "numpy", "rich")
 _TRAINING = (*_REPORT, "accelerate", "safetensors", "transformers")
@@ -24,14 +35,7 @@ _NEEDS = {"report": _REPORT, "vision": _TRAINING, "language": _TRAINING}
 _OUT = "folder for rows.json, report.html and plot.png"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with an argument in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-_Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
+_Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,13 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     3: a comparison is finished, and runs of it diverged (a line each).
     """
-    parser = _Parser(prog="strassen-tile", description="Strassen-Tile: cheaper products for deep networks.")
+    parser = Parser(prog="strassen-tile", description="Strassen-Tile: cheaper products for deep networks.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_compare(commands)
     _add_pretrain(commands)
     _add_bench(commands)
     _add_plan(commands)
+    _add_basis(commands)
     given = sys.argv[1:] if arguments is None else list(arguments)
     for argument in given:  # bytes that are no text (in a path) could not be written to the rows and the page
         if "\0" in argument or argument != argument.encode(errors="replace").decode():
@@ -53,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     try:
         _need(options.extra)
-        from strassen_tile.experiments import commands as programs  # rich and matplotlib: only once there is work
-
+        # rich and matplotlib: only once there is work
+        programs = importlib.import_module(f"strassen_tile.experiments.{options.module}")
         return int(getattr(programs, options.run)(options))
     except (STLError, ImportError, OSError) as error:
         print(f"strassen-tile: {error}", file=sys.stderr)
@@ -83,77 +88,6 @@ def _need(extra: str) -> None:
             )
 
 
-def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`parse` for argparse, which shows the messages of its own error alone."""
-
-    def parsed(text: str) -> Any:
-        try:
-            return parse(text)
-        except STLError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parsed
-
-
-_integer, _integers, _real, _names, _tile = map(
-    _argument, (settings.integer, settings.integers, settings.real, settings.listed, settings.tile)
-)
-
-
-def _folder(text: str) -> Path:
-    try:
-        if text.strip():
-            return Path(text).expanduser()
-    except RuntimeError as error:  # a home that nobody has
-        raise argparse.ArgumentTypeError(f"{error}; got {settings.short(text)}") from error
-    raise argparse.ArgumentTypeError("the path of a folder is wanted, '.' for this one; got an empty one")
-
-
-def _object(text: str) -> dict[str, object]:
-    try:
-        found = parse_json(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"a JSON object is wanted; got {settings.short(text)}: {error}") from error
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(
-            f'a JSON object such as {{"image_size": 224}} is wanted; got {settings.short(text)}'
-        )
-    return found
-
-
-def _inputs(text: str) -> object:
-    try:
-        found = text if text == "dummy" else parse_json(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"shapes as JSON are wanted, or dummy; got {settings.short(text)}: {error}"
-        ) from error
-    if not isinstance(found, str | dict | list):
-        raise argparse.ArgumentTypeError(
-            f"a JSON object or list of shapes is wanted, or dummy; got {settings.short(text)}"
-        )
-    return found
-
-
-def _add_settings(command: _Parser, record: type) -> None:
-    """An option for each field of the dataclass. One that is not given leaves no attribute: a recipe may say it."""
-    for setting in settings.settings_of(record).values():
-        default = "by recipe" if setting.default is MISSING else _shown(setting.default)
-        more: dict[str, Any] = {"type": _argument(setting.parse), "metavar": "|".join(setting.choices) or None}
-        if setting.is_switch:
-            more = {"action": argparse.BooleanOptionalAction}
-        command.add_argument(
-            f"--{setting.name.replace('_', '-')}",
-            default=argparse.SUPPRESS,
-            help=f"{setting.help} (default: {default})".replace("%", "%%"),
-            **more,
-        )
-
-
-def _shown(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
-
-
 def _add_compare(commands: _Commands) -> None:
     command = commands.add_parser(
         "compare",
@@ -168,9 +102,9 @@ def _add_compare(commands: _Commands) -> None:
         help="digits, fashion-mnist, imagefolder, t2t_vit_7_imagenet …, or a TOML with the options below (default: by data)",
     )
     add("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
-    _add_settings(command, Recipe)
-    add("--out", type=_folder, default=Path("out/compare"), help=f"{_OUT} (default: out/compare)")
-    command.set_defaults(run="run_compare", extra="vision")
+    add_settings(command, Recipe)
+    add("--out", type=folder, default=Path("out/compare"), help=f"{_OUT} (default: out/compare)")
+    command.set_defaults(module="commands", run="run_compare", extra="vision")
 
 
 def _add_pretrain(commands: _Commands) -> None:
@@ -184,9 +118,9 @@ def _add_pretrain(commands: _Commands) -> None:
     add = command.add_argument
     add("--recipe", help="language, demo, or a TOML with the options below (default: language)")
     add("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
-    _add_settings(command, TextRecipe)
-    add("--out", type=_folder, default=Path("out/pretrain"), help=f"{_OUT} (default: out/pretrain)")
-    command.set_defaults(run="run_pretrain", extra="language")
+    add_settings(command, TextRecipe)
+    add("--out", type=folder, default=Path("out/pretrain"), help=f"{_OUT} (default: out/pretrain)")
+    command.set_defaults(module="commands", run="run_pretrain", extra="language")
 
 
 def _add_bench(commands: _Commands) -> None:
@@ -198,16 +132,16 @@ def _add_bench(commands: _Commands) -> None:
     )
     add = command.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
-    add("--dtype", type=_names, default=("float32",), help="of float32, bfloat16, float16")
+    add("--dtype", type=names, default=("float32",), help="of float32, bfloat16, float16")
     add("--shapes", default="squares", help="NxKxM,… or squares, small, vit-b, llama-7b, mlp")
-    add("--ranks", type=_integers, default=(16, 24, 32), help="of the STL runs")
-    add("--pass", dest="passes", type=_names, default=("forward", "step"), help="forward, step (forward and backward)")
-    add("--methods", type=_names, default=("stl", "low-rank"), help="besides dense: of stl, low-rank, 2:4 (GPU)")
-    add("--tile", type=_tile, default=(4, 4, 4), help="side, or p,q,s")
-    add("--seconds", type=_real, default=4.0, help="for each pair")
-    add("--threads", type=_integer, default=None, help="(default: torch's)")
-    add("--out", type=_folder, default=Path("out/bench"), help=_OUT)
-    command.set_defaults(run="run_bench", extra="report")
+    add("--ranks", type=integers, default=(16, 24, 32), help="of the STL runs")
+    add("--pass", dest="passes", type=names, default=("forward", "step"), help="forward, step (forward and backward)")
+    add("--methods", type=names, default=("stl", "low-rank"), help="besides dense: of stl, low-rank, 2:4 (GPU)")
+    add("--tile", type=tile, default=(4, 4, 4), help="side, or p,q,s")
+    add("--seconds", type=real, default=4.0, help="for each pair")
+    add("--threads", type=integer, default=None, help="(default: torch's)")
+    add("--out", type=folder, default=Path("out/bench"), help=_OUT)
+    command.set_defaults(module="commands", run="run_bench", extra="report")
 
 
 def _add_plan(commands: _Commands) -> None:
@@ -219,17 +153,17 @@ def _add_plan(commands: _Commands) -> None:
     )
     add = command.add_argument
     add("model", nargs="?", default=None, help="package.module:callable, or the folder of a transformers model")
-    add("--arguments", type=_object, default=None, help="what the callable is called with, as JSON")
+    add("--arguments", type=json_object, default=None, help="what the callable is called with, as JSON")
     add("--shapes", default=None, help="NxKxM,… instead of a model")
-    add("--rows", type=_integer, default=4096, help="rows each layer is fed, all samples together, without --inputs")
+    add("--rows", type=integer, default=4096, help="rows each layer is fed, all samples together, without --inputs")
     add(
         "--inputs",
-        type=_inputs,
+        type=shapes_of_inputs,
         default=None,
         help='run the model on inputs of shapes as JSON: {"input_ids": [2, 128]}, [2, 3, 224, 224]; or "dummy" for its own',
     )
-    add("--rank", type=_integer, default=None, help="of the STL layers (default: by tile)")
-    add("--tile", type=_tile, default=(4, 4, 4), help="side, or p,q,s")
+    add("--rank", type=integer, default=None, help="of the STL layers (default: by tile)")
+    add("--tile", type=tile, default=(4, 4, 4), help="side, or p,q,s")
     add(
         "--mixing",
         choices=("sequence", "none", "causal"),
@@ -239,10 +173,57 @@ def _add_plan(commands: _Commands) -> None:
     add("--pass", dest="passes", choices=("forward", "step"), default="forward", help="inference or a training step")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where it would run")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
-    add("--min-speedup", type=_real, default=1.05, help="convert from here on")
+    add("--min-speedup", type=real, default=1.05, help="convert from here on")
     add("--refresh", action="store_true", help="measure the machine again")
-    add("--out", type=_folder, default=Path("out/plan"), help=_OUT)
-    command.set_defaults(run="run_plan", extra="report")
+    add("--out", type=folder, default=Path("out/plan"), help=_OUT)
+    command.set_defaults(module="commands", run="run_plan", extra="report")
+
+
+def _add_basis(commands: _Commands) -> None:
+    command = commands.add_parser("basis", help="list, show, verify, search, condition, import and export bases")
+    parts = command.add_subparsers(required=True, metavar="command")
+    spec = "a name (naive, strassen, approximate, truncated, random:SEED, group:NAME), or a file"
+
+    def part(name: str, said: str) -> Parser:
+        one = parts.add_parser(name, help=said, description=said[:1].upper() + said[1:] + ".")
+        one.set_defaults(module="basis", run=f"run_{name}", extra="report")
+        return one
+
+    def chosen(one: Parser) -> None:
+        one.add_argument("basis", help=spec)
+        one.add_argument("--tile", type=tile, default=None, help="side, or p,q,s (default: 4, of a file its own)")
+        one.add_argument("--rank", type=integer, default=None, help="where the name does not say it (default: by tile)")
+
+    listed = part("list", "the bases that ship with the package: tile, rank, error, kappa")
+    listed.add_argument("--tile", type=tile, default=None, help="side, or p,q,s: of this one only")
+    shown = part("show", "what is to be said of a basis, and its factors")
+    chosen(shown)
+    shown.add_argument("--factors", action="store_true", help="the coefficients, too")
+    part("verify", "say of files whether they are what they claim to be").add_argument("files", nargs="+", type=folder)
+    taken = part("import", "read a published algorithm in any format and write it as JSON")
+    taken.add_argument("file", type=folder, help="JSON, NPZ, one of three SMS files, or coefficients")
+    taken.add_argument("--out", type=folder, required=True, help="a .json file")
+    given = part("export", "write a basis as .json, .sms (three files) or .txt (coefficients)")
+    chosen(given)
+    given.add_argument("--out", type=folder, required=True, help="the file; its suffix says the format")
+    searched = part(
+        "search", "search for the basis of least error; a search that was stopped goes on when it is repeated"
+    )
+    searched.add_argument("--tile", type=tile, default=(4, 4, 4), help="side, or p,q,s (default: 4)")
+    searched.add_argument("--rank", type=integer, required=True, help="number of products")
+    searched.add_argument("--minutes", type=real, default=None, help="how long at most")
+    searched.add_argument(
+        "--rounds", type=integer, default=None, help="how many rounds at most (default: by minutes, or 1)"
+    )
+    searched.add_argument("--seed", type=integer, default=0, help="of all that is drawn (default: 0)")
+    searched.add_argument(
+        "--start", action="append", default=[], help=f"tried first, of a rank beside or the same: {spec}"
+    )
+    searched.add_argument("--out", type=folder, required=True, help="a .json file")
+    better = part("condition", "the equivalent exact basis that rounds best")
+    chosen(better)
+    better.add_argument("--starts", type=integer, default=4, help="of the descent (default: 4)")
+    better.add_argument("--out", type=folder, required=True, help="a .json file")
 
 
 if __name__ == "__main__":
