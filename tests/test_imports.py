@@ -27,6 +27,7 @@ ORDER = [
     "cost",
     "reference",
     "ops",
+    "amm",
     "nn",
     "convert",
     "baselines",

@@ -2,6 +2,7 @@
 
 from strassen_tile import bases, cost, models, reference
 from strassen_tile._version import __version__
+from strassen_tile.amm import Approximation, amm
 from strassen_tile.basis import Basis
 from strassen_tile.convert import (
     Conversion,
@@ -25,6 +26,7 @@ register()
 
 __all__ = [
     "STLMLP",
+    "Approximation",
     "Basis",
     "Conversion",
     "Fusion",
@@ -35,6 +37,7 @@ __all__ = [
     "STLLinear",
     "STLLinearFP8",
     "__version__",
+    "amm",
     "bases",
     "check_mixing",
     "convert",

@@ -32,8 +32,9 @@ def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return parsed
 
 
-integer, integers, real, names, tile = map(
-    _argument, (settings.integer, settings.integers, settings.real, settings.listed, settings.tile)
+integer, integers, real, reals, names, tile = map(
+    _argument,
+    (settings.integer, settings.integers, settings.real, settings.reals, settings.listed, settings.tile),
 )
 
 

@@ -21,9 +21,11 @@ from strassen_tile.arguments import (
     json_object,
     names,
     real,
+    reals,
     shapes_of_inputs,
     tile,
 )
+from strassen_tile.baselines.approximations import APPROXIMATIONS
 from strassen_tile.errors import STLError
 from strassen_tile.experiments import settings
 from strassen_tile.experiments.recipe import Recipe
@@ -51,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_bench(commands)
     _add_plan(commands)
     _add_basis(commands)
+    _add_amm(commands)
     given = sys.argv[1:] if arguments is None else list(arguments)
     for argument in given:  # bytes that are no text (in a path) could not be written to the rows and the page
         if "\0" in argument or argument != argument.encode(errors="replace").decode():
@@ -177,6 +180,30 @@ def _add_plan(commands: _Commands) -> None:
     add("--refresh", action="store_true", help="measure the machine again")
     add("--out", type=folder, default=Path("out/plan"), help=_OUT)
     command.set_defaults(module="commands", run="run_plan", extra="report")
+
+
+def _add_amm(commands: _Commands) -> None:
+    command = commands.add_parser(
+        "amm",
+        help="compare approximate products: error against FLOPs and seconds",
+        description="Approximate products of Gaussian matrices, of real layers, or of your own matrices in every way there is "
+        "to spend a budget of FLOPs; show error and cosine beside FLOPs and seconds.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = command.add_argument
+    add(
+        "--data",
+        default="gaussian",
+        help="gaussian, minilm, a .safetensors file with x (N, K) and w (K, M), or X.npy,W.npy",
+    )
+    add("--shapes", default="1024x1024x1024", help="NxKxM,… of Gaussian matrices")
+    add("--budgets", type=reals, default=(0.25, 0.375, 0.5, 0.75), help="fractions of dense's FLOPs")
+    add("--methods", type=names, default=tuple(APPROXIMATIONS), help="what is compared")
+    add("--trials", type=integer, default=10, help="of what is drawn at random")
+    add("--seconds", type=real, default=0.2, help="for each time beside dense's")
+    add("--seed", type=integer, default=0, help="of Gaussian matrices")
+    add("--out", type=folder, default=Path("out/amm"), help=_OUT)
+    command.set_defaults(module="amm", run="run_amm", extra="report")
 
 
 def _add_basis(commands: _Commands) -> None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from strassen_tile import bases, cost, reference
 from strassen_tile.baselines.block_diagonal import MonarchLinear, block_products, monarch_width
 from strassen_tile.baselines.layers import LowRankLinear, inner_rank
 from strassen_tile.baselines.mixes import Mix, add_mix, check_mix, mix_shape, mixed_by
-from strassen_tile.baselines.sparse24 import Sparse24Linear, mask_24
+from strassen_tile.baselines.sparse24 import Sparse24Linear, mask_24, refit
 from strassen_tile.basis import Basis
 from strassen_tile.cost import Cost
 from strassen_tile.errors import ConfigError
@@ -46,6 +46,12 @@ class Prepared:
     reference: Callable[[Tensor], Tensor]
 
 
+class Prepare(Protocol):
+    """What makes a product ready."""
+
+    def __call__(self, w: Tensor, rows: Tensor | None = None) -> Prepared: ...
+
+
 @dataclass(frozen=True)
 class Product:
     """A way to multiply x (N, K) by a weight w (K, M), or something cheaper in its place.
@@ -55,10 +61,11 @@ class Product:
         exactness: "exact": x @ w but for rounding; "approximate": near it; "own": something else, as a layer at its start.
         flop_ratio: FLOPs of the products alone as a fraction of dense, where no side is padded.
         cost: (n, k, m) → Cost, all in.
-        prepare: w (K, M) → Prepared.
+        prepare: w (K, M) and rows (…, K) such as it will be fed, or None → Prepared. What is fitted to rows takes them.
         rank: r of the basis; of low rank, the r whose products take as many FLOPs.
         tile: (p, q, s), where p rows of y depend on p rows of x.
         kappa: of the basis: how much rounding errors grow.
+        error: expected relative squared error on independent normal entries; None where that is not known.
         forward_on_cuda: why only a forward pass on a GPU can be timed; empty if that is not so.
     """
 
@@ -66,10 +73,11 @@ class Product:
     exactness: Exactness
     flop_ratio: float
     cost: Callable[[int, int, int], Cost]
-    prepare: Callable[[Tensor], Prepared]
+    prepare: Prepare
     rank: int | None = None
     tile: Tile | None = None
     kappa: float | None = None
+    error: float | None = None
     forward_on_cuda: str = ""
 
     @property
@@ -81,7 +89,7 @@ class Product:
 def dense() -> Product:
     """The product x @ w by the library: what all others are compared with."""
 
-    def prepare(w: Tensor) -> Prepared:
+    def prepare(w: Tensor, rows: Tensor | None = None) -> Prepared:
         weight = w.mT.detach()
         return Prepared(lambda x: F.linear(x, weight), (weight,), lambda x: x @ weight.double().mT)
 
@@ -91,7 +99,7 @@ def dense() -> Product:
 def stl(basis: Basis, *, own: bool = False, encoder_scope: str = "layer") -> Product:
     """Strassen-Tile by the three factors of `basis`, w encoded beforehand; `own` if they are random, as a layer starts."""
 
-    def prepare(w: Tensor) -> Prepared:
+    def prepare(w: Tensor, rows: Tensor | None = None) -> Prepared:
         (k, m), (_, q, s) = w.shape, basis.tile
         encoder, decoder = basis.encoder.to(w), basis.decoder.to(w)
         encoded = w.new_empty(basis.rank, tile_count(k, q), tile_count(m, s))
@@ -107,7 +115,8 @@ def stl(basis: Basis, *, own: bool = False, encoder_scope: str = "layer") -> Pro
         "own" if own else "exact" if basis.is_exact else "approximate"
     )  # the error of many terms is work
     counted = partial(cost.linear, tile=basis.tile, rank=basis.rank, encoder_scope=encoder_scope)
-    return Product("stl", exactness, basis.flop_ratio, counted, prepare, basis.rank, basis.tile, basis.kappa)
+    error = None if own else 0.0 if basis.is_exact else basis.error
+    return Product("stl", exactness, basis.flop_ratio, counted, prepare, basis.rank, basis.tile, basis.kappa, error)
 
 
 def low_rank(flop_ratio: float, *, fitted: bool = True, rank: int | None = None) -> Product:
@@ -117,7 +126,7 @@ def low_rank(flop_ratio: float, *, fitted: bool = True, rank: int | None = None)
     def layer(k: int, m: int, **options: Any) -> LowRankLinear:
         return LowRankLinear(k, m, False, rank=inner_rank(flop_ratio, k, m), **options)
 
-    def prepare(w: Tensor) -> Prepared:
+    def prepare(w: Tensor, rows: Tensor | None = None) -> Prepared:
         k, m = w.shape
         made = layer(k, m, device=w.device, dtype=w.dtype)
         if fitted:
@@ -129,12 +138,18 @@ def low_rank(flop_ratio: float, *, fitted: bool = True, rank: int | None = None)
     return Product("low-rank", exactness, flop_ratio, lambda n, k, m: layer(k, m, device="meta").cost(n), prepare, rank)
 
 
-def sparse_24() -> Product:
-    """Of every four entries of w along K the two smaller are zero: packed for the hardware on a GPU, masked elsewhere."""
+def sparse_24(criterion: Literal["magnitude", "wanda", "refit"] = "magnitude") -> Product:
+    """Of every four entries of w along K two are zero: packed for the hardware on a GPU, masked elsewhere.
 
-    def prepare(w: Tensor) -> Prepared:
+    Args:
+        criterion: which two are kept: the larger ones ("magnitude"), or those larger by the rows they are fed ("wanda");
+            "refit" keeps wanda's and fits them to the products of the rows by least squares. Without rows all are "magnitude".
+    """
+
+    def prepare(w: Tensor, rows: Tensor | None = None) -> Prepared:
         weight = w.mT.detach().contiguous()
-        pruned = weight * mask_24(weight)
+        mask = mask_24(weight, None if criterion == "magnitude" else rows)
+        pruned = refit(weight, mask, rows) if criterion == "refit" and rows is not None else weight * mask
         try:
             packed = torch.sparse.to_sparse_semi_structured(pruned) if w.is_cuda else pruned
         except RuntimeError as error:  # its sides must be multiples that depend on the dtype
@@ -142,8 +157,9 @@ def sparse_24() -> Product:
         return Prepared(lambda x: F.linear(x, packed), (), lambda x: x @ pruned.double().mT)
 
     why = "they need an NVIDIA GPU of the Ampere generation or later, and PyTorch has no gradient of the sparse weight to time"
+    name = "2:4" if criterion == "magnitude" else f"2:4-{criterion}"
     return Product(
-        "2:4", "approximate", 0.5, lambda n, k, m: Sparse24Linear(k, m, device="meta").cost(n), prepare, forward_on_cuda=why
+        name, "approximate", 0.5, lambda n, k, m: Sparse24Linear(k, m, device="meta").cost(n), prepare, forward_on_cuda=why
     )  # fmt: skip
 
 
@@ -154,7 +170,7 @@ def monarch(flop_ratio: float, *, fitted: bool = True, rank: int | None = None, 
     def layer(k: int, m: int, **options: Any) -> MonarchLinear:
         return MonarchLinear(k, m, False, width=monarch_width(flop_ratio, k, m, blocks), blocks=blocks, **options)
 
-    def prepare(w: Tensor) -> Prepared:
+    def prepare(w: Tensor, rows: Tensor | None = None) -> Prepared:
         made = layer(*w.shape, device=w.device, dtype=w.dtype)
         if fitted:
             made.fit(w.mT)
@@ -186,8 +202,8 @@ def mixed(product: Product, kind: Mix, rows_mixed: int = 4) -> Product:
     """
     check_mix(kind, rows_mixed)
 
-    def prepare(w: Tensor) -> Prepared:
-        inner, shape = product.prepare(w), mix_shape(kind, w.shape[0], rows_mixed)
+    def prepare(w: Tensor, rows: Tensor | None = None) -> Prepared:
+        inner, shape = product.prepare(w, rows), mix_shape(kind, w.shape[0], rows_mixed)
         mix = torch.randn(shape, device=w.device).to(w.dtype) / shape[-1]
 
         def exact(x: Tensor) -> Tensor:
@@ -202,7 +218,7 @@ def mixed(product: Product, kind: Mix, rows_mixed: int = 4) -> Product:
     tile = (math.lcm(p, rows_mixed), q, s) if kind == "tile" else product.tile
     return Product(
         f"{product.name}+{name}", "own", product.flop_ratio, counted, prepare, product.rank, tile, product.kappa,
-        product.forward_on_cuda,
+        forward_on_cuda=product.forward_on_cuda,
     )  # fmt: skip
 
 

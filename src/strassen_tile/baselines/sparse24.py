@@ -19,6 +19,7 @@ from strassen_tile import cost
 from strassen_tile.errors import ShapeError, shape_text
 
 Criterion = Literal["magnitude", "wanda"]
+_AT_ONCE = 64  # output rows whose weights are fitted together
 SR_STE_DECAY = 2e-4  # λ_w of Zhou et al. 2021 (arXiv 2102.04010), for AdamW and SGD alike
 
 
@@ -41,6 +42,27 @@ def mask_24(weight: Tensor, inputs: Tensor | None = None) -> Tensor:
     groups = score.view(m, k // 4, 4)
     keep = groups.topk(2, dim=-1).indices
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, keep, True).view(m, k)
+
+
+def refit(weight: Tensor, mask: Tensor, inputs: Tensor, *, damping: float = 1e-4) -> Tensor:
+    """The weights kept, fitted so that products with `inputs` (…, K) are as near as can be to those of `weight` (M, K).
+
+    Args:
+        weight, mask: (M, K); as many weights are kept in each row.
+        inputs: calibration rows.
+        damping: added to their second moments, as a fraction of the mean of its diagonal.
+    """
+    m, k = weight.shape
+    rows = inputs.detach().reshape(-1, k).double()
+    moment = rows.mT @ rows
+    moment.diagonal().add_(damping * moment.diagonal().mean())
+    kept = mask.nonzero()[:, 1].view(m, -1)  # (M, kept)
+    target = (weight.detach().double() @ moment).gather(1, kept)
+    solved = [
+        torch.linalg.solve(moment[at[:, :, None], at[:, None, :]], wanted)
+        for at, wanted in zip(kept.split(_AT_ONCE), target.split(_AT_ONCE), strict=True)
+    ]
+    return torch.zeros_like(weight).scatter_(1, kept, torch.cat(solved).to(weight))
 
 
 class _SparseRefined(Function):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from itertools import permutations
 
-from strassen_tile.bases.approximate import approximate, truncated
+from strassen_tile.bases.approximate import approximate, shipped, truncated
 from strassen_tile.bases.exact import naive, strassen
 from strassen_tile.bases.files import load
 from strassen_tile.bases.finite_groups import as_group, products
@@ -52,6 +54,15 @@ def named(spec: str, tile: int | Sequence[int] | None = None, rank: int | None =
     if tile is not None and found.tile != sides:
         raise BasisMismatchError(f"basis {spec!r} has tile {found.tile}; {sides} is asked for")
     return found
+
+
+@cache
+def known() -> tuple[Basis, ...]:
+    """All that ship, in every order of their sides, and Strassen's algorithm applied once to three times."""
+    shipped_ones = (
+        approximate(tile, rank).oriented(order) for tile, rank in shipped() for order in sorted(set(permutations(tile)))
+    )
+    return (*shipped_ones, *(strassen(levels) for levels in (1, 2, 3)))
 
 
 def own_rank(spec: str, tile: Tile) -> int | None:

@@ -168,7 +168,7 @@ def run_bench(options: argparse.Namespace) -> int:
         )
         for dtype in options.dtype
     ]
-    _make_writable(options.out)
+    make_writable(options.out)
     rows: list[Row] = []
     each = sum(
         speed.row_count(name, options.methods, options.ranks, options.tile) for name in dict.fromkeys(options.passes)
@@ -221,7 +221,7 @@ def run_plan(options: argparse.Namespace) -> int:
         notes = planning.notes(model, config, inputs)
     if not layers:
         raise ConfigError("the model has no linear layers to plan for")
-    _make_writable(options.out)
+    make_writable(options.out)
     with console.status("measuring this machine (about three seconds, once)"):
         here = machine(options.device, speed.DTYPES[options.dtype], refresh=options.refresh)
     where = environment()
@@ -242,7 +242,7 @@ def run_plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _make_writable(folder: Path) -> None:
+def make_writable(folder: Path) -> None:
     """The folder, made if missing; what keeps it from being written to is said before any work is done."""
     make_folder(folder)
     tempfile.TemporaryFile(dir=folder).close()

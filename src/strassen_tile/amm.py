@@ -1,0 +1,161 @@
+"""Approximate matrix multiplication as a black box: the best basis that a FLOP budget pays for, and the error to expect."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from strassen_tile import bases, cost
+from strassen_tile.basis import Basis
+from strassen_tile.errors import BasisError, ConfigError, ShapeError, shape_text
+from strassen_tile.ops import stl_matmul
+from strassen_tile.tiling import as_integer, tile_count
+
+
+class Approximation(NamedTuple):
+    """What `amm` returns.
+
+    Attributes:
+        value: (…, N, M).
+        error: the expected ‖value − x w‖²/‖x w‖² where entries of x and w are independent and of mean 0; 0 if it is exact.
+        basis: what was used; None: the dense product.
+        flop_ratio: FLOPs of all of it, both operands encoded, as a fraction of the dense product's.
+    """
+
+    value: Tensor
+    error: float
+    basis: Basis | None
+    flop_ratio: float
+
+
+def amm(
+    x: Tensor, w: Tensor, flop_ratio: float = 0.5, *, unbiased: bool = False, basis: Basis | None = None, seed: int = 0
+) -> Approximation:
+    """Multiply x by w, approximately, for that fraction of the FLOPs.
+
+    Of the shipped bases in every order of their sides, and Strassen's algorithm, the one of least error is taken that
+    the budget pays for at these sizes, encoding both operands and decoding included. Half of the FLOPs leave 0.3 to 0.6 of
+    the squared norm in error; where the operands have structure that can be learnt, methods that learn it do far better
+    (docs/amm.md).
+
+    Args:
+        x: (…, N, K); each sample is multiplied on its own.
+        w: (K, M), of x's dtype and device.
+        flop_ratio: the budget, as a fraction of 2NKM.
+        unbiased: draw signs and orders of rows, inner indices and columns, and rescale, so that the expected value is x @ w
+            whatever they are; the error then is err/(1 − err) in place of err.
+        basis: this one instead of the best; `flop_ratio` is then not looked at.
+        seed: of what is drawn.
+
+    Raises:
+        ShapeError: shapes, dtypes or devices that do not fit together.
+        ConfigError: a budget that no basis keeps at these sizes (the message has the least there is), or that is no number.
+        BasisError: a basis that keeps nothing of a product on average, so that it cannot be rescaled.
+    """
+    _check(x, w)
+    if not isinstance(flop_ratio, int | float) or not flop_ratio > 0:
+        raise ConfigError(f"flop_ratio must be a positive number; got {flop_ratio!r}")
+    if as_integer(seed) is None:
+        raise ConfigError(f"seed must be an integer; got {seed!r}")
+    sizes = _sizes(x, w)
+    chosen = _best(sizes, flop_ratio, unbiased) if basis is None else basis
+    if chosen is None:
+        return Approximation(x @ w, 0.0, None, 1.0)
+    if not unbiased or chosen.is_exact:
+        return Approximation(
+            stl_matmul(x, w, chosen), expected_error(chosen, False), chosen, total_ratio(chosen, sizes)
+        )
+    value = _randomised(x, w, chosen, torch.Generator().manual_seed(int(seed))) / kept(chosen)
+    return Approximation(value, expected_error(chosen, True), chosen, total_ratio(chosen, sizes))
+
+
+def kept(basis: Basis) -> float:
+    """⟨T, Σ_k E_k⊗F_k⊗D_k⟩/pqs: how much of a product is left on average; 1 − error with the decoder of least error."""
+    p, q, s = basis.tile
+    inner = torch.einsum("kij,kjm,kim->", basis.encoder, basis.weight_encoder, basis.decoder)
+    return float(inner) / (p * q * s)
+
+
+def expected_error(basis: Basis, unbiased: bool) -> float:
+    """The relative squared error on independent entries, as it is or rescaled to be right on average.
+
+    Raises:
+        BasisError: it is to be rescaled, and nothing of a product is left.
+    """
+    if not unbiased:
+        return 0.0 if basis.is_exact else basis.error
+    part = kept(basis)
+    if not part > 0:
+        raise BasisError(f"{basis} keeps {part:.3g} of a product on average, and cannot be rescaled to be unbiased")
+    # ‖T̂/part − T‖² = ‖T̂‖²/part² − pqs, and ‖T̂‖² = error·pqs + (2·part − 1)·pqs
+    return (basis.error + 2 * part - 1) / part**2 - 1
+
+
+def total_ratio(basis: Basis, sizes: tuple[int, int, int, int]) -> float:
+    """FLOPs of encoding x and w, r products and decoding at (batch, N, K, M), as a fraction of dense's."""
+    batch, n, k, m = sizes
+    counted = cost.linear(n, k, m, basis.tile, basis.rank, batch=batch)
+    _, q, s = basis.tile
+    weight = 2 * basis.rank * tile_count(k, q) * q * tile_count(m, s) * s
+    return (counted.flops + weight) / counted.dense_flops if counted.dense_flops else 1.0
+
+
+def _best(sizes: tuple[int, int, int, int], budget: float, unbiased: bool) -> Basis | None:
+    """The affordable basis of least error, of equals the cheaper one; None: dense."""
+    if budget >= 1:
+        exact = min((b for b in bases.known() if b.is_exact), key=lambda b: total_ratio(b, sizes))
+        return exact if total_ratio(exact, sizes) < 1 else None
+    priced = [(total_ratio(basis, sizes), basis) for basis in bases.known()]
+    affordable = [(expected_error(basis, unbiased), ratio, basis) for ratio, basis in priced if ratio <= budget]
+    if not affordable:
+        least, basis = min(priced, key=lambda one: one[0])
+        _, n, k, m = sizes
+        raise ConfigError(
+            f"no basis multiplies {n}×{k} by {k}×{m} for {budget:g} of its FLOPs; the cheapest takes {least:.3g} "
+            f"({basis.name}); raise flop_ratio, or give a basis"
+        )
+    return min(affordable, key=lambda one: one[:2])[2]
+
+
+def _randomised(x: Tensor, w: Tensor, basis: Basis, generator: torch.Generator) -> Tensor:
+    """The product of x and w with signs and orders of rows, inner indices and columns drawn at random, and taken back."""
+    (p, q, s), (n, m) = basis.tile, (x.shape[-2], w.shape[1])
+    x, w = _padded(x, p, q), _padded(w, q, s)  # first: zeros take any place as well
+    rows, inner, columns = (_drawn(size, generator, x) for size in (x.shape[-2], x.shape[-1], w.shape[1]))
+    mixed = x[..., rows[0], :][..., inner[0]] * (rows[1][:, None] * inner[1])
+    other = w[inner[0]][:, columns[0]] * (inner[1][:, None] * columns[1])
+    y = stl_matmul(mixed, other, basis) * (rows[1][:, None] * columns[1])
+    return y[..., rows[0].argsort(), :][..., columns[0].argsort()][..., :n, :m]
+
+
+def _drawn(size: int, generator: torch.Generator, like: Tensor) -> tuple[Tensor, Tensor]:
+    """An order of `size` indices, and a sign for each place in it."""
+    order = torch.randperm(size, generator=generator).to(like.device)
+    signs = torch.randint(2, (size,), generator=generator) * 2 - 1
+    return order, signs.to(like)
+
+
+def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    n, k = matrix.shape[-2:]
+    return F.pad(matrix, (0, tile_count(k, columns) * columns - k, 0, tile_count(n, rows) * rows - n))
+
+
+def _sizes(x: Tensor, w: Tensor) -> tuple[int, int, int, int]:
+    return x.shape[:-2].numel(), x.shape[-2], x.shape[-1], w.shape[1]
+
+
+def _check(x: Tensor, w: Tensor) -> None:
+    for name, value in (("x", x), ("w", w)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise ShapeError(
+                f"{name} must be a tensor of real floating-point numbers; got {getattr(value, 'dtype', type(value))}"
+            )
+    if x.ndim < 2 or w.ndim != 2 or x.shape[-1] != w.shape[0]:
+        raise ShapeError(f"x must be (…, N, K) and w (K, M); got {shape_text(x.shape)} and {shape_text(w.shape)}")
+    if x.dtype != w.dtype or x.device != w.device:
+        raise ShapeError(
+            f"x is {x.dtype} on {x.device}, w {w.dtype} on {w.device}: both must be of one dtype and device"
+        )

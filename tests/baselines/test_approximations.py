@@ -1,0 +1,128 @@
+"""The roster of approximate products: what each computes, what it is said to cost, and what it is fitted to."""
+
+import pytest
+import torch
+
+from strassen_tile.baselines import approximations, fitted, quantised, sketches
+from strassen_tile.baselines.approximations import APPROXIMATIONS
+from strassen_tile.baselines.sparse24 import mask_24, refit
+from strassen_tile.errors import ConfigError
+
+N, K, M = 40, 48, 36
+
+
+def operands(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, w, and rows of x's kind, whose features are of very different sizes and depend on each other."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(K, K, generator=generator) * torch.logspace(0, -2, K)[:, None]
+    rows = torch.randn(N + 600, K, generator=generator) @ mix
+    return rows[:N], torch.randn(K, M, generator=generator), rows[N:]
+
+
+def loss(found: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> float:
+    return float((found - x @ w).square().sum() / (x @ w).square().sum())
+
+
+@pytest.mark.parametrize("name", APPROXIMATIONS)
+def test_each_computes_its_definition_within_its_budget(name: str) -> None:
+    x, w, rows = operands()
+    way = APPROXIMATIONS[name]
+    for budget in way.budgets or (0.55, 0.9):
+        product = way.make(budget, (N, K, M), 0)
+        prepared = product.prepare(w, rows)
+        found = prepared.call(x)
+        assert found.shape == (N, M)
+        torch.testing.assert_close(found.double(), prepared.reference(x.double()), rtol=1e-3, atol=1e-3)
+        if "directions" not in name:
+            assert 0 < product.cost(N, K, M).flop_ratio <= budget + 1e-9
+        without = product.prepare(w)  # as of Gaussian rows
+        assert torch.isfinite(without.call(x)).all()
+
+
+@pytest.mark.parametrize("kind", sketches.SKETCHES)
+def test_sketches_are_unbiased(kind: str) -> None:
+    """Σ over maps of (x S)(Sᵀ w) comes to x w: also of padded transforms, and of indices drawn by their size."""
+    x, w, rows = (matrix[:6].double() if matrix.shape[0] != K else matrix[:, :5].double() for matrix in operands())
+    rows = operands()[2].double()
+    draws = torch.stack([sketches.sketched(kind, 0.9, seed=seed).prepare(w, rows).call(x) for seed in range(3000)])
+    spread = draws.std(dim=0) / len(draws) ** 0.5
+    assert ((draws.mean(dim=0) - x @ w).abs() < 4.5 * spread + 1e-12).all()
+
+
+def test_hadamard_is_orthogonal() -> None:
+    matrix = sketches.hadamard(torch.eye(16, dtype=torch.float64))
+    torch.testing.assert_close(matrix @ matrix.mT, torch.eye(16, dtype=torch.float64))
+    assert set((matrix * 4).round().unique().tolist()) == {-1.0, 1.0}
+
+
+def test_aware_svd_is_the_best_of_its_rank_for_the_rows() -> None:
+    """No other product of that rank is nearer on the rows it was fitted to: not the plain SVD, not PCA, nor a step away."""
+    _, w, rows = (matrix.double() for matrix in operands())
+    losses = {}
+    for kind in ("aware-svd", "pca"):
+        losses[kind] = loss(fitted.low_dimensional(kind, 0.5).prepare(w, rows).call(rows), rows, w)
+    plain = approximations.APPROXIMATIONS["svd"].make(0.5, (N, K, M), 0).prepare(w)
+    assert losses["aware-svd"] < min(losses["pca"], loss(plain.call(rows), rows, w))
+    rank = round(0.5 * K * M / (K + M) - 0.5)
+    u, sigma, vt = torch.linalg.svd(rows @ w, full_matrices=False)
+    best = u[:, :rank] * sigma[:rank] @ vt[:rank]
+    assert losses["aware-svd"] == pytest.approx(loss(best, rows, w), rel=1e-6)
+
+
+def test_directions_find_what_there_is() -> None:
+    """Of matrices with fewer directions than the sketch keeps, both are exact."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 5, generator=generator, dtype=torch.float64) @ torch.randn(5, K, generator=generator).double()
+    w = torch.randn(K, 4, generator=generator, dtype=torch.float64) @ torch.randn(4, 30, generator=generator).double()
+    for kind in ("frequent", "co-occurring"):
+        assert loss(fitted.directions(kind, 0.8).prepare(w).call(x), x, w) < 0.1
+    assert loss(fitted.directions("co-occurring", 0.8).prepare(w).call(x), x, w) < 1e-20
+
+
+def test_refit_is_least_squares() -> None:
+    """Against a solver, column by column; what was zero stays so."""
+    _, w, rows = (matrix.double() for matrix in operands())
+    weight = w.mT.contiguous()
+    mask = mask_24(weight, rows)
+    found = refit(weight, mask, rows, damping=0.0)
+    assert not found[~mask].any()
+    for column in range(0, M, 7):
+        kept = mask[column]
+        wanted = torch.linalg.lstsq(rows[:, kept], rows @ weight[column]).solution
+        torch.testing.assert_close(found[column, kept], wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_prototypes_are_near_what_they_stand_for() -> None:
+    """Rows that are one of 16 in each subspace: the nearest are those, the tree parts most of them; int8 rounds."""
+    generator = torch.Generator().manual_seed(1)
+    ways = torch.randn(16, 12, generator=generator)
+    rows = torch.cat([ways[torch.randint(16, (800,), generator=generator)] for _ in range(4)], dim=1)
+    x, w = rows[:N], torch.randn(K, M, generator=generator)
+    four = 4 * (M + 4) / (2 * K * M) + 1e-6  # what four subspaces cost the tree
+    assert loss(quantised.quantised("hash-tree", four).prepare(w, rows).call(x), x, w) < 0.2
+    more = quantised.quantised("pq", 0.75).prepare(w, rows)
+    assert loss(more.call(x), x, w) < 0.1
+    assert loss(quantised.int8().prepare(w).call(x), x, w) < 3e-4
+
+
+def test_a_budget_that_pays_for_no_basis() -> None:
+    assert APPROXIMATIONS["stl"].make(0.05, (N, K, M), 0) is None
+    assert approximations.best_basis(1.0, (512, 512, 512)).is_exact
+
+
+@pytest.mark.parametrize(
+    "make,said",
+    [
+        (lambda: sketches.sketched("other", 0.5), "unknown sketch"),
+        (lambda: sketches.sketched("gaussian", 0), "positive"),
+        (lambda: sketches.sketched("gaussian", float("inf")), "positive"),
+        (lambda: fitted.low_dimensional("other", 0.5), "kind must be"),
+        (lambda: fitted.low_dimensional("pca", -1), "positive"),
+        (lambda: fitted.directions("other", 0.5), "kind must be"),
+        (lambda: quantised.quantised("other", 0.5), "kind must be"),
+        (lambda: quantised.quantised("pq", 0), "positive"),
+    ],
+)
+def test_bad_arguments(make, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make()

@@ -1,0 +1,77 @@
+"""`strassen-tile amm`: Gaussian and own matrices, rows and page, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from strassen_tile.cli import main
+from strassen_tile.experiments import approximation
+from strassen_tile.records import read_rows
+
+np = pytest.importorskip("numpy")
+QUICK = ["--budgets", "0.6", "--trials", "2", "--seconds", "0.001"]
+
+
+def test_gaussian(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "amm"
+    assert main(["amm", "--shapes", "48x64x64", *QUICK, "--out", str(out)]) == 0
+    rows = read_rows(out / "rows.json")
+    by_name = {row["method"]: row for row in rows}
+    assert set(by_name) == set(approximation.APPROXIMATIONS)
+    assert by_name["stl"]["predicted"] == pytest.approx(by_name["stl"]["error"], rel=0.15)
+    assert by_name["dense"]["error"] < 1e-10
+    assert by_name["gaussian"]["trials"] == 2
+    assert by_name["svd"]["trials"] == 1
+    assert all(row["flop_ratio"] > 0 for row in rows)
+    page = (out / "report.html").read_text()
+    assert "co-occurring-directions" in page
+    assert (out / "plot.png").stat().st_size > 1000
+    assert "rows.json" in capsys.readouterr().out
+
+
+def test_own_matrices(tmp_path: Path) -> None:
+    x, w = torch.randn(40, 16), torch.randn(16, 12)
+    save_file({"x": x, "w": w}, tmp_path / "pair.safetensors")
+    np.save(tmp_path / "x.npy", x.numpy())
+    np.save(tmp_path / "w.npy", w.double().numpy())
+    found = []
+    for data in (f"{tmp_path}/pair.safetensors", f"{tmp_path}/x.npy,{tmp_path}/w.npy"):
+        out = str(tmp_path / "out")
+        assert main(["amm", "--data", data, "--methods", "svd,2:4,pca", *QUICK, "--out", out]) == 0
+        found.append([row["error"] for row in read_rows(tmp_path / "out/rows.json")])
+    assert found[0] == pytest.approx(found[1])
+    assert read_rows(tmp_path / "out/rows.json")[0]["n"] == 20  # the other half is fitted to
+
+
+@pytest.mark.parametrize(
+    "arguments,said",
+    [
+        (["--data", "nothing"], "data must be"),
+        (["--data", "{}/none.safetensors"], "cannot read"),
+        (["--data", "{}/broken.safetensors"], "cannot read"),
+        (["--data", "{}/other.safetensors"], "must have tensors x and w"),
+        (["--data", "{}/apart.safetensors"], "x must be"),
+        (["--data", "{}/nan.safetensors"], "not finite"),
+        (["--data", "{}/objects.npy,{}/objects.npy"], "cannot read"),
+        (["--shapes", "3x4"], "NxKxM"),
+        (["--methods", "magic"], "unknown methods"),
+        (["--budgets", "0"], "budgets must be"),
+        (["--budgets", "1.5"], "budgets must be"),
+        (["--trials", "0"], "trials"),
+        (["--seconds", "0"], "seconds"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, capsys, arguments: list[str], said: str) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "broken.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    save_file({"a": torch.ones(2)}, folder / "other.safetensors")
+    save_file({"x": torch.ones(4, 3), "w": torch.ones(4, 3)}, folder / "apart.safetensors")
+    save_file({"x": torch.full((4, 3), float("nan")), "w": torch.ones(3, 3)}, folder / "nan.safetensors")
+    np.save(folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    out = tmp_path / "out"
+    assert main(["amm", *(one.replace("{}", str(folder)) for one in arguments), "--out", str(out)]) == 1
+    assert said in capsys.readouterr().err
+    assert not out.exists()

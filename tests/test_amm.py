@@ -1,0 +1,139 @@
+"""`st.amm`: predicted errors are the measured ones, signs make it unbiased, and a budget is kept or refused."""
+
+import itertools
+
+import pytest
+import torch
+
+import strassen_tile as st
+from strassen_tile import bases
+from strassen_tile.amm import expected_error, kept, total_ratio
+from strassen_tile.errors import BasisError, ConfigError, ShapeError
+
+
+def operands(n: int = 96, k: int = 128, m: int = 112, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, k, generator=generator), torch.randn(k, m, generator=generator)
+
+
+def error(found: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> float:
+    exact = x.double() @ w.double()
+    return float((found.double() - exact).square().sum() / exact.square().sum())
+
+
+@pytest.mark.parametrize("basis", bases.known(), ids=lambda basis: f"{basis.name} {basis.tile}")
+def test_errors_are_as_predicted(basis: st.Basis) -> None:
+    """Of every basis, biased and not: within what a few Gaussian products leave open."""
+    x, w = operands()
+    for unbiased in (False, True):
+        found = st.amm(x, w, basis=basis, unbiased=unbiased)
+        assert found.basis is basis
+        if basis.is_exact:
+            assert error(found.value, x, w) < 1e-10
+            assert found.error == 0
+            continue
+        measured = sum(
+            error(st.amm(*operands(seed=seed), basis=basis, unbiased=unbiased, seed=seed).value, *operands(seed=seed))
+            for seed in range(3)
+        )
+        assert measured / 3 == pytest.approx(found.error, rel=0.06)
+
+
+def test_unbiased_on_operands_with_structure() -> None:
+    """The mean over many draws is the product, also of matrices that are anything but random; without signs it is not."""
+    x, w = torch.ones(5, 7), torch.arange(21.0).reshape(7, 3)
+    basis = bases.approximate(2, 5)
+    draws = torch.stack([st.amm(x, w, basis=basis, unbiased=True, seed=seed).value for seed in range(4000)]).double()
+    exact, spread = x.double() @ w.double(), draws.std(dim=0) / len(draws) ** 0.5
+    assert ((draws.mean(dim=0) - exact).abs() < 4.5 * spread).all()
+    plain = st.amm(x, w, basis=basis).value.double()
+    assert ((plain - exact).abs() > 4.5 * spread).any()
+
+
+def test_what_is_kept() -> None:
+    """Against the tensors written out."""
+    basis = bases.approximate((2, 2, 4), 6)
+    p, q, s = basis.tile
+    target = torch.zeros(p, q, q, s, p, s, dtype=torch.float64)
+    for i, j, k in itertools.product(range(p), range(q), range(s)):
+        target[i, j, j, k, i, k] = 1.0
+    tensor = torch.einsum("kab,kcd,kef->abcdef", basis.encoder, basis.weight_encoder, basis.decoder)
+    assert kept(basis) == pytest.approx(float((target * tensor).sum()) / target.sum())
+    scaled = tensor / kept(basis)
+    assert expected_error(basis, True) == pytest.approx(float((scaled - target).square().sum() / target.sum()))
+
+
+def test_the_best_that_the_budget_pays_for() -> None:
+    x, w = operands(256, 256, 256)
+    errors = []
+    for budget in (0.45, 0.6, 0.75, 0.9):
+        found = st.amm(x, w, budget)
+        assert found.flop_ratio <= budget
+        errors.append(found.error)
+        others = [b for b in bases.known() if total_ratio(b, (1, 256, 256, 256)) <= budget]
+        assert found.error == pytest.approx(min(expected_error(b, False) for b in others))
+    assert errors == sorted(errors, reverse=True)
+    exact = st.amm(x, w, 1.0)
+    assert exact.basis.is_exact
+    assert exact.error == 0
+    small = st.amm(x[:3, :3], w[:3, :3], 1.0)
+    assert small.basis is None
+    assert torch.equal(small.value, x[:3, :3] @ w[:3, :3])
+
+
+def test_flops_of_both_operands() -> None:
+    """By hand: 2NKr + 2KMr + 2NMr and the products, for one side of 4."""
+    n, k, m, r = 64, 128, 32, 24
+    counted = 2 * r * (n * k + k * m + n * m) + 2 * n * k * m * r / 64
+    assert total_ratio(bases.approximate(4, r), (1, n, k, m)) == pytest.approx(counted / (2 * n * k * m))
+
+
+def test_samples_stay_apart() -> None:
+    x, w = torch.randn(3, 6, 16), torch.randn(16, 8)
+    together = st.amm(x, w, basis=bases.approximate(4, 24)).value
+    assert together.shape == (3, 6, 8)
+    for sample, alone in zip(together, x, strict=True):
+        torch.testing.assert_close(sample, st.amm(alone, w, basis=bases.approximate(4, 24)).value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes(dtype: torch.dtype) -> None:
+    x, w = (matrix.to(dtype) for matrix in operands(32, 64, 48))
+    for unbiased in (False, True):
+        found = st.amm(x, w, 0.9, unbiased=unbiased)
+        assert found.value.dtype == dtype
+        assert error(found.value, x, w) == pytest.approx(found.error, rel=0.3)
+
+
+def test_gradients_flow() -> None:
+    x, w = (matrix.requires_grad_() for matrix in operands(16, 16, 16))
+    st.amm(x, w, basis=bases.approximate(2, 5), unbiased=True).value.sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert float(w.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize(
+    "x,w,options,kind,said",
+    [
+        (torch.ones(2, 3), torch.ones(4, 5), {}, ShapeError, r"\(2, 3\) and \(4, 5\)"),
+        (torch.ones(3), torch.ones(3, 5), {}, ShapeError, "x must be"),
+        (torch.ones(2, 3), torch.ones(3, 5).double(), {}, ShapeError, "one dtype"),
+        (torch.ones(2, 3).long(), torch.ones(3, 5).long(), {}, ShapeError, "floating-point"),
+        (torch.ones(2, 3, dtype=torch.cfloat), torch.ones(3, 5), {}, ShapeError, "real"),
+        ([[1.0]], torch.ones(3, 5), {}, ShapeError, "x must be a tensor"),
+        (torch.ones(2, 3), torch.ones(3, 5), {"flop_ratio": 0.1}, ConfigError, "the cheapest takes"),
+        (torch.ones(2, 3), torch.ones(3, 5), {"flop_ratio": float("nan")}, ConfigError, "positive"),
+        (torch.ones(2, 3), torch.ones(3, 5), {"flop_ratio": "half"}, ConfigError, "positive"),
+        (torch.ones(2, 3), torch.ones(3, 5), {"seed": 0.5}, ConfigError, "seed"),
+    ],
+)
+def test_bad_input(x: object, w: object, options: dict, kind: type, said: str) -> None:
+    with pytest.raises(kind, match=said):
+        st.amm(x, w, **options)
+
+
+def test_a_basis_that_keeps_nothing() -> None:
+    basis = bases.naive(2, 2, 2)
+    nothing = st.Basis(basis.encoder, basis.weight_encoder, -basis.decoder)
+    with pytest.raises(BasisError, match="cannot be rescaled"):
+        st.amm(torch.ones(2, 2), torch.ones(2, 2), basis=nothing, unbiased=True)
