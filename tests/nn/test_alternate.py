@@ -1,0 +1,84 @@
+"""E, Ŵ and D fitted together: errors that only fall, what can be exact is, and each step a minimum of its factor."""
+
+import pytest
+import torch
+
+from strassen_tile import STLConfig, STLLinear, reference
+from strassen_tile.errors import ConfigError, ShapeError
+from strassen_tile.nn import alternate
+from strassen_tile.nn.alternate import fit_factors
+
+K, M = 18, 13
+
+
+def problem(tile: tuple[int, int, int], rank: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Inputs whose features and neighbouring rows depend on each other, a weight, and factors to start from."""
+    torch.manual_seed(seed)
+    layer = STLLinear(K, M, config=STLConfig(tile=tile, rank=rank)).double()
+    mix = torch.randn(K, K, dtype=torch.float64) * torch.logspace(0, -1.5, K, dtype=torch.float64)
+    x = torch.randn(7, 8, K, dtype=torch.float64) @ mix
+    x[:, 1:] += 0.5 * x[:, :-1]
+    return x, torch.randn(K, M, dtype=torch.float64), layer.encoder, layer.encoded_weight, layer.decoder
+
+
+def loss(x: torch.Tensor, w: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+    return (reference.stl_linear(x, factors[1], factors[0], factors[2], out_features=M) - x @ w).square().sum()
+
+
+@pytest.mark.parametrize("tile,rank", [((4, 4, 4), 20), ((1, 4, 4), 6), ((2, 3, 5), 7)])
+def test_errors_fall(tile: tuple[int, int, int], rank: int) -> None:
+    x, w, *factors = problem(tile, rank)
+    found = fit_factors(x, w, *factors, rounds=6)
+    assert len(found.errors) == 7
+    assert list(found.errors) == sorted(found.errors, reverse=True)
+    assert found.errors[-1] < 0.7 * found.errors[1]
+    # Against the definition, ragged edges cut off: features and outputs that lie over them count nothing.
+    assert float(loss(x, w, *found[:3]) / (x @ w).square().sum()) == pytest.approx(found.errors[-1], rel=1e-6)
+
+
+@pytest.mark.parametrize("step,which", [("_weight", 1), ("_encoder", 0), ("_decoder", 2)])
+def test_each_step_is_a_minimum(step: str, which: int, monkeypatch) -> None:
+    """The gradient of its factor is zero after it, by autograd through the definition."""
+    monkeypatch.setattr(alternate, "_RIDGE", 1e-13)
+    x, w, *factors = problem((2, 3, 5), 4)
+    for other in {"_weight", "_encoder", "_decoder"} - {step}:
+        kept = {"_encoder": 1, "_weight": 2, "_decoder": 3}[other]
+        monkeypatch.setattr(alternate, other, lambda *given, kept=kept: given[kept])
+    found = list(fit_factors(x, w, *factors, rounds=1)[:3])
+    found[which] = found[which].detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(x, w, *found), found[which])
+    before = [factor.detach().clone().requires_grad_() for factor in factors]
+    (first,) = torch.autograd.grad(loss(x, w, *before), before[which])
+    assert float(gradient.norm()) < 1e-6 * float(first.norm())
+
+
+def test_what_can_be_exact_is() -> None:
+    """Inputs of few directions leave room: fewer unknowns than a product has are enough."""
+    x, w, *factors = problem((1, 4, 4), 6)
+    low = x[..., :3] @ torch.randn(3, K, dtype=torch.float64)
+    assert fit_factors(low, w, *factors, rounds=30).errors[-1] < 1e-6
+
+
+def test_dtypes_and_inputs_stay() -> None:
+    x, w, *factors = problem((4, 4, 4), 8)
+    single = [factor.detach().float() for factor in factors]
+    before = [factor.clone() for factor in single]
+    found = fit_factors(x.float(), w.float(), *single, rounds=2)
+    assert all(factor.dtype == torch.float32 for factor in found[:3])
+    assert all(torch.equal(one, other) for one, other in zip(single, before, strict=True))
+    assert torch.isfinite(found.encoder).all()
+    uneven = torch.cat([x, x[:, :1]], dim=1)  # a ninth row, in a tile over the edge
+    assert fit_factors(uneven, w, *factors, rounds=2).errors == fit_factors(x, w, *factors, rounds=2).errors
+    assert fit_factors(torch.zeros_like(x), w, *factors, rounds=1).errors == (0.0, 0.0)
+
+
+def test_bad_input() -> None:
+    x, w, *factors = problem((4, 4, 4), 8)
+    with pytest.raises(ShapeError, match="inputs must be"):
+        fit_factors(x[..., :5], w, *factors)
+    with pytest.raises(ShapeError, match="4 rows a sample"):
+        fit_factors(x[:, :3], w, *factors)
+    with pytest.raises(ConfigError, match="rounds"):
+        fit_factors(x, w, *factors, rounds=0)
+    with pytest.raises(ShapeError, match="one encoder and decoder a layer"):
+        fit_factors(x, w, factors[0].expand(5, -1, -1, -1), *factors[1:])
