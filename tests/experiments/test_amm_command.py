@@ -16,7 +16,7 @@ QUICK = ["--budgets", "0.6", "--trials", "2", "--seconds", "0.001"]
 
 def test_gaussian(tmp_path: Path, capsys) -> None:
     out = tmp_path / "amm"
-    assert main(["amm", "--shapes", "48x64x64", *QUICK, "--out", str(out)]) == 0
+    assert main(["amm", "--shapes", "32x48x32", *QUICK, "--out", str(out)]) == 0
     rows = read_rows(out / "rows.json")
     by_name = {row["method"]: row for row in rows}
     assert set(by_name) == set(approximation.APPROXIMATIONS)

@@ -15,7 +15,7 @@ from strassen_tile.ops.taps import shifted_sum
 # One rounding of the result; bfloat16 truncates under the interpreter instead of rounding.
 STORED = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 # Samples shorter than the taps, blocks that span samples, features and rows beside a block's size, more blocks than programs.
-SIZES = [(3, 1, 1), (2, 2, 65), (5, 7, 64), (2, 33, 130), (1, 32, 63), (3, 800, 5)]
+SIZES = [(3, 1, 1), (2, 2, 65), (2, 33, 66), (3, 45, 5)]
 
 
 @pytest.fixture(autouse=True)
@@ -32,14 +32,15 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-@pytest.mark.parametrize("taps", [1, 3, 4, 5])
+@pytest.mark.parametrize("taps", [1, 4])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_convolve_and_correlate(size: tuple[int, int, int], taps: int) -> None:
+def test_convolve_and_correlate(size: tuple[int, int, int], taps: int, monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "_PROGRAMS", 2)
     for dtype, allowed in STORED.items():
-        if dtype != torch.float32 and size not in SIZES[2:4]:
+        if dtype != torch.float32 and size != SIZES[1]:
             continue
         x, grad, weight = torch.randn(size).to(dtype), torch.randn(size).to(dtype), torch.randn(size[-1], taps)
-        for before in range(taps):
+        for before in {0, taps // 2, taps - 1}:
             doubles = [t.double().requires_grad_() for t in (x, weight)]
             expected = shifted_sum(*doubles, before, residual=True)
             of_x, of_weight = torch.autograd.grad(expected, doubles, grad.double())
