@@ -32,19 +32,25 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
+@pytest.mark.parametrize("scope", ["layer", "tile"])
 @pytest.mark.parametrize("dtype", STORED, ids=str)
 @pytest.mark.parametrize("p,q,r", TILES)
-def test_steps_are_the_generic_ones(p: int, q: int, r: int, dtype: torch.dtype) -> None:
+def test_steps_are_the_generic_ones(p: int, q: int, r: int, dtype: torch.dtype, scope: str) -> None:
+    """One factor a layer, or one a column tile."""
     for n, k in SIZES:
-        x, factor = torch.randn(2, n, k).to(dtype), torch.randn(r, p, q).to(dtype)
+        lead = (-(-k // q),) if scope == "tile" else ()
+        x, factor = torch.randn(2, n, k).to(dtype), torch.randn(*lead, r, p, q).to(dtype)
+        assert tiles.supports(x, factor.shape)
         encoded = tiles.encode(x, factor)
         expected = eager.encode(x.double(), factor.double())
         assert relative(encoded, expected) < STORED[dtype], (n, k)
         z = torch.randn(encoded.shape).to(dtype)
         y = tiles.decode(z, factor, 2, n, k)
         assert relative(y, eager.decode(z.double(), factor.double(), 2, n, k)) < STORED[dtype] * 2, (n, k)
-        c = tiles.correlate(x, z, (p, q), False)
-        assert relative(c, eager.correlate(x.double(), z.double(), (p, q), False)) < STORED[dtype] * 8, (n, k)
+        c = tiles.correlate(x, z, (p, q), scope == "tile")
+        expected = eager.correlate(x.double(), z.double(), (p, q), scope == "tile")
+        assert c.shape == expected.shape
+        assert relative(c, expected) < STORED[dtype] * 8, (n, k)
 
 
 def test_every_element_is_written() -> None:
@@ -106,14 +112,12 @@ def test_threads_do_not_show(threads: int) -> None:
 
 
 def test_what_the_kernels_cannot_do_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """float64, float16, a tile of q = 3, an encoder a column tile, and a build without a compiler."""
+    """float64, float16, a tile of q = 3, and a build without a compiler."""
     x = torch.randn(2, 9, 14)
     for dtype in (torch.float64, torch.float16):
         e = torch.randn(3, 4, 4).to(dtype)
         assert torch.equal(tiles.encode(x.to(dtype), e), eager.encode(x.to(dtype), e))
     assert torch.equal(tiles.encode(x, torch.ones(3, 2, 3)), eager.encode(x, torch.ones(3, 2, 3)))
-    per_tile = torch.randn(4, 3, 4, 4)
-    assert torch.equal(tiles.encode(x, per_tile), eager.encode(x, per_tile))
     monkeypatch.setattr(tiles, "_kernels", None)
     assert not tiles.compiled()
     w = torch.randn(14, 6)
@@ -126,6 +130,8 @@ def test_kernels_are_given_nothing_they_would_misread() -> None:
     z = schemas.encode(x, e)
     with pytest.raises(ShapeError, match="one dtype"):
         schemas.correlate(x, z.bfloat16(), [4, 4], False)
+    with pytest.raises(ShapeError, match="a factor for each"):
+        tiles.encode(torch.randn(2, 8, 100), torch.randn(3, 5, 4, 4))
     with pytest.raises(ShapeError, match="takes an encoded tensor"):
         schemas.correlate(x, z[:, :3].contiguous(), [4, 4], False)
     with pytest.raises(ShapeError, match="takes an encoded tensor"):

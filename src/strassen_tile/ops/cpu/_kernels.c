@@ -25,11 +25,12 @@
  * encoded: channel k of tile row i starts at k·channel + i·tiles, where i counts from `first`. */
 typedef struct {
     char *matrix, *encoded;
-    float *factor;     /* (rank, p, q); for correlate the sums (threads, rank, p, q, LANES) */
+    float *factor;     /* (rank, p, q), or (rank, p, q, wide); for correlate the sums, (threads, rank, p, q, LANES or wide) */
     const float *bias; /* (columns) or NULL; decode only */
     int64_t rows, columns, sample_stride, row_stride;
     int64_t tile_rows, tiles; /* tile rows a sample, tiles a tile row */
     int64_t channel, first, count;
+    int64_t wide; /* 0: one factor; else one for each tile of a row, side by side, up to a multiple of LANES */
     int rank, p, q, type;
 } job;
 
@@ -146,6 +147,28 @@ INLINE void prefetch(const job *w, int k, int64_t i, int64_t at) {
     __builtin_prefetch(w->encoded + (w->type == BFLOAT16 ? 2 : 4) * from);
 }
 
+/* The inverse of `gather`, with the bias: what lies over an edge is not written. */
+INLINE void scatter(const job *w, int64_t i, int64_t at, vec *v, const int p, const int q) {
+    const int64_t row = i % w->tile_rows * p, column = at * q, width = w->columns - column;
+    const int64_t start = i / w->tile_rows * w->sample_stride + column;
+    for (int a = 0; a < p && row + a < w->rows; a++) {
+        vec *x = v + a * q;
+        join(x, q);
+        const int64_t to = start + (row + a) * w->row_stride;
+        for (int b = 0; b < q; b++) {
+            const int64_t left = width - b * LANES;
+            if (left <= 0) break;
+            if (left >= LANES) {
+                if (w->bias) x[b] += *(const vec *)(w->bias + column + b * LANES);
+                store(w->matrix, to + b * LANES, w->type, x[b]);
+            } else {
+                if (w->bias) x[b] += load_part((const char *)w->bias, column + b * LANES, FLOAT32, left);
+                store_part(w->matrix, to + b * LANES, w->type, x[b], left);
+            }
+        }
+    }
+}
+
 INLINE void decode_block(const job *w, int64_t i, int64_t at, const int p, const int q) {
     vec v[MAX_PQ];
     const int pq = p * q;
@@ -163,24 +186,7 @@ INLINE void decode_block(const job *w, int64_t i, int64_t at, const int p, const
     DECODE_ENTRIES(16)
     DECODE_ENTRIES(4)
     DECODE_ENTRIES(1)
-    const int64_t row = (w->first + i) % w->tile_rows * p, column = at * q, width = w->columns - column;
-    const int64_t start = (w->first + i) / w->tile_rows * w->sample_stride + column;
-    for (int a = 0; a < p && row + a < w->rows; a++) {
-        vec *x = v + a * q;
-        join(x, q);
-        const int64_t to = start + (row + a) * w->row_stride;
-        for (int b = 0; b < q; b++) {
-            const int64_t left = width - b * LANES;
-            if (left <= 0) break;
-            if (left >= LANES) {
-                if (w->bias) x[b] += *(const vec *)(w->bias + column + b * LANES);
-                store(w->matrix, to + b * LANES, w->type, x[b]);
-            } else {
-                if (w->bias) x[b] += load_part((const char *)w->bias, column + b * LANES, FLOAT32, left);
-                store_part(w->matrix, to + b * LANES, w->type, x[b], left);
-            }
-        }
-    }
+    scatter(w, w->first + i, at, v, p, q);
 }
 
 /* One tile row at a time, in runs of blocks that stay in the first cache together with nothing else. */
@@ -214,62 +220,107 @@ INLINE void correlate_row(const job *w, int64_t i, float *sums, const int p, con
     }
 }
 
+/* The same with a factor for each tile of a row: a lane has its own. */
+INLINE vec own(const job *w, int64_t entry, int64_t at) { return *(const vec *)(w->factor + entry * w->wide + at); }
+
+INLINE void encode_wide_block(const job *w, int64_t i, int64_t at, const int p, const int q) {
+    vec v[MAX_PQ];
+    gather(w, w->first + i, at, v, p, q);
+    const int pq = p * q;
+    for (int k = 0; k < w->rank; k++) {
+        const int64_t entry = (int64_t)k * pq;
+        vec s0 = own(w, entry, at) * v[0], s1 = {0};
+        int j = 1;
+        for (; j + 2 <= pq; j += 2) { s0 += own(w, entry + j, at) * v[j]; s1 += own(w, entry + j + 1, at) * v[j + 1]; }
+        if (j < pq) s0 += own(w, entry + j, at) * v[j];
+        store_channel(w, k, i, at, s0 + s1);
+    }
+}
+
+INLINE void decode_wide_block(const job *w, int64_t i, int64_t at, const int p, const int q) {
+    vec v[MAX_PQ];
+    const int pq = p * q;
+    for (int j = 0; j < pq; j++) {
+        vec s = {0};
+        for (int k = 0; k < w->rank; k++) s += own(w, (int64_t)k * pq + j, at) * channel_block(w, k, i, at);
+        v[j] = s;
+    }
+    scatter(w, w->first + i, at, v, p, q);
+}
+
+INLINE void correlate_wide_row(const job *w, int64_t i, float *sums, const int p, const int q) {
+    vec v[MAX_PQ];
+    const int pq = p * q;
+    for (int64_t at = 0; at < w->tiles; at += LANES) {
+        gather(w, w->first + i, at, v, p, q);
+        for (int k = 0; k < w->rank; k++) {
+            const vec x = channel_block(w, k, i, at);
+            for (int j = 0; j < pq; j++) *(vec *)(sums + ((int64_t)k * pq + j) * w->wide + at) += x * v[j];
+        }
+    }
+}
+
 typedef void (*rows_fn)(const job *, int64_t, int64_t, float *);
 
-#define ROWS(NAME, P, Q)                                                                        \
-    CLONES static void encode_##NAME(const job *w, int64_t from, int64_t to, float *unused) {    \
-        (void)unused;                                                                           \
-        for (int64_t i = from; i < to; i++)                                                     \
-            for (int64_t at = 0; at < w->tiles; at += LANES) encode_block(w, i, at, P, Q);      \
-    }                                                                                           \
-    CLONES static void decode_##NAME(const job *w, int64_t from, int64_t to, float *unused) {    \
-        (void)unused;                                                                           \
-        for (int64_t i = from; i < to; i++)                                                     \
-            for (int64_t at = 0; at < w->tiles; at += LANES) decode_block(w, i, at, P, Q);      \
-    }                                                                                           \
-    CLONES static void correlate_##NAME(const job *w, int64_t from, int64_t to, float *sums) {   \
-        for (int64_t i = from; i < to; i++) correlate_row(w, i, sums, P, Q);                    \
+#define ROWS(NAME, KIND, P, Q)                                                                        \
+    CLONES static void encode_##NAME(const job *w, int64_t from, int64_t to, float *unused) {          \
+        (void)unused;                                                                                 \
+        for (int64_t i = from; i < to; i++)                                                           \
+            for (int64_t at = 0; at < w->tiles; at += LANES) encode##KIND##_block(w, i, at, P, Q);    \
+    }                                                                                                 \
+    CLONES static void decode_##NAME(const job *w, int64_t from, int64_t to, float *unused) {          \
+        (void)unused;                                                                                 \
+        for (int64_t i = from; i < to; i++)                                                           \
+            for (int64_t at = 0; at < w->tiles; at += LANES) decode##KIND##_block(w, i, at, P, Q);    \
+    }                                                                                                 \
+    CLONES static void correlate_##NAME(const job *w, int64_t from, int64_t to, float *sums) {         \
+        for (int64_t i = from; i < to; i++) correlate##KIND##_row(w, i, sums, P, Q);                  \
     }
 
-ROWS(4x4, 4, 4)
-ROWS(2x2, 2, 2)
-ROWS(1x4, 1, 4)
-ROWS(2x4, 2, 4)
-ROWS(q1, w->p, 1)
-ROWS(q2, w->p, 2)
-ROWS(q4, w->p, 4)
-ROWS(q8, w->p, 8)
+ROWS(4x4, , 4, 4)
+ROWS(2x2, , 2, 2)
+ROWS(1x4, , 1, 4)
+ROWS(2x4, , 2, 4)
+ROWS(q1, , w->p, 1)
+ROWS(q2, , w->p, 2)
+ROWS(q4, , w->p, 4)
+ROWS(q8, , w->p, 8)
+ROWS(wide_q1, _wide, w->p, 1)
+ROWS(wide_q2, _wide, w->p, 2)
+ROWS(wide_q4, _wide, w->p, 4)
+ROWS(wide_q8, _wide, w->p, 8)
 
 #define PICK(STEP) \
-    (w->p == 4 && w->q == 4 ? STEP##_4x4 : w->p == 2 && w->q == 2 ? STEP##_2x2 \
+    (w->wide ? (w->q == 1 ? STEP##_wide_q1 : w->q == 2 ? STEP##_wide_q2 : w->q == 4 ? STEP##_wide_q4 : STEP##_wide_q8) \
+     : w->p == 4 && w->q == 4 ? STEP##_4x4 : w->p == 2 && w->q == 2 ? STEP##_2x2 \
      : w->p == 1 && w->q == 4 ? STEP##_1x4 : w->p == 2 && w->q == 4 ? STEP##_2x4 \
      : w->q == 1 ? STEP##_q1 : w->q == 2 ? STEP##_q2 : w->q == 4 ? STEP##_q4 : STEP##_q8)
 
 static void run(const job *w, rows_fn rows, int threads) {
-    const int64_t sums = (int64_t)w->rank * w->p * w->q * LANES;
+    const int64_t sums = (int64_t)w->rank * w->p * w->q * (w->wide ? w->wide : LANES);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int t = 0; t < threads; t++)
         rows(w, w->count * t / threads, w->count * (t + 1) / threads, w->factor + t * sums);
 }
 
 /* step, matrix, encoded, factor, bias, rows, columns, sample_stride, row_stride, tile_rows, tiles, channel, first,
- * count, rank, p, q, type, threads: addresses and sizes as integers; the caller has checked them. */
+ * count, wide, rank, p, q, type, threads: addresses and sizes as integers; the caller has checked them. */
 static PyObject *call(PyObject *self, PyObject *args) {
     (void)self;
     const char *step;
     unsigned long long matrix, encoded, factor, bias;
-    long long n[9];
+    long long n[10];
     job w;
     int threads;
-    if (!PyArg_ParseTuple(args, "sKKKKLLLLLLLLLiiiii", &step, &matrix, &encoded, &factor, &bias, &n[0], &n[1],
-                          &n[2], &n[3], &n[4], &n[5], &n[6], &n[7], &n[8], &w.rank, &w.p, &w.q, &w.type, &threads))
+    if (!PyArg_ParseTuple(args, "sKKKKLLLLLLLLLLiiiii", &step, &matrix, &encoded, &factor, &bias, &n[0], &n[1],
+                          &n[2], &n[3], &n[4], &n[5], &n[6], &n[7], &n[8], &n[9], &w.rank, &w.p, &w.q, &w.type, &threads))
         return NULL;
     w.matrix = (char *)(uintptr_t)matrix;
     w.encoded = (char *)(uintptr_t)encoded;
     w.factor = (float *)(uintptr_t)factor;
     w.bias = (const float *)(uintptr_t)bias;
     w.rows = n[0]; w.columns = n[1]; w.sample_stride = n[2]; w.row_stride = n[3]; w.tile_rows = n[4]; w.tiles = n[5];
-    w.channel = n[6]; w.first = n[7]; w.count = n[8];
+    w.channel = n[6]; w.first = n[7]; w.count = n[8]; w.wide = n[9];
     const job *at = &w;
     rows_fn rows;
     {

@@ -13,6 +13,7 @@ def call(
     channel: int,
     first: int,
     count: int,
+    wide: int,
     rank: int,
     p: int,
     q: int,

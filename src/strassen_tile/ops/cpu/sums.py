@@ -8,27 +8,27 @@ import torch
 from torch import Tensor
 
 from strassen_tile.ops import schemas
-from strassen_tile.ops.cpu.tiles import call, correlation_sums, supports
+from strassen_tile.ops.cpu.tiles import call, correlation_sums, correlation_total, supports
 
 
 class Correlation:
     """A sum of correlations of one shape, (r, p, q) or (J, r, p, q): in float32 where storage has 16 bits."""
 
     def __init__(self, like: Tensor, factor: Sequence[int]) -> None:
-        self._compiled, self._tile = supports(like, factor), factor[-2:]
+        self._compiled, self._factor = supports(like, factor), tuple(factor)
         dtype = torch.promote_types(like.dtype, torch.float32)
-        self._sums = correlation_sums(factor) if self._compiled else like.new_zeros(tuple(factor), dtype=dtype)
+        self._sums = correlation_sums(factor) if self._compiled else like.new_zeros(self._factor, dtype=dtype)
 
     def add(self, x: Tensor, encoded: Tensor) -> None:
         """Add that of `x` (B, N, K), its rows dense, with `encoded` (r, B·I, J), contiguous."""
         if self._compiled:
-            call("correlate", x, encoded, self._sums)
+            call("correlate", x, encoded, self._sums, per_tile=len(self._factor) == 4)
         else:
-            self._sums += schemas.correlate(x, encoded, self._tile, self._sums.ndim == 4)
+            self._sums += schemas.correlate(x, encoded, self._factor[-2:], len(self._factor) == 4)
 
     def total(self, dtype: torch.dtype) -> Tensor:
         """The sum."""
-        return (self._sums.sum(dim=(0, -1)) if self._compiled else self._sums).to(dtype)
+        return (correlation_total(self._sums, self._factor) if self._compiled else self._sums).to(dtype)
 
 
 class WeightSum:

@@ -1,7 +1,8 @@
 """The CPU's kernels: tiles gathered and scattered in registers, one pass over the matrix.
 
-Requires: float32 or bfloat16 with tiles of p·q ≤ 64 entries, q and s one of 1, 2, 4, 8, one encoder a layer, and the
-compiled module `_kernels` (built on installation where there is a C compiler). Anything else takes `eager`, step by step.
+Requires: float32 or bfloat16 with tiles of p·q ≤ 64 entries, q and s one of 1, 2, 4, 8, one encoder a layer or one a column
+tile, and the compiled module `_kernels` (built on installation where there is a C compiler). Anything else takes `eager`, step
+by step.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from strassen_tile.errors import ShapeError, shape_text
@@ -34,9 +36,9 @@ def encode(x: Tensor, encoder: Tensor) -> Tensor:
     """As `eager.encode`."""
     if not supports(x, encoder.shape):
         return eager.encode(x, encoder)
-    rows = x.shape[0] * tile_count(x.shape[1], encoder.shape[1])
-    encoded = x.new_empty(encoder.shape[0], rows, tile_count(x.shape[2], encoder.shape[2]))
-    call("encode", rows_dense(x), encoded, _as_factor(encoder))
+    r, p, q = encoder.shape[-3:]
+    encoded = x.new_empty(r, x.shape[0] * tile_count(x.shape[1], p), tile_count(x.shape[2], q))
+    call("encode", rows_dense(x), encoded, _as_factor(encoder), per_tile=encoder.ndim == 4)
     return encoded
 
 
@@ -51,18 +53,18 @@ def decode(encoded: Tensor, decoder: Tensor, batch: int, rows: int, columns: int
 
 def correlate(x: Tensor, encoded: Tensor, tile: Sequence[int], per_column: bool) -> Tensor:
     """As `eager.correlate`; sums in float32, whatever the storage."""
-    factor = (encoded.shape[0], *tile)
-    if per_column or not supports(x, factor):
+    factor = (*((encoded.shape[2],) if per_column else ()), encoded.shape[0], *tile)
+    if not supports(x, factor):
         return eager.correlate(x, encoded, tile, per_column)
     sums = correlation_sums(factor)
-    call("correlate", rows_dense(x), encoded.contiguous(), sums)
-    return sums.sum(dim=(0, -1)).to(x.dtype)
+    call("correlate", rows_dense(x), encoded.contiguous(), sums, per_tile=per_column)
+    return correlation_total(sums, factor).to(x.dtype)
 
 
 def encode_into(encoded: Tensor, x: Tensor, encoder: Tensor) -> None:
     """X̂ of `x` (B, N, K), its rows dense, into `encoded` (r, B·I, J), contiguous."""
     if supports(x, encoder.shape):
-        call("encode", x, encoded, _as_factor(encoder))
+        call("encode", x, encoded, _as_factor(encoder), per_tile=encoder.ndim == 4)
     else:
         encoded.copy_(eager.encode(x, encoder))
 
@@ -70,7 +72,8 @@ def encode_into(encoded: Tensor, x: Tensor, encoder: Tensor) -> None:
 def decode_into(y: Tensor, encoded: Tensor, decoder: Tensor, bias: Tensor | None = None) -> None:
     """Y + bias into `y` (B, N, M), its rows dense, from `encoded` (r, B·I, L), contiguous."""
     if supports(y, decoder.shape):
-        call("decode", y, encoded, _as_factor(decoder), None if bias is None else _as_factor(bias))
+        bias = None if bias is None else _as_factor(bias)
+        call("decode", y, encoded, _as_factor(decoder), bias, per_tile=decoder.ndim == 4)
     else:
         y.copy_(eager.decode(encoded, decoder, *y.shape))
         if bias is not None:
@@ -78,15 +81,24 @@ def decode_into(y: Tensor, encoded: Tensor, decoder: Tensor, bias: Tensor | None
 
 
 def correlation_sums(factor: Sequence[int]) -> Tensor:
-    """What the kernel "correlate" adds to: a part for each thread and lane, whatever torch's defaults are."""
-    return torch.zeros((torch.get_num_threads(), *factor, _LANES), dtype=torch.float32, device="cpu")
+    """What the kernel "correlate" adds to: a part for each thread and lane, or tile, whatever torch's defaults are."""
+    *tiles, r, p, q = factor
+    last = _up_to_lanes(tiles[0]) if tiles else _LANES
+    return torch.zeros((torch.get_num_threads(), r, p, q, last), dtype=torch.float32, device="cpu")
+
+
+def correlation_total(sums: Tensor, factor: Sequence[int]) -> Tensor:
+    """The sums of all threads, as the factor's shape has them."""
+    if len(factor) == 3:
+        return sums.sum(dim=(0, -1))
+    return sums.sum(dim=0)[..., : factor[0]].movedim(-1, 0).contiguous()
 
 
 def supports(matrix: Tensor, factor: Sequence[int]) -> bool:
-    """Whether the kernels take a matrix of this dtype with a factor of this shape."""
-    if _kernels is None or len(factor) != 3 or matrix.dtype not in _TYPES:
+    """Whether the kernels take a matrix of this dtype with a factor of this shape, one a layer or one a column tile."""
+    if _kernels is None or len(factor) not in (3, 4) or matrix.dtype not in _TYPES:
         return False
-    r, p, q = factor
+    r, p, q = factor[-3:]
     return r > 0 and p > 0 and q in (1, 2, 4, 8) and p * q <= 64
 
 
@@ -101,18 +113,34 @@ def rows_are_dense(x: Tensor) -> bool:
 
 
 def _as_factor(factor: Tensor) -> Tensor:
-    """As the kernels read E, D and the bias."""
+    """As the kernels read E, D and the bias: (r, p, q), or tile by tile (r, p, q, J and more), zero from J on."""
+    if factor.ndim == 4:
+        tiles = factor.shape[0]
+        return F.pad(factor.float().movedim(0, -1), (0, _up_to_lanes(tiles) - tiles)).contiguous()
     return factor if factor.dtype == torch.float32 and factor.is_contiguous() else factor.float().contiguous()
 
 
-def call(name: str, matrix: Tensor, encoded: Tensor, factor: Tensor, bias: Tensor | None = None) -> None:
+def _up_to_lanes(tiles: int) -> int:
+    return -(-tiles // _LANES) * _LANES
+
+
+def call(
+    name: str,
+    matrix: Tensor,
+    encoded: Tensor,
+    factor: Tensor,
+    bias: Tensor | None = None,
+    *,
+    per_tile: bool = False,
+) -> None:
     """The kernel `name` on all tile rows of `matrix`; `factor` is E or D, or for "correlate" the sums that it adds to.
 
     Raises:
         ShapeError: `encoded` or `bias` is of another size than `matrix` and `factor` say, or of another dtype or device: the
             kernels do not look.
     """
-    r, p, q = factor.shape if factor.ndim == 3 else factor.shape[1:4]
+    sizes = factor.shape[1:] if name == "correlate" else factor.shape
+    r, p, q = sizes[:3]
     batch, rows, columns = matrix.shape
     sample_stride, row_stride, _ = matrix.stride()
     tile_rows, tiles = -(-rows // p), -(-columns // q)
@@ -122,6 +150,9 @@ def call(name: str, matrix: Tensor, encoded: Tensor, factor: Tensor, bias: Tenso
             f"{name} takes tensors of one dtype on the CPU; got a matrix of {matrix.dtype} on {matrix.device}, an encoded "
             f"tensor of {encoded.dtype} on {encoded.device} and a factor on {factor.device}"
         )
+    wide = sizes[3] if per_tile else 0
+    if per_tile and wide != _up_to_lanes(tiles):
+        raise ShapeError(f"{name} of {tiles} column tiles takes a factor for each; got one for {wide} or less")
     if encoded.shape != (r, total, tiles) or (bias is not None and bias.shape != (columns,)):
         raise ShapeError(
             f"{name} of a matrix {shape_text(matrix.shape)} with a factor {shape_text((r, p, q))} takes an encoded tensor "
@@ -143,6 +174,7 @@ def call(name: str, matrix: Tensor, encoded: Tensor, factor: Tensor, bias: Tenso
         encoded.stride(0),
         0,
         total,
+        wide,
         r,
         p,
         q,
