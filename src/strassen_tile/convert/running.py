@@ -7,13 +7,14 @@ import copy
 import dataclasses
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+_MOST_ROWS = 1 << 14  # of what a layer is fed, to fit it to
 _LARGE = 20_000_000  # parameters: beyond, float64 would take minutes
 
 
@@ -66,6 +67,28 @@ def run(model: nn.Module, example_inputs: object) -> object:
         if isinstance(given, list | tuple):
             return model(*given)
         return model(given)
+
+
+def inputs_of(model: nn.Module, layers: Sequence[nn.Module], inputs: object) -> dict[nn.Module, Tensor]:
+    """What each of `layers` is fed, (…, N, K), when the model runs on `inputs`; up to `_MOST_ROWS` rows, of whole samples."""
+    fed: dict[nn.Module, list[Tensor]] = {}
+
+    def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = (args[0] if args else kwargs["input"]).detach()
+        x = x if x.ndim == 2 else x.reshape(-1, *x.shape[-2:])
+        rows = sum(part.shape[:-1].numel() for part in fed.get(layer, []))
+        most = max(0, _MOST_ROWS - rows) // (1 if x.ndim == 2 else max(1, x.shape[1]))
+        if most or not rows:
+            fed.setdefault(layer, []).append(x[: max(1, most)].clone())
+
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    try:
+        with evaluating(model):
+            run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: torch.cat([p for p in parts if p.shape[1:] == parts[0].shape[1:]]) for layer, parts in fed.items()}
 
 
 def copied(value: object) -> object:

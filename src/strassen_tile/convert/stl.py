@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from strassen_tile.convert.layers import Candidate, candidates
 from strassen_tile.convert.replace import modules_by_name, replace_modules
+from strassen_tile.convert.running import inputs_of
 from strassen_tile.convert.select import Filter, matching, materialise, mixing_of, padding_of
 from strassen_tile.convert.swap import Conversion, changed, grouped, swap
 from strassen_tile.cost import machine
@@ -30,6 +31,8 @@ def convert(
     layer_configs: Mapping[str, STLConfig | None] | None = None,
     force_mixing: Sequence[str] = (),
     min_speedup: float | None = None,
+    calibration: object = None,
+    rounds: int = 10,
     dry_run: bool = False,
 ) -> Conversion:
     """Replace the linear layers of `model`, in place, by `STLLinear`. It creates no dependence that was not there.
@@ -55,6 +58,10 @@ def convert(
         min_speedup: leave layers that are predicted to gain less than this on this machine at the shapes of
             `example_inputs` (as `strassen-tile plan` does): of a training step if the model is in training mode, of a
             forward pass otherwise.
+        calibration: inputs, as example_inputs are given, on which each layer is fitted to what the dense one makes of what
+            it is fed: Ŵ by least squares, and E and D in turn with it where they are trained. For configs that start from the
+            weight (`STLConfig.fits`); rows of padding count like others, so best give none.
+        rounds: of that; 0: Ŵ alone.
         dry_run: change nothing, and return what would be done; also where no layer would be converted.
 
     Returns:
@@ -62,7 +69,8 @@ def convert(
 
     Raises:
         ConversionError: nothing was converted, rows would mix and there are no example_inputs to show where they may, a pattern
-            matches no layer, or min_speedup was given without example_inputs. The model is then as it was.
+            matches no layer, min_speedup was given without example_inputs, or calibration for layers that start from noise.
+            The model is then as it was.
     """
     config = STLConfig() if config is None else config
     _check_types(model, config, filter_fn)
@@ -78,13 +86,22 @@ def convert(
     for used in {config, *configs.values()}:
         used.load_basis()  # one that does not exist is said before anything is touched
     padding, threshold = padding_of(configs.values()), min_speedup or 0.0
+    fed: dict[nn.Module, torch.Tensor] = {}
+    if calibration is not None:
+        if noise := next((c for c in configs.values() if not c.fits), None):
+            raise ConversionError(
+                f"calibration fits layers to the weights replaced, and init={noise.init!r} with basis={noise.basis!r} "
+                'starts from noise: take init="fit", or give no calibration'
+            )
+        if not dry_run:
+            fed = inputs_of(model, list(configs), calibration)
 
     def replace(linear: nn.Linear) -> nn.Module:
         chosen = configs[linear]
         as_it_is = chosen.fits or chosen.init == "spectral"
         start = chosen if as_it_is else STLConfig.from_dict({**chosen.to_dict(), "init": "random"})
         with torch.inference_mode(False):  # it is to be trained, wherever it is made
-            layer = STLLinear.from_linear(linear, start)
+            layer = STLLinear.from_linear(linear, start, fed.pop(linear, None), rounds=rounds)
         layer.config = chosen
         layer.padding = padding if chosen.mixes_rows else None
         return layer

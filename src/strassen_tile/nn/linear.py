@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from strassen_tile.errors import ShapeError, shape_text
 from strassen_tile.nn import fit, init
+from strassen_tile.nn.alternate import fit_factors
 from strassen_tile.nn.base import TileLayer, only
 from strassen_tile.nn.config import STLConfig
 from strassen_tile.nn.fusion import check_norm, norm_of, undisturbed
@@ -78,12 +79,13 @@ class STLLinear(TileLayer):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self, weight: Tensor | None = None, inputs: Tensor | None = None) -> None:
+    def reset_parameters(self, weight: Tensor | None = None, inputs: Tensor | None = None, *, rounds: int = 0) -> None:
         """Start anew: as `nn.Linear` would in scale, or from a dense `weight` (K, M in maths), or its scale alone.
 
         Args:
             weight: fitted if the config says so (`STLConfig.fits`), else only its variance is taken.
             inputs: calibration activations (…, N, K) for the fit.
+            rounds: of fitting E and D to them as well (`nn.alternate`), where they are trained, one a layer, and not causal.
         """
         if self.encoded_weight.is_meta:
             return
@@ -114,14 +116,22 @@ class STLLinear(TileLayer):
         if inputs is not None:
             start, dense = (t.to(device, torch.float64) for t in (self.encoded_weight, weight))
             x = inputs.detach().to(device, torch.float64)
-            self.encoded_weight.copy_(fit.calibrate(x, dense, encoder, decoder, start))
+            fitted = fit.calibrate(x, dense, encoder, decoder, start)
+            if rounds and self.config.fits_factors:
+                encoder, fitted, decoder, _ = fit_factors(x, dense, encoder, fitted, decoder, rounds=rounds)
+                self.encoder.copy_(encoder)
+                self.decoder.copy_(decoder)
+            self.encoded_weight.copy_(fitted)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, config: STLConfig | None = None, inputs: Tensor | None = None) -> STLLinear:
+    def from_linear(
+        cls, linear: nn.Linear, config: STLConfig | None = None, inputs: Tensor | None = None, *, rounds: int = 0
+    ) -> STLLinear:
         """The layer that takes over from `linear`, with its device, dtype, bias, and mode; frozen if that was.
 
         Ŵ is fitted to the weight: Ŵ = F·W for a given basis, the least-squares F for a random one; with calibration
-        `inputs` (…, N, K) it is then the least-squares Ŵ on them. `init="random"` takes only its scale, "spectral" nothing.
+        `inputs` (…, N, K) it is then the least-squares Ŵ on them, and with `rounds` E and D are fitted, too, in turn with it.
+        `init="random"` takes only its scale, "spectral" nothing.
 
         Raises:
             ShapeError: inputs do not have K features, or are 2-D though rows mix.
@@ -143,7 +153,7 @@ class STLLinear(TileLayer):
         layer = layer.to_empty(device=linear.weight.device)
         if inputs is not None:
             layer.check_input(inputs)
-        layer.reset_parameters(linear.weight.mT, inputs)
+        layer.reset_parameters(linear.weight.mT, inputs, rounds=rounds)
         if layer.bias is not None and linear.bias is not None:
             with torch.no_grad():
                 layer.bias.copy_(linear.bias)

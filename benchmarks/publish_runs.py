@@ -1,0 +1,41 @@
+"""Put the rows of `strassen-tile pretrain` runs into a folder of results, with their page and plot.
+
+    python benchmarks/publish_runs.py out/dense out/stl --out results/language-2e14
+
+Rows of several folders make one comparison, if they trained the same model on the same text. The folder a run wrote to means
+nothing elsewhere: the recorded command says `--out DIR`.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+from strassen_tile.records import read_rows, write_rows
+from strassen_tile.report import pretrain
+
+
+def rows_of(folder):
+    path = folder / "rows.json"
+    rows = read_rows(path) if path.exists() else []
+    return [{**row, "command": re.sub(r"--out \S+", "--out DIR", str(row["command"]))} for row in rows]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    rows = [row for folder in options.folders for row in rows_of(folder)]
+    tried = [row for folder in options.folders for row in rows_of(folder / "tuning")]
+    models = {(row["model"], row["text"], row["context"]) for row in (*rows, *tried)}
+    if len(models) > 1:
+        parser.error(f"these are of different models or texts: {sorted(models)}")
+    if tried:
+        write_rows(options.out / "tuning/rows.json", tried)
+    model, _, context = models.pop()
+    title = f"{model}, {context} tokens of context"
+    print(pretrain.write_report(options.out, rows, title, tried=tried) if rows else options.out / "tuning/rows.json")
+
+
+if __name__ == "__main__":
+    main()
