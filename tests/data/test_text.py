@@ -7,7 +7,7 @@ import torch
 
 from strassen_tile.data import text
 from strassen_tile.data.pieces import Pieces, Windows
-from strassen_tile.data.prose import standard_library
+from strassen_tile.data.prose import standard_library, standard_library_code
 from strassen_tile.data.text import load_text
 from strassen_tile.errors import DataError
 
@@ -36,6 +36,15 @@ def test_a_document_is_on_one_side(python):
         whole = b"".join(content.encode("utf-8", errors="replace").replace(b"\0", b" ") + b"\0" for content in mine)
         assert len(mine) > 15
         assert bytes(getattr(python, name).tokens.tolist()) == whole
+
+
+def test_every_machine_has_code():
+    code = load_text("python-code", context=128)
+    assert code.train.size > 5_000_000
+    assert min(code.validation.size, code.test.size) > 100_000
+    assert code.digest != load_text("python").digest
+    assert "json.decoder" in standard_library_code()
+    assert "def " in bytes(code.train.tokens[:20000].tolist()).decode("utf-8", errors="ignore")
 
 
 def folder(tmp_path, **files):
@@ -96,7 +105,7 @@ def test_documents_without_a_part_are_parted_by_name(tmp_path):
 def test_what_is_no_text_is_one_line(tmp_path, files, message):
     with pytest.raises(DataError, match=message):
         load_text(folder(tmp_path, **files), context=5)
-    with pytest.raises(DataError, match="no such file or folder; give one, python, or hub:NAME"):
+    with pytest.raises(DataError, match="no such file or folder; give one, python, python-code, or hub:NAME"):
         load_text(str(tmp_path / "nowhere"))
 
 
@@ -127,7 +136,10 @@ def test_pieces_follow_each_other_and_windows_are_the_seeds():
     assert len(pieces) == 4
     assert [piece["input_ids"].tolist() for piece in (pieces[0], pieces[3])] == [[0, 1, 2, 3, 4], [15, 16, 17, 18, 19]]
     assert pieces[3]["labels"].tolist() == [16, 17, 18, 19, 20]
-    assert len(Pieces(tokens, 5, most=2)) == 2
+    few = Pieces(tokens, 5, most=2)  # from all over, not from the start
+    assert len(few) == 2
+    assert few[0]["input_ids"][0] == tokens[0]
+    assert few[1]["input_ids"][0] == tokens[len(pieces) // 2 * 5]
     windows = Windows(tokens, 5, 400, seed=3)
     first = [windows[i]["input_ids"].tolist() for i in range(400)]
     assert {piece[0] for piece in first} == set(range(18))

@@ -43,18 +43,21 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 class Pieces(Dataset[dict[str, Tensor]]):
-    """Pieces of `context` tokens, one after the other, and the tokens that follow each; a rest at the end is left out."""
+    """Pieces of `context` tokens, one after the other, and the tokens that follow each; a rest at the end is left out.
+
+    Where there are more than `most` they are taken from all over the text, evenly: its documents differ.
+    """
 
     def __init__(self, tokens: Tensor, context: int, most: int | None = None) -> None:
         self.tokens, self.context = tokens, context
-        there = (len(tokens) - 1) // context
-        self.count = there if most is None else min(there, most)
+        self.there = (len(tokens) - 1) // context
+        self.count = self.there if most is None else min(self.there, most)
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return _piece(self.tokens, index * self.context, self.context)
+        return _piece(self.tokens, index * self.there // self.count * self.context, self.context)
 
 
 def _piece(tokens: Tensor, start: int, context: int) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from strassen_tile.data.idx import need
-from strassen_tile.data.prose import standard_library
+from strassen_tile.data.prose import standard_library, standard_library_code
 from strassen_tile.errors import DataError
 from strassen_tile.files import opened
 
@@ -70,9 +70,9 @@ def load_text(data: str, *, tokenizer: str = "bytes", limit: int | None = None, 
     """The text called `data`, in tokens.
 
     Args:
-        data: "python", the prose of Python's standard library; a folder or file of txt, jsonl ({"text": …} a line) or parquet;
-            or "hub:NAME", streamed. Where files or splits are called train, validation (or val) and test, those parts are
-            taken; otherwise a twentieth of the documents each is for validation and for the test.
+        data: "python", the prose of Python's standard library, or "python-code", its sources; a folder or file of txt, jsonl
+            ({"text": …} a line) or parquet; or "hub:NAME", streamed. Where files or splits are called train, validation (or
+            val) and test, those parts are taken; otherwise a twentieth of the documents each is for validation and test.
         tokenizer: "bytes", or what transformers' AutoTokenizer takes.
         limit: bytes of text to train on; None: all there are, of streams 128 MiB.
         context: tokens a piece; each part has to have more.
@@ -142,13 +142,15 @@ def _sources(data: str) -> Iterator[tuple[str | None, Document]]:
     """The part, where its source says it, and each document."""
     if data == "python":
         return ((None, document) for document in standard_library().items())
+    if data == "python-code":
+        return ((None, document) for document in standard_library_code().items())
     if data.startswith("hub:"):
         return _of_hub(data.removeprefix("hub:"))
     path = Path(data)
     with contextlib.suppress(RuntimeError):  # a home that nobody has
         path = path.expanduser()
     if not path.exists():
-        raise DataError(f"data={data!r}: no such file or folder; give one, python, or hub:NAME")
+        raise DataError(f"data={data!r}: no such file or folder; give one, python, python-code, or hub:NAME")
     kinds = (".txt", ".md", ".rst", ".jsonl", ".parquet")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in kinds)
     if not files:

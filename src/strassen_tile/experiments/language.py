@@ -193,5 +193,13 @@ def _train(recipe: TextRecipe, splits: TextSplits, model: nn.Module, folder: Pat
     from strassen_tile.integrations.text import train_text
 
     train_text(
-        model, splits, folder, recipe, context=recipe.context, steps=recipe.steps, held_out=recipe.held_out, **more
+        model,
+        splits,
+        folder,
+        recipe,
+        context=recipe.context,
+        steps=recipe.steps,
+        held_out=recipe.held_out,
+        tested_on=recipe.tested_on,
+        **more,
     )

@@ -29,7 +29,8 @@ class TextRecipe(Tuned, Training):
     data: str = field(
         default="python",
         metadata=about(
-            "python (the prose of its standard library), a folder or file of txt, jsonl or parquet, or hub:NAME"
+            "python (the prose of its standard library, 2 MB), python-code (its sources, 30 MB with tests), a folder or file "
+            "of txt, jsonl or parquet, or hub:NAME"
         ),
     )
     tokenizer: str = field(default="bytes", metadata=about("bytes, or what transformers' AutoTokenizer takes"))
@@ -44,16 +45,19 @@ class TextRecipe(Tuned, Training):
     held_out: int | None = field(
         default=None, metadata=about("sequences of the validation text that an epoch is evaluated on; none: all")
     )
+    tested_on: int | None = field(
+        default=None, metadata=about("sequences of the test text that a run is tested on; none: all")
+    )
     init_range: float | None = field(
         default=None, metadata=about("standard deviation of dense weights at the start; none: the model's, 0.02")
     )
 
     def __post_init__(self) -> None:
         Training.__post_init__(self)
-        if min(self.steps, self.context, self.held_out or 1, self.limit or 1) < 1:
+        if min(self.steps, self.context, self.held_out or 1, self.tested_on or 1, self.limit or 1) < 1:
             raise ConfigError(
-                f"steps, context, held_out and limit must be positive; got {self.steps}, {self.context}, {self.held_out}, "
-                f"{self.limit}"
+                f"steps, context, held_out, tested_on and limit must be positive; got {self.steps}, {self.context}, "
+                f"{self.held_out}, {self.tested_on}, {self.limit}"
             )
         if self.init_range is not None and not 0 < self.init_range < 1:
             raise ConfigError(f"init_range must be above 0 and below 1, or none; got {self.init_range}")

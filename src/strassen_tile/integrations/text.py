@@ -40,6 +40,7 @@ def train_text(
     steps: int,
     seed: int,
     held_out: int | None = None,
+    tested_on: int | None = None,
     **records_and_callbacks: Any,
 ) -> None:
     """Train on text: `fitting.train`, whose records are of loss (nats a token) and bits (a byte).
@@ -52,13 +53,14 @@ def train_text(
         context: tokens a piece.
         steps: of an epoch.
         seed: of the pieces and their order.
-        held_out: pieces of the validation text that are read after an epoch; None: all. The test text is read whole.
+        held_out: pieces of the validation text that are read after an epoch; None: all.
+        tested_on: pieces of the test text that are read; None: all.
     """
     task = Task(
         wrap=LanguageModel,
         train=Windows(splits.train.tokens, context, steps * training.batch_size, seed),
         validation=Pieces(splits.validation.tokens, context, held_out),
-        test=Pieces(splits.test.tokens, context),
+        test=Pieces(splits.test.tokens, context, tested_on),
         collate=default_collate,
         loss=_loss,
         metrics=_metrics,
