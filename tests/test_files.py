@@ -164,7 +164,7 @@ def test_a_basis_of_too_many_numbers_is_refused(tmp_path: Path) -> None:
 
 def test_too_few_products_are_known_without_looking_at_them(monkeypatch) -> None:
     """Terms that cancel leave noise for an error, below 0 half of the time; the residual itself is 2^36 numbers here."""
-    monkeypatch.setattr("strassen_tile.basis.product", lambda *_: pytest.fail("the residual was worked out"))
+    monkeypatch.setattr("strassen_tile.algebra.product", lambda *_: pytest.fail("the residual was worked out"))
     for _ in range(20):
         e, f, d = (1e6 * torch.randn(1, 64, 64, dtype=torch.float64) for _ in range(3))
         basis = Basis(torch.cat([e, 3 * e]), torch.cat([f, f / 7]), torch.cat([d, -d * 7 / 3]))

@@ -206,7 +206,7 @@ def test_rates_are_chosen_on_the_validation_text(words, tmp_path):
 
 def test_what_makes_no_sense_is_one_line(words, tiny, tmp_path, capsys):
     for change, message in (
-        ({"steps": 0}, "steps, context, held_out and limit must be positive"),
+        ({"steps": 0}, "steps, context, held_out, tested_on and limit must be positive"),
         ({"model": "llama-9x"}, "there is no model 'llama-9x'; there are llama-1m"),
         ({"init_range": 2}, "init_range must be above 0"),
         ({"methods": "dense[width=48]"}, "width must be a multiple of 32, the width of a head"),

@@ -155,7 +155,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.Monkey
     """Triton launches on the current device: with a layer on another one, that of the arguments has to be made current."""
     from contextlib import contextmanager
 
-    from strassen_tile.ops.cuda import kernels, launch
+    from strassen_tile.ops.cuda import kernels, launch, taps
 
     inside: list[torch.Tensor] = []
     launched = []
@@ -184,6 +184,8 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.Monkey
     for name in names:
         monkeypatch.setattr(kernels, name, Watched(name, getattr(kernels, name)))
     x, factor = torch.randn(1, 8, 16), torch.randn(5, 4, 4)
+    taps.convolve(x, torch.randn(16, 4), 3, True)
+    taps.correlate(x, x, 4, 3)
     encoded = launch.encode(x, factor)
     launch.norm_encode(x, None, None, 1e-5, factor, centre=True)
     launch.decode(encoded, factor, 1, 8, 16)
