@@ -57,11 +57,22 @@ def train_flops(group: Group, epoch: float) -> float | None:
 
 
 def dense_of(group: Group, groups: Sequence[Group]) -> Group | None:
-    """What a group is held against: dense with the same mix ahead of its layers and nothing else; else plain dense."""
-    mix = [said for said in group.shown.split(", ") if said.startswith("mix ")]
-    dense = {one.shown: one for one in groups if one.method == "dense" and one is not group}
-    plain = None if group.method == "dense" and not group.shown else dense.get("")
-    return dense.get(", ".join(mix), plain)
+    """What a group is held against: dense with the same mix ahead of its layers and nothing else; else plain dense.
+
+    Schedules may differ, as they do where FLOPs are the same: of several, that of the same epochs counts, or the longest.
+    """
+    if group.method == "dense" and not _said(group):
+        return None
+    mix = [said for said in _said(group) if said.startswith("mix ")]
+    others = [one for one in groups if one.method == "dense" and one is not group]
+    same, plain = ([one for one in others if _said(one) == wanted] for wanted in (mix, []))
+    own = group.epochs[-1]
+    return max(same or plain, key=lambda one: (one.epochs[-1] == own, one.epochs[-1]), default=None)
+
+
+def _said(group: Group) -> list[str]:
+    """What a variant says but for its schedule."""
+    return [said for said in group.shown.split(", ") if said and not said.endswith(" epochs")]
 
 
 def _over(group: Group, furthest: int) -> bool:
