@@ -72,7 +72,8 @@ def _size(factors: Factors) -> Tensor:
 
 def _descend(factors: Factors, sides: list[Tensor]) -> Factors:
     with torch.inference_mode(False), torch.enable_grad():
-        factors = tuple(factor.clone() for factor in factors)  # type: ignore[assignment] # a mode's tensors learn nothing
+        e, f, d = (factor.clone() for factor in factors)  # tensors of inference mode learn nothing
+        factors = e, f, d
         sides = [side.clone().requires_grad_() for side in sides]
         optimizer = torch.optim.LBFGS(
             sides,

@@ -41,7 +41,7 @@ def best_basis(flop_ratio: float, sizes: Sizes) -> Basis | None:
 
 def _stl(flop_ratio: float, sizes: Sizes, seed: int) -> Product | None:
     basis = best_basis(flop_ratio, sizes)
-    return None if basis is None else replace(stl(basis), name="stl")
+    return None if basis is None else stl(basis)
 
 
 def _sketch(kind: str, flop_ratio: float, sizes: Sizes, seed: int) -> Product | None:

