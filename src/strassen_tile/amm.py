@@ -37,9 +37,9 @@ def amm(
     """Multiply x by w, approximately, for that fraction of the FLOPs.
 
     Of the shipped bases in every order of their sides, and Strassen's algorithm, the one of least error is taken that
-    the budget pays for at these sizes, encoding both operands and decoding included. Half of the FLOPs leave 0.3 to 0.6 of
-    the squared norm in error; where the operands have structure that can be learnt, methods that learn it do far better
-    (docs/amm.md).
+    the budget pays for at these sizes, encoding both operands and decoding included. Of large matrices half of the FLOPs leave
+    some 0.3 of the squared norm in error, of small ones, whose encoding weighs more, twice that: too much for a network that is
+    already trained.
 
     Args:
         x: (…, N, K); each sample is multiplied on its own.
