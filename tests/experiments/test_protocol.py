@@ -188,7 +188,12 @@ def test_rates_that_differ_in_their_last_digit_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    "entry", ["stl[rank=24,width=192]", "low-rank[flop_ratio=0.5,width=192]", "dense[width=192,mix=grid]"]
+    "entry",
+    [
+        "stl[rank=24,width=192]",
+        pytest.param("low-rank[flop_ratio=0.5,width=192]", marks=pytest.mark.slow),
+        pytest.param("dense[width=192,mix=grid]", marks=pytest.mark.slow),
+    ],
 )
 def test_flops_of_a_narrow_network_are_held_against_the_wide_dense_one(entry, tmp_path) -> None:
     """By hand: the same entry at its own width, scaled by the FLOPs of dense layers of both widths."""

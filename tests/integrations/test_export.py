@@ -33,12 +33,18 @@ def encoder():
     return Encoder(model).eval()
 
 
-@pytest.fixture(scope="module")
-def programs(encoder):
-    return {
-        runtime: st.export(encoder, (), TEXT, dynamic_shapes=SHAPES, runtime=runtime)
-        for runtime in ("pytorch", "onnxruntime")
-    }
+def exported(encoder, runtime):
+    """A program of standard operators that takes other sizes."""
+    program = st.export(encoder, (), TEXT, dynamic_shapes=SHAPES, runtime=runtime)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert targets and not any("strassen" in target for target in targets)
+    with torch.no_grad():
+        for size in OTHERS:
+            inputs = batch(*size)
+            torch.testing.assert_close(program.module()(**inputs), encoder(**inputs), rtol=1e-5, atol=1e-5)
+        with pytest.raises(RuntimeError, match="pad on the right"):
+            program.module()(input_ids=IDS, attention_mask=MASK.flip(1))
+    return program
 
 
 def batch(rows, length):
@@ -48,21 +54,8 @@ def batch(rows, length):
     return {"input_ids": ids, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}
 
 
-@pytest.mark.parametrize("runtime", ["pytorch", "onnxruntime"])
-def test_the_program_is_of_standard_operators_and_takes_other_sizes(encoder, programs, runtime):
-    program = programs[runtime]
-    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert targets and not any("strassen" in target for target in targets)
-    with torch.no_grad():
-        for size in OTHERS:
-            inputs = batch(*size)
-            torch.testing.assert_close(program.module()(**inputs), encoder(**inputs), rtol=1e-5, atol=1e-5)
-        with pytest.raises(RuntimeError, match="pad on the right"):
-            program.module()(input_ids=IDS, attention_mask=MASK.flip(1))
-
-
-def test_it_runs_without_this_package(encoder, programs, tmp_path):
-    torch.export.save(programs["pytorch"], tmp_path / "model.pt2")
+def test_it_runs_without_this_package(encoder, tmp_path):
+    torch.export.save(exported(encoder, "pytorch"), tmp_path / "model.pt2")
     inputs = batch(3, 9)
     torch.save(inputs, tmp_path / "inputs.pt")
     code = f"""
@@ -76,10 +69,11 @@ torch.save(torch.export.load(folder + "/model.pt2").module()(**torch.load(folder
         torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), encoder(**inputs), rtol=1e-5, atol=1e-5)
 
 
-def test_onnx_of_any_batch_and_length(encoder, programs, tmp_path):
+def test_onnx_of_any_batch_and_length(encoder, tmp_path):
+    program = exported(encoder, "onnxruntime")
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    torch.onnx.export(programs["onnxruntime"], dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "model.onnx")
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
     for size in OTHERS:

@@ -213,8 +213,16 @@ def test_float16_where_the_encoded_output_is_beyond_it(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "value,dtype",
+    [
+        (float("nan"), torch.float32),
+        (float("nan"), torch.bfloat16),
+        (float("inf"), torch.float16),
+        (-float("inf"), torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_what_is_not_finite_stays_in_its_place(value: float, dtype: torch.dtype, path: str) -> None:
     """In Ŵ: the columns of its output tile. In x: the rows of its tile. In the bias: its column."""
     (x, w, e, d, bias), _ = tensors("ragged", dtype)

@@ -40,10 +40,6 @@ def test_kernels_of_the_usual_rank_compile_without_spills() -> None:
     check(90, "4x4 r=24 bf16", least=8)
 
 
-def test_a_short_convolution_compiles_without_spills() -> None:
-    check(90, "taps", least=6)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_without_spills(capability: int) -> None:

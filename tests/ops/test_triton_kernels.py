@@ -53,7 +53,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", STORED, ids=str)
 @pytest.mark.parametrize("p,q,r", TILES)
 def test_encode_decode_correlate(p: int, q: int, r: int, dtype: torch.dtype) -> None:
-    for n, k in SIZES if dtype == torch.float32 else SIZES[2:4]:
+    for n, k in SIZES if dtype == torch.float32 else SIZES[2:3]:
         x, factor = torch.randn(2, n, k).to(dtype), torch.randn(r, p, q).to(dtype)
         encoded = eager.encode(x.double(), factor.double())
         assert relative(launch.encode(x, factor), encoded) < STORED[dtype], (n, k)
@@ -94,10 +94,18 @@ def test_recode(tile: tuple[int, int], rank: int, following: int, gated: bool, a
 
 
 @pytest.mark.parametrize("centre", [True, False], ids=["layer norm", "rms norm"])
-@pytest.mark.parametrize("scaled,shifted", [(True, True), (True, False), (False, False), (False, True)])
-@pytest.mark.parametrize("p,q,r", [(4, 4, 24), (8, 8, 9), (2, 8, 5), (1, 4, 6)])
-@pytest.mark.parametrize("n,k", [(4, 64), (5, 63), (9, 270)])
-def test_norm_encode(p: int, q: int, r: int, n: int, k: int, centre: bool, scaled: bool, shifted: bool) -> None:
+@pytest.mark.parametrize(
+    "p,q,r,n,k,scaled,shifted",
+    [
+        *((4, 4, 24, 5, 63, scaled, shifted) for scaled in (True, False) for shifted in (True, False)),
+        *(
+            (p, q, r, n, k, True, True)
+            for p, q, r in ((4, 4, 24), (8, 8, 9), (2, 8, 5), (1, 4, 6))
+            for n, k in ((4, 64), (9, 270))
+        ),
+    ],
+)
+def test_norm_encode(p: int, q: int, r: int, n: int, k: int, scaled: bool, shifted: bool, centre: bool) -> None:
     x, scale = torch.randn(2, n, k) * 3 + 2, torch.randn(k) if scaled else None
     shift, e = torch.randn(k) + 2 if shifted else None, torch.randn(r, p, q)
     norm = Norm("layer" if centre else "rms", *(None if t is None else t.double() for t in (scale, shift)), 1e-5)
