@@ -71,7 +71,7 @@ def test_models_inside_are_guarded_when_called_past_the_outer_one(monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("length", [7, 5])
+@pytest.mark.parametrize("length", [7, pytest.param(5, marks=pytest.mark.slow)])
 def test_model_inside_that_is_given_no_mask_has_no_padding(length):
     class Towers(nn.Module):
         def __init__(self):
@@ -142,7 +142,7 @@ def test_mask_is_cleared_after_an_exception_in_forward(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*")
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("reentrant", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_gradients_under_checkpointing_are_those_without(reentrant):
     def gradients(checkpointed):
         torch.manual_seed(0)
@@ -198,7 +198,7 @@ def test_documents_packed_into_one_row_are_refused(kind):
 
 
 @pytest.mark.filterwarnings("ignore:.*")
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("reentrant", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_contrastive_training_under_checkpointing(reentrant):
     """Two calls of other padding before one backward pass."""
 
@@ -265,7 +265,7 @@ def test_compiled_bert_follows_its_mask_and_refuses_padding_on_the_left():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("padded", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_padding_of_a_source_does_not_reach_the_decoder(padded):
     """Cross-attention in the decoder is fed the encoder's rows, and no mask of its own call says which are padding."""
     model = t5()

@@ -177,6 +177,7 @@ def test_a_full_disk_is_one_line_and_with_space_it_goes_on(tmp_path, whole, caps
     assert results(tmp_path) == whole[:3]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_each_file_in_turn(tmp_path, whole, monkeypatch, capsys) -> None:
     def fill(owner: object, method: str, position: int, name: str) -> None:
         write = getattr(owner, method)

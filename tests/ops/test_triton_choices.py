@@ -25,7 +25,7 @@ def _forget():
     choices.forget()
 
 
-@pytest.mark.parametrize("p", [4, 1])
+@pytest.mark.parametrize("p", [4, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tile_rows,tiles", sorted({c[:2] for c in choices.candidates(16)}))
 def test_every_block_computes_the_same(tile_rows: int, tiles: int, p: int) -> None:
     """Odd numbers of tile rows in two samples, so that a block of four holds rows of both, and hangs over the end."""
