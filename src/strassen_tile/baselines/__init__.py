@@ -4,11 +4,9 @@ from strassen_tile.baselines.block_diagonal import MonarchLinear
 from strassen_tile.baselines.layers import LowRankLinear
 from strassen_tile.baselines.methods import (
     Method,
-    ModelCost,
     dense,
     low_rank,
     mixed,
-    model_cost,
     monarch,
     rotated,
     sparse_24,
@@ -16,6 +14,7 @@ from strassen_tile.baselines.methods import (
     token_mix,
 )
 from strassen_tile.baselines.mixes import MIXES, Mix, MixedLinear
+from strassen_tile.baselines.model_cost import ModelCost, model_cost
 from strassen_tile.baselines.rotation import RotatedLinear
 from strassen_tile.baselines.sparse24 import Sparse24Linear, mask_24
 

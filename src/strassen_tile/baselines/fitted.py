@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from strassen_tile import cost
+from strassen_tile.baselines.aware import aware_svd, second_moment
 from strassen_tile.baselines.layers import inner_rank
 from strassen_tile.baselines.products import Prepared, Product
 from strassen_tile.cost import Cost
 from strassen_tile.errors import ConfigError
 
-_LEAST = 1e-10  # of the largest direction of rows: smaller ones are taken as that large
 _KEPT = 0.25  # of the entries of a sparse principal component
 
 
@@ -40,7 +40,7 @@ def low_dimensional(kind: str, flop_ratio: float) -> Product:
 
     def prepare(w: Tensor, rows: Tensor | None = None) -> Prepared:
         k, m = w.shape
-        a, b = _FITS[kind](w.detach().double(), _second_moment(rows, k), _inner(flop_ratio, k, m, density))
+        a, b = _FITS[kind](w.detach().double(), second_moment(rows, k), _inner(flop_ratio, k, m, density))
         first, second = a.to(w), b.to(w)
         left: Tensor = first.mT.to_sparse() if density < 1 and not w.is_cuda else first
 
@@ -63,24 +63,6 @@ def _inner(flop_ratio: float, k: int, m: int, density: float) -> int:
     return max(1, min(int(flop_ratio * k * m / max(1.0, density * k + m)), k))
 
 
-def _second_moment(rows: Tensor | None, k: int) -> Tensor:
-    """Σ xᵀx over rows, in proportion; the identity without them."""
-    if rows is None:
-        return torch.eye(k, dtype=torch.float64)
-    flat = rows.detach().double().reshape(-1, k).cpu()
-    return flat.mT @ flat / max(1, len(flat))
-
-
-def _aware(w: Tensor, moment: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """‖X(w − A B)‖ is that of root (w − A B), root² the second moment: the truncated SVD of root·w, taken back."""
-    values, vectors = torch.linalg.eigh(moment)
-    values = values.clamp_min(_LEAST * float(values.max().clamp_min(1e-300)))
-    root = (vectors * values.sqrt()) @ vectors.mT
-    back = (vectors * values.rsqrt()) @ vectors.mT
-    u, sigma, vt = torch.linalg.svd(root @ w.cpu(), full_matrices=False)
-    return back @ u[:, :d], sigma[:d, None] * vt[:d]
-
-
 def _principal(w: Tensor, moment: Tensor, d: int) -> tuple[Tensor, Tensor]:
     a = torch.linalg.eigh(moment)[1].flip(1)[:, :d]
     return a, a.mT @ w.cpu()
@@ -95,7 +77,7 @@ def _sparse_principal(w: Tensor, moment: Tensor, d: int) -> tuple[Tensor, Tensor
 
 
 _FITS: dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {
-    "aware-svd": _aware,
+    "aware-svd": aware_svd,
     "pca": _principal,
     "sparse-pca": _sparse_principal,
 }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from strassen_tile import cost
+from strassen_tile.baselines.aware import aware_svd, second_moment
 from strassen_tile.errors import ConfigError
 
 
@@ -48,8 +49,13 @@ class LowRankLinear(nn.Module):
         self.second = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, flop_ratio: float) -> LowRankLinear:
+    def from_linear(cls, linear: nn.Linear, flop_ratio: float, inputs: Tensor | None = None) -> LowRankLinear:
         """The best approximation of `linear` (truncated SVD, split evenly) with about `flop_ratio` of its FLOPs.
+
+        Args:
+            linear: what is approximated.
+            flop_ratio: of its FLOPs.
+            inputs: calibration rows (…, K): the best for what these become, instead of that of the weight.
 
         Raises:
             ConfigError: flop_ratio is not positive and finite.
@@ -57,19 +63,20 @@ class LowRankLinear(nn.Module):
         k, m, weight = linear.in_features, linear.out_features, linear.weight
         rank = inner_rank(flop_ratio, k, m)
         layer = cls(k, m, linear.bias is not None, rank=rank, device=weight.device, dtype=weight.dtype)
-        layer.fit(weight)
+        layer.fit(weight, inputs)
         if linear.bias is not None:
             with torch.no_grad():
                 layer.second.bias.copy_(linear.bias)
         return layer.train(linear.training)
 
     @torch.no_grad()
-    def fit(self, weight: Tensor) -> None:
-        """Take the truncated SVD of a weight (M, K) as `nn.Linear` stores it: no product of this rank is closer."""
-        u, sigma, vt = torch.linalg.svd(weight.double(), full_matrices=False)
-        root = sigma[: self.rank].sqrt()
-        self.first.weight.zero_()[: len(root)] = root[:, None] * vt[: self.rank]
-        self.second.weight.zero_()[:, : len(root)] = u[:, : self.rank] * root
+    def fit(self, weight: Tensor, inputs: Tensor | None = None) -> None:
+        """Take the product of this rank that is closest to a weight (M, K) as `nn.Linear` stores it, or for these inputs."""
+        moment = second_moment(inputs, self.in_features)
+        a, b = aware_svd(weight.double().mT.contiguous(), moment, self.rank)
+        even = (b.norm(dim=1) / a.norm(dim=0).clamp_min(1e-30)).sqrt().clamp_min(1e-30)  # both layers learn alike, then
+        self.first.weight.zero_()[: a.shape[1]] = (a * even).mT
+        self.second.weight.zero_()[:, : b.shape[0]] = (b / even[:, None]).mT
 
     def factor_fan_ins(self) -> dict[str, int]:
         """Of A and B, for `param_groups`."""

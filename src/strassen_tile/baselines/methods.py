@@ -1,47 +1,58 @@
-"""The roster of methods for models: a product, and how layers that compute it come into a model; what the model then costs.
+"""The roster of methods for models: a product, and how layers that compute it come into a model.
 
 To add one: a function that returns a `Method`, exported by `baselines`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from strassen_tile import bases
 from strassen_tile.baselines import products
 from strassen_tile.baselines.block_diagonal import MonarchLinear
-from strassen_tile.baselines.layers import LowRankLinear, layer_cost
+from strassen_tile.baselines.layers import LowRankLinear
 from strassen_tile.baselines.mixes import Mix, MixedLinear, mixing_with
 from strassen_tile.baselines.products import Product
 from strassen_tile.baselines.rotation import RotatedLinear
-from strassen_tile.baselines.sparse24 import Sparse24Linear
+from strassen_tile.baselines.sparse24 import Criterion, Sparse24Linear
 from strassen_tile.convert import Conversion, Filter, Mixing, Replace, convert, replace_modules, swap
-from strassen_tile.convert.running import evaluating, run
-from strassen_tile.cost import Cost
+from strassen_tile.convert.running import inputs_of
 from strassen_tile.nn import PaddingMask, STLConfig
 
-# What a CPU runs for F.scaled_dot_product_attention, and FlopCounterMode takes for free.
-_UNCOUNTED = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
-}
+
+class Apply(Protocol):
+    """Puts a method's layers into a model, in place."""
+
+    def __call__(self, model: nn.Module, inputs: object, keep: Filter | None, calibration: object = None) -> Conversion:
+        """`convert`, of this method: example inputs, filter, and inputs that layers are fitted to where a method does that."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(Product):
-    """A product, and how layers that compute it come into a model. `apply`: (model, example_inputs, filter_fn), in place."""
+    """A product, and how layers that compute it come into a model."""
 
-    apply: Callable[[nn.Module, object, Filter | None], Conversion]
+    apply: Apply
 
 
 def _replacing(product: Product, replace: Replace) -> Method:
-    def apply(model: nn.Module, inputs: object, keep: Filter | None) -> Conversion:
-        return swap(model, replace, example_inputs=inputs, filter_fn=keep)
+    return _fitting(product, lambda linear, rows: replace(linear))
+
+
+def _fitting(product: Product, replace: Callable[[nn.Linear, Tensor | None], nn.Module | str]) -> Method:
+    """A method whose layers are made of a dense one and of the rows that it is fed, or of None where there are none."""
+
+    def apply(model: nn.Module, inputs: object, keep: Filter | None, calibration: object = None) -> Conversion:
+        fed: dict[nn.Module, Tensor] = {}
+        if calibration is not None:
+            found = swap(model, lambda linear: linear, example_inputs=inputs, filter_fn=keep, dry_run=True)
+            wanted = {module for name, module in model.named_modules() if name in found.converted}
+            fed = inputs_of(model, list(wanted), calibration)
+        # Let go of one by one: those of a large model are larger than it.
+        return swap(model, lambda linear: replace(linear, fed.pop(linear, None)), example_inputs=inputs, filter_fn=keep)
 
     return Method(**vars(product), apply=apply)
 
@@ -51,39 +62,55 @@ def dense() -> Method:
     return _replacing(products.dense(), lambda linear: linear)
 
 
-def stl(config: STLConfig, *, force_mixing: bool = False) -> Method:
+def stl(config: STLConfig, *, force_mixing: bool = False, rounds: int = 10) -> Method:
     """Strassen-Tile with this configuration.
 
     Args:
-        config: of all layers.
+        config: of all layers. One that starts from the weight is fitted to calibration inputs, where there are any.
         force_mixing: mix rows of a sample though the model does not let them meet: a causal model then sees the tokens that
             it is to predict. To show what that does.
+        rounds: of the fit.
     """
     forced = ("*",) if force_mixing else ()
     basis = config.load_basis()
     own, basis = basis is None, basis or bases.random(config.pqs, config.rank)
     return Method(
         **vars(products.stl(basis, own=own, encoder_scope=config.encoder_scope)),
-        apply=lambda model, inputs, keep: convert(
-            model, config, example_inputs=inputs, filter_fn=keep, force_mixing=forced
+        apply=lambda model, inputs, keep, calibration=None: convert(
+            model,
+            config,
+            example_inputs=inputs,
+            filter_fn=keep,
+            force_mixing=forced,
+            calibration=calibration if config.fits else None,
+            rounds=rounds,
         ),
     )
 
 
-def sparse_24() -> Method:
-    """2:4 sparsity, trained with SR-STE from the start."""
+def sparse_24(criterion: Criterion | None = None) -> Method:
+    """2:4 sparsity.
 
-    def replace(linear: nn.Linear) -> nn.Module | str:
+    Args:
+        criterion: None: trained with SR-STE from the start, the mask following the weights. Otherwise pruned once by it
+            (`products.sparse_24`), and the mask kept; those of rows want calibration inputs.
+    """
+
+    def replace(linear: nn.Linear, rows: Tensor | None) -> nn.Module | str:
         if linear.in_features % 4:
             return f"in_features {linear.in_features} is not a multiple of 4"
-        return Sparse24Linear.from_linear(linear)
+        return Sparse24Linear.from_linear(linear, one_shot=criterion, inputs=rows)
 
-    return _replacing(products.sparse_24(), replace)
+    return _fitting(products.sparse_24(criterion or "magnitude"), replace)
 
 
 def low_rank(flop_ratio: float) -> Method:
-    """Two thin dense layers with this fraction of the FLOPs, from the SVD of the start."""
-    return _replacing(products.low_rank(flop_ratio), lambda linear: LowRankLinear.from_linear(linear, flop_ratio))
+    """Two thin dense layers with this fraction of the FLOPs: the SVD of the weight, or that for calibration inputs."""
+
+    def replace(linear: nn.Linear, rows: Tensor | None) -> nn.Module:
+        return LowRankLinear.from_linear(linear, flop_ratio, rows)
+
+    return _fitting(products.low_rank(flop_ratio), replace)
 
 
 def monarch(flop_ratio: float, blocks: int = 4) -> Method:
@@ -118,7 +145,7 @@ def mixed(method: Method, kind: Mix, rows_mixed: int = 4) -> Method:
     p = method.tile[0] if method.tile else 1
     own = Mixing(p, causal=False) if p > 1 else None
 
-    def apply(model: nn.Module, inputs: object, keep: Filter | None) -> Conversion:
+    def apply(model: nn.Module, inputs: object, keep: Filter | None, calibration: object = None) -> Conversion:
         follows = kind in ("causal", "symmetric")
         padding = PaddingMask(tiles=p > 1, ahead=p > 1 or kind != "causal") if follows else None
 
@@ -137,7 +164,7 @@ def mixed(method: Method, kind: Mix, rows_mixed: int = 4) -> Method:
             model, wrap, example_inputs=inputs, filter_fn=keep, mixing=mixing or Mixing(p, False), attach=attach
         )
         trial.undo()
-        done = method.apply(model, inputs, lambda module, name: name in trial.converted)
+        done = method.apply(model, inputs, lambda module, name: name in trial.converted, calibration)
         wrapped: dict[str, nn.Module] = {name: wrap(layer) for name, layer in done.converted.items()}
         undo: list[Callable[[], object]] = [replace_modules(model, wrapped), *done._undo]
         if padding is not None:
@@ -154,67 +181,3 @@ def _longest(shapes: Sequence[tuple[int, ...]]) -> int:
 def token_mix(rows_mixed: int = 4) -> Method:
     """Dense layers that first mix the rows of a tile: the control for row mixing."""
     return mixed(dense(), "tile", rows_mixed)
-
-
-@dataclass(frozen=True)
-class ModelCost:
-    """FLOPs of one forward pass of a whole model, and of its converted layers.
-
-    Attributes:
-        flops: of the whole model, all in.
-        dense_flops: of the whole model had nothing been converted.
-        converted: summed costs of the converted layers (with their dense counterparts).
-        params: trainable parameters of the whole model as it stands.
-    """
-
-    flops: int
-    dense_flops: int
-    converted: Cost
-    params: int
-
-    @property
-    def share(self) -> float:
-        """Share of the dense model's FLOPs that lies in converted layers."""
-        return self.converted.dense_flops / self.dense_flops
-
-    @property
-    def flop_ratio(self) -> float:
-        """Whole model, all in, as a fraction of dense."""
-        return self.flops / self.dense_flops
-
-
-def model_cost(model: nn.Module, conversion: Conversion, example_inputs: object) -> ModelCost:
-    """Count a forward pass on `example_inputs`.
-
-    What lies outside the converted layers is counted by PyTorch's FlopCounterMode; converted layers by their own
-    `cost(rows, batch)`, since the counter sees a masked weight as a dense one.
-
-    Raises:
-        ConfigError: a converted layer of a class that has no `cost`.
-    """
-    counted: dict[int, int] = {}
-    costs: list[Cost] = []
-
-    def watch(layer: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-        def before(module: nn.Module, args: object) -> None:
-            counted[id(module)] = counted.get(id(module), 0) - counter.get_total_flops()
-
-        def after(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: object) -> None:
-            counted[id(module)] += counter.get_total_flops()
-            shape = tuple((args[0] if args else kwargs["input"]).shape)
-            costs.append(layer_cost(module, shape[-2] if len(shape) > 1 else 1, math.prod(shape[:-2])))
-
-        return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after, with_kwargs=True)]
-
-    counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
-    handles = [handle for layer in conversion.converted.values() for handle in watch(layer)]
-    try:
-        with evaluating(model), counter:
-            run(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    rest = counter.get_total_flops() - sum(counted.values())
-    converted = Cost(*(sum(getattr(c, field) for c in costs) for field in Cost.__dataclass_fields__))
-    params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return ModelCost(rest + converted.flops, rest + converted.dense_flops, converted, params)

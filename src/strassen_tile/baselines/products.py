@@ -19,7 +19,7 @@ from strassen_tile import bases, cost, reference
 from strassen_tile.baselines.block_diagonal import MonarchLinear, block_products, monarch_width
 from strassen_tile.baselines.layers import LowRankLinear, inner_rank
 from strassen_tile.baselines.mixes import Mix, add_mix, check_mix, mix_shape, mixed_by
-from strassen_tile.baselines.sparse24 import Sparse24Linear, mask_24, refit
+from strassen_tile.baselines.sparse24 import Criterion, Sparse24Linear, mask_24, refit
 from strassen_tile.basis import Basis
 from strassen_tile.cost import Cost
 from strassen_tile.errors import ConfigError
@@ -138,7 +138,7 @@ def low_rank(flop_ratio: float, *, fitted: bool = True, rank: int | None = None)
     return Product("low-rank", exactness, flop_ratio, lambda n, k, m: layer(k, m, device="meta").cost(n), prepare, rank)
 
 
-def sparse_24(criterion: Literal["magnitude", "wanda", "refit"] = "magnitude") -> Product:
+def sparse_24(criterion: Criterion = "magnitude") -> Product:
     """Of every four entries of w along K two are zero: packed for the hardware on a GPU, masked elsewhere.
 
     Args:

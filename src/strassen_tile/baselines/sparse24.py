@@ -18,7 +18,7 @@ from torch.autograd import Function
 from strassen_tile import cost
 from strassen_tile.errors import ShapeError, shape_text
 
-Criterion = Literal["magnitude", "wanda"]
+Criterion = Literal["magnitude", "wanda", "refit"]
 _AT_ONCE = 64  # output rows whose weights are fitted together
 SR_STE_DECAY = 2e-4  # λ_w of Zhou et al. 2021 (arXiv 2102.04010), for AdamW and SGD alike
 
@@ -112,14 +112,26 @@ class Sparse24Linear(nn.Linear):
     def from_linear(
         cls, linear: nn.Linear, *, one_shot: Criterion | None = None, inputs: Tensor | None = None
     ) -> Sparse24Linear:
-        """Take over the parameters of `linear`; with `one_shot`, prune now and keep the mask ("wanda" needs inputs)."""
-        if one_shot == "wanda" and inputs is None:
-            raise ShapeError("one_shot='wanda' weighs weights by their inputs; pass calibration inputs (…, K)")
+        """Take over the parameters of `linear`; with `one_shot`, prune now and keep the mask.
+
+        Args:
+            linear: its parameters become the layer's, but for a weight that is fitted.
+            one_shot: "magnitude", "wanda" or "refit": wanda's mask, and the weights left fitted by least squares.
+            inputs: calibration rows (…, K), which the last two need.
+
+        Raises:
+            ShapeError: K is no multiple of 4, or inputs are missing or have other features.
+        """
+        if one_shot in ("wanda", "refit") and inputs is None:
+            raise ShapeError(f"one_shot={one_shot!r} weighs weights by their inputs; pass calibration inputs (…, K)")
         with torch.device("meta"):
             layer = cls(linear.in_features, linear.out_features, linear.bias is not None, dtype=linear.weight.dtype)
         layer.weight, layer.bias = linear.weight, linear.bias
         if one_shot is not None:
-            layer.fixed_mask = mask_24(linear.weight, inputs if one_shot == "wanda" else None)
+            layer.fixed_mask = mask_24(linear.weight, None if one_shot == "magnitude" else inputs)
+        if one_shot == "refit" and inputs is not None and layer.fixed_mask is not None:
+            fitted = refit(linear.weight, layer.fixed_mask, inputs)
+            layer.weight = nn.Parameter(fitted, requires_grad=linear.weight.requires_grad)
         return layer.train(linear.training)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:

@@ -15,15 +15,10 @@ from typing import Any, Literal
 from strassen_tile import baselines
 from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import settings
-from strassen_tile.integrations.training import Optimizer, Training, about, check_choices
-from strassen_tile.nn import STLConfig
-from strassen_tile.nn.config import Mixing, Scope
-from strassen_tile.nn.optim import FactorLR
+from strassen_tile.experiments.entry_settings import EntrySettings, SparseEntry, STLEntry, STLSettings, ThinEntry
+from strassen_tile.integrations.training import Training, check_choices
 from strassen_tile.nn.token_mix import KINDS
 from strassen_tile.report.groups import without_rate
-from strassen_tile.tiling import Tile
-
-Mix = Literal["none", "causal", "symmetric", "tile", "grid"]
 
 
 @dataclass(frozen=True)
@@ -59,78 +54,6 @@ class Compared:
         return replace(self, variant=variant, changes={**self.changes, "lr": lr})
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """What every entry may have of its own: how it trains, and what comes before its layers."""
-
-    mix: Mix = field(
-        default="none",
-        metadata=about(
-            "mix of rows ahead of each layer: a short convolution that sees 3 before, or 2 before and 1 after; of 4 in a tile; "
-            "or 3×3 on the grid of tokens"
-        ),
-    )
-    width: int | None = field(default=None, metadata=about("features of a token, for a network made smaller"))
-    epochs: int | None = field(default=None, metadata=about("of this entry alone: a schedule of its own"))
-    optimizer: Optimizer | None = field(default=None, metadata=about("of this entry alone"))
-    weight_decay: float | None = field(default=None, metadata=about("of this entry alone"))
-    factor_lr: FactorLR | None = field(default=None, metadata=about("of this entry alone"))
-    base_width: int | None = field(default=None, metadata=about("of this entry alone"))
-    weight_norm: Literal["none", "term", "layer"] = field(
-        default="none", metadata=about("encoded weights trained as norm and direction: of each term, or of the layer")
-    )
-    zero_last: bool = field(default=False, metadata=about("residual branches start at zero"))
-    lr: float | None = field(default=None, metadata=about("of this entry alone"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class STLSettings:
-    """How STL layers are made: the recipe's, and the entry's where it says so."""
-
-    tile: Tile = field(default=(4, 4, 4), metadata={**about("side, or p,q,s"), "parse": settings.tile})
-    mixing: Mixing = field(default="sequence", metadata=about("which rows of a tile see each other"))
-    encoder_scope: Scope = field(default="layer", metadata=about("one encoder a layer, or one a column tile"))
-    init: Literal["random", "orthogonal", "signs", "approximate", "truncated", "strassen", "naive"] = field(
-        default="random",
-        metadata=about(
-            "where STL starts: random factors of three kinds, the best known, Strassen's best terms, or exact ones "
-            "(rank 49, pqs)"
-        ),
-    )
-    weight_start: Literal["auto", "random", "fit", "spectral"] = field(
-        default="auto",
-        metadata=about("where the encoded weight starts: noise, the weight replaced, or noise of a spectral scale"),
-    )
-    train_encoder: bool = field(default=True, metadata=about("train encoders"))
-    train_decoder: bool = field(default=True, metadata=about("train decoders"))
-
-    def config(self, rank: int) -> STLConfig:
-        """The configuration of the layers at this rank."""
-        return STLConfig(
-            tile=self.tile,
-            rank=rank,
-            basis=self.init,
-            init=self.weight_start,
-            mixing=self.mixing,
-            encoder_scope=self.encoder_scope,
-            train_encoder=self.train_encoder,
-            train_decoder=self.train_decoder,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _STLEntry(_Entry, STLSettings):
-    rank: int | None = field(default=None, metadata=about("of this entry alone"))
-    force_mixing: bool = field(
-        default=False, metadata=about("rows of a sample mix though the model keeps them apart: to show what leaks")
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ThinEntry(_Entry):
-    flop_ratio: float | None = field(default=None, metadata=about("FLOPs as a fraction of dense"))
-
-
 def compared(entry: str, recipe: STLSettings, ranks: tuple[int, ...]) -> list[Compared]:
     """The methods that an entry names: of STL one for each rank where it has none of its own.
 
@@ -154,7 +77,7 @@ def compared(entry: str, recipe: STLSettings, ranks: tuple[int, ...]) -> list[Co
     texts = [] if inside is None else settings.listed(inside)
     given = settings.values_of(record, settings.pairs(texts, f"methods: {name}"), f"methods: {name}")
     own = {key: value for key, value in given.items() if key in _OWN and not _unset(key, value)}
-    inside_layers = record is _STLEntry and own.get("mix") in KINDS  # STL layers have these mixes of their own
+    inside_layers = record is STLEntry and own.get("mix") in KINDS  # STL layers have these mixes of their own
     more = {"token_mix": own["mix"]} if inside_layers else {}
     made = make(recipe, ranks, {key: value for key, value in given.items() if key not in _OWN} | more)
     return [_with_own(one, own, recipe, wrap=not inside_layers) for one in made]
@@ -237,6 +160,14 @@ def _effective(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "tile": (1, q, s)} if values["mixing"] == "none" else dict(values)
 
 
+def _sparse(recipe: STLSettings, ranks: tuple[int, ...], given: Mapping[str, Any]) -> list[Compared]:
+    own = SparseEntry(**given)
+    check_choices(own)
+    if own.criterion == "dynamic":
+        return [Compared(baselines.sparse_24(), "")]
+    return [Compared(baselines.sparse_24(own.criterion), own.criterion)]
+
+
 def _thin(name: str, make: Callable[[float], baselines.Method]) -> _Make:
     """Entries of a method that has a fraction of the FLOPs: the entry's, or that of the products of the smallest rank."""
 
@@ -261,14 +192,14 @@ _WORDS = {
     "optimizer": "{}", "weight_decay": "decay {}", "factor_lr": "rates {}", "base_width": "base width {}", "lr": "lr {}",
 }  # fmt: skip
 _TRAINING = frozenset(one.name for one in fields(Training))
-_OWN = frozenset(one.name for one in fields(_Entry))
+_OWN = frozenset(one.name for one in fields(EntrySettings))
 # Name of an entry: the record of its settings, and what makes its methods of the recipe and of the settings given.
 _ENTRIES: dict[str, tuple[type, _Make]] = {
-    "dense": (_Entry, lambda recipe, ranks, given: [Compared(baselines.dense(), "")]),
-    "2:4": (_Entry, lambda recipe, ranks, given: [Compared(baselines.sparse_24(), "")]),
-    "stl": (_STLEntry, _stl),
-    "low-rank": (_ThinEntry, _thin("low-rank", baselines.low_rank)),
-    "monarch": (_ThinEntry, _thin("monarch", baselines.monarch)),
-    "rotated": (_Entry, lambda recipe, ranks, given: [Compared(baselines.rotated(), "")]),
-    "dense+mix": (_Entry, lambda recipe, ranks, given: [Compared(baselines.token_mix(), "")]),
+    "dense": (EntrySettings, lambda recipe, ranks, given: [Compared(baselines.dense(), "")]),
+    "2:4": (SparseEntry, _sparse),
+    "stl": (STLEntry, _stl),
+    "low-rank": (ThinEntry, _thin("low-rank", baselines.low_rank)),
+    "monarch": (ThinEntry, _thin("monarch", baselines.monarch)),
+    "rotated": (EntrySettings, lambda recipe, ranks, given: [Compared(baselines.rotated(), "")]),
+    "dense+mix": (EntrySettings, lambda recipe, ranks, given: [Compared(baselines.token_mix(), "")]),
 }

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import entries, settings
-from strassen_tile.experiments.entries import Compared, STLSettings
+from strassen_tile.experiments.entries import Compared
+from strassen_tile.experiments.entry_settings import STLSettings
 from strassen_tile.integrations.training import about, check_choices
 
 MOST_SEEDS = 1000
