@@ -5,6 +5,7 @@ To add one: a function that returns a `Method`, exported by `baselines`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -101,7 +102,7 @@ def sparse_24(criterion: Criterion | None = None) -> Method:
             return f"in_features {linear.in_features} is not a multiple of 4"
         return Sparse24Linear.from_linear(linear, one_shot=criterion, inputs=rows)
 
-    return _fitting(products.sparse_24(criterion or "magnitude"), replace)
+    return _fitting(dataclasses.replace(products.sparse_24(criterion or "magnitude"), name="2:4"), replace)
 
 
 def low_rank(flop_ratio: float) -> Method:

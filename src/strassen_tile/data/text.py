@@ -66,14 +66,14 @@ class TextSplits:
     digest: str
 
 
-def load_text(data: str, *, tokenizer: str = "bytes", limit: int | None = None, context: int = 1) -> TextSplits:
+def load_text(data: str, *, tokenizer: Any = "bytes", limit: int | None = None, context: int = 1) -> TextSplits:
     """The text called `data`, in tokens.
 
     Args:
         data: "python", the prose of Python's standard library, or "python-code", its sources; a folder or file of txt, jsonl
             ({"text": …} a line) or parquet; or "hub:NAME", streamed. Where files or splits are called train, validation (or
             val) and test, those parts are taken; otherwise a twentieth of the documents each is for validation and test.
-        tokenizer: "bytes", or what transformers' AutoTokenizer takes.
+        tokenizer: "bytes", what transformers' AutoTokenizer takes, or a tokenizer of transformers.
         limit: bytes of text to train on; None: all there are, of streams 128 MiB.
         context: tokens a piece; each part has to have more.
 
@@ -82,23 +82,13 @@ def load_text(data: str, *, tokenizer: str = "bytes", limit: int | None = None, 
         ImportError: parquet files and the hub need `datasets`, tokenizers `transformers`.
     """
     encode, vocabulary, separator = _tokenizer(tokenizer)
-    sources = _sources(data)
-    if limit is None and data.startswith("hub:"):
-        limit = _STREAMED
     code, kind = ("B", torch.uint8) if vocabulary <= BYTES else ("i", torch.int32)
     parts = {part: array(code) for part in _PARTS}
     sizes = dict.fromkeys(_PARTS, 0)
-    for part, (name, text) in sources:
-        side = part or _side(name)
-        if side == "train" and limit is not None and sizes["train"] >= limit:
-            if part is None or all(sizes[one] for one in _PARTS):
-                break
-            continue
-        if not text:
-            continue
+    for side, text in _parted(data, limit):
         parts[side].extend(encode(text))
         parts[side].append(separator)
-        sizes[side] += len(text.encode("utf-8", errors="replace")) + 1
+        sizes[side] += _size(text)
     made = {
         name: torch.frombuffer(part, dtype=kind) if part else torch.empty(0, dtype=kind) for name, part in parts.items()
     }
@@ -110,19 +100,55 @@ def load_text(data: str, *, tokenizer: str = "bytes", limit: int | None = None, 
             )
     digest = hashlib.sha256(b"".join(made[part].numpy().tobytes() for part in _PARTS)).hexdigest()[:16]
     train, validation, test = (Part(made[part], sizes[part]) for part in _PARTS)
-    return TextSplits(train, validation, test, data, vocabulary, tokenizer, digest)
+    name = tokenizer if isinstance(tokenizer, str) else str(tokenizer.name_or_path)
+    return TextSplits(train, validation, test, data, vocabulary, name, digest)
 
 
-def _tokenizer(name: str) -> tuple[Encode, int, int]:
+def load_documents(data: str, *, limit: int | None = None) -> dict[str, list[str]]:
+    """The documents of the text called `data`, by part: "train", "validation" and "test", as `load_text` parts them.
+
+    Raises:
+        DataError: there is no text, or it cannot be read.
+        ImportError: parquet files and the hub need `datasets`.
+    """
+    found: dict[str, list[str]] = {part: [] for part in _PARTS}
+    for part, text in _parted(data, limit):
+        found[part].append(text)
+    return found
+
+
+def _parted(data: str, limit: int | None) -> Iterator[tuple[str, str]]:
+    """The side of each document and its text, until there are `limit` bytes to train on."""
+    if limit is None and data.startswith("hub:"):
+        limit = _STREAMED
+    sizes = dict.fromkeys(_PARTS, 0)
+    for part, (name, text) in _sources(data):
+        side = part or _side(name)
+        if side == "train" and limit is not None and sizes["train"] >= limit:
+            if part is None or all(sizes[one] for one in _PARTS):
+                break
+            continue
+        if text:
+            sizes[side] += _size(text)
+            yield side, text
+
+
+def _size(text: str) -> int:
+    return len(text.encode("utf-8", errors="replace")) + 1
+
+
+def _tokenizer(name: Any) -> tuple[Encode, int, int]:
     """How text becomes tokens, how many different ones there are, and the one that ends a document."""
     if name == "bytes":
         return lambda text: text.encode("utf-8", errors="replace").replace(b"\0", b" "), BYTES, 0
-    transformers = need("transformers", f"tokenizer {name}", "language")
-    try:
-        made: Any = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # of the library, of its HTTP client, of the file system
-        said = " ".join(str(error).split())[:300]
-        raise DataError(f"tokenizer={name}: cannot be loaded ({type(error).__name__}: {said})") from error
+    made = name
+    if isinstance(name, str):
+        transformers = need("transformers", f"tokenizer {name}", "language")
+        try:
+            made = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:  # of the library, of its HTTP client, of the file system
+            said = " ".join(str(error).split())[:300]
+            raise DataError(f"tokenizer={name}: cannot be loaded ({type(error).__name__}: {said})") from error
     separator = next((i for i in (made.eos_token_id, made.sep_token_id, made.pad_token_id) if i is not None), None)
     if separator is None:
         raise DataError(f"tokenizer={name}: has no token that ends a text (eos, sep or pad)")

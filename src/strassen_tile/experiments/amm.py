@@ -10,7 +10,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from strassen_tile.experiments import approximation, real_layers
 from strassen_tile.experiments.approximation import Problem
-from strassen_tile.experiments.commands import make_writable
+from strassen_tile.experiments.measuring import make_writable
 from strassen_tile.experiments.speed import shapes_of
 from strassen_tile.records import Row, write_rows
 from strassen_tile.report import amm as report

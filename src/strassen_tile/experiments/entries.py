@@ -126,6 +126,8 @@ def _stl(recipe: STLSettings, ranks: tuple[int, ...], given: Mapping[str, Any]) 
     )
     own = STLSettings(**values)
     check_choices(own)
+    if own.rounds < 0:
+        raise ConfigError(f"methods: stl: rounds must not be negative; got {own.rounds}")
     ranks = ranks if rank is None else (rank,)
     if not ranks:
         raise ConfigError("stl needs at least one rank: give ranks, or stl[rank=…]")
@@ -134,7 +136,7 @@ def _stl(recipe: STLSettings, ranks: tuple[int, ...], given: Mapping[str, Any]) 
         config = replace(own.config(rank), token_mix=token_mix)
         config.load_basis()  # raises where there is none
         said = [f"r={rank}", *_differences(own, base), *(["forced"] if forced else [])]
-        made.append(Compared(baselines.stl(config, force_mixing=forced), ", ".join(said)))
+        made.append(Compared(baselines.stl(config, force_mixing=forced, rounds=own.rounds), ", ".join(said)))
     return made
 
 
@@ -148,6 +150,7 @@ def _differences(own: STLSettings, base: Mapping[str, Any]) -> list[str]:
         "encoder_scope": f"scope {now['encoder_scope']}",
         "init": f"start {now['init']}",
         "weight_start": f"weight {now['weight_start']}",
+        "rounds": f"{now['rounds']} rounds",
         "train_encoder": f"encoder {'trained' if now['train_encoder'] else 'fixed'}",
         "train_decoder": f"decoder {'trained' if now['train_decoder'] else 'fixed'}",
     }

@@ -57,6 +57,9 @@ class STLSettings:
         default="auto",
         metadata=about("where the encoded weight starts: noise, the weight replaced, or noise of a spectral scale"),
     )
+    rounds: int = field(
+        default=10, metadata=about("of fitting encoders and decoders, too, to calibration inputs, where there are any")
+    )
     train_encoder: bool = field(default=True, metadata=about("train encoders"))
     train_decoder: bool = field(default=True, metadata=about("train decoders"))
 

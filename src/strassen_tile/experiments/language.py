@@ -21,7 +21,7 @@ from strassen_tile.data.text import TextSplits, load_text
 from strassen_tile.experiments import runner
 from strassen_tile.experiments.costs import against, cost_fields
 from strassen_tile.experiments.entries import Compared
-from strassen_tile.experiments.rates import TUNING_SEED, Entry, Rates, about_run, how_it_trains, rated, tried
+from strassen_tile.experiments.rates import TUNING_SEED, Entry, Rates, rated, run_of, tried
 from strassen_tile.experiments.rates import compare as rates_first
 from strassen_tile.experiments.settings import settings_of, shortest
 from strassen_tile.experiments.text_recipe import TextRecipe
@@ -154,21 +154,15 @@ def _notes(recipe: TextRecipe, splits: TextSplits) -> list[str]:
 
 
 def _run(recipe: TextRecipe, splits: TextSplits, entry: Entry, seed: int, *, test: bool = True) -> runner.Run:
-    one = entry.compared
-    own: dict[str, Any] = {**one.changes, "methods": ("dense",), "save": recipe.save and test}
-    training = replace(recipe, **own)
-    more = {**how_it_trains(training), "tokens_per_epoch": training.tokens, **entry.chosen}
-    return runner.Run(
-        method=one.method.name,
-        rank=one.method.rank,
-        variant=one.variant,
-        seed=seed,
-        epochs=training.epochs,
-        # By number: a method is made of functions that no other process could be handed.
+    return run_of(
+        recipe,
+        entry,
+        seed,
+        test=test,
         build=partial(_build, recipe, splits.vocabulary, entry.index, seed),
-        cost=partial(_cost, recipe, splits.vocabulary, one.width is not None, more),
-        train=partial(_train, training, splits, seed=seed, test=test, about=about_run(recipe, one, seed)),
-        saves=training.save,
+        cost=partial(_cost, recipe, splits.vocabulary, entry.compared.width is not None),
+        train=partial(_train, splits),
+        more={"tokens_per_epoch": recipe.tokens},
     )
 
 
@@ -188,18 +182,11 @@ def _cost(
     return {**found, **more}
 
 
-def _train(recipe: TextRecipe, splits: TextSplits, model: nn.Module, folder: Path, **more: Any) -> None:
+def _train(splits: TextSplits, recipe: TextRecipe, model: nn.Module, folder: Path, *, seed: int, **more: Any) -> None:
     # Imported late: transformers takes seconds, and options are checked before it is wanted.
-    from strassen_tile.integrations.text import train_text
+    from strassen_tile.integrations.fitting import train
+    from strassen_tile.integrations.text import text_task
 
-    train_text(
-        model,
-        splits,
-        folder,
-        recipe,
-        context=recipe.context,
-        steps=recipe.steps,
-        held_out=recipe.held_out,
-        tested_on=recipe.tested_on,
-        **more,
-    )
+    how: dict[str, Any] = {"context": recipe.context, "held_out": recipe.held_out, "tested_on": recipe.tested_on}
+    task = text_task(splits, recipe.batch_size, steps=recipe.steps, seed=seed, **how)
+    train(model, task, folder, recipe, seed=seed, **more)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import nn
+
+from strassen_tile.convert import Conversion
 from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import runner
 from strassen_tile.experiments.entries import Compared
@@ -116,6 +120,47 @@ def how_it_trains(training: Training) -> Row:
     """Fields of a run's rows: what of its training may differ from entry to entry."""
     keys = ("lr", "optimizer", "weight_decay", "factor_lr", "base_width", "epochs")
     return {key: getattr(training, key) for key in keys}
+
+
+def run_of(
+    recipe: Any,
+    entry: Entry,
+    seed: int,
+    *,
+    test: bool,
+    build: Callable[[], tuple[nn.Module, Conversion]],
+    cost: Callable[[Row, nn.Module, Conversion], Row],
+    train: Callable[..., None],
+    more: Row | None = None,
+) -> runner.Run:
+    """The run of an entry with a seed, trained as the entry says where the recipe says otherwise.
+
+    Args:
+        recipe: a `Tuned` that is a `Training`.
+        entry: the method and its rate.
+        seed: of weights, order and draws.
+        test: whether the test set is read at the end; runs that choose a rate are not what anybody wants the weights of.
+        build, cost: see `runner.Run`; the latter is given further fields first.
+        train: (recipe, model, folder, *, seed, test, about, …), see `fitting.train`.
+        more: fields of its rows.
+    """
+    one = entry.compared
+    # Other entries have no part in a run, and with its rate one of them could be the same.
+    own: dict[str, Any] = {**one.changes, "methods": ("dense",), "save": recipe.save and test}
+    training = replace(recipe, **own)
+    fields = {**how_it_trains(training), **(more or {}), **entry.chosen}
+    return runner.Run(
+        method=one.method.name,
+        rank=one.method.rank,
+        variant=one.variant,
+        seed=seed,
+        epochs=training.epochs,
+        # A method is made of functions that no other process could be handed: builders find it by its number.
+        build=build,
+        cost=partial(cost, fields),
+        train=partial(train, training, seed=seed, test=test, about=about_run(recipe, one, seed)),
+        saves=training.save,
+    )
 
 
 def about_run(recipe: Any, one: Compared, seed: int) -> dict[str, object]:

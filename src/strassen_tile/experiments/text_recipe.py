@@ -16,8 +16,8 @@ RECIPES = Path(__file__).with_name("recipes") / "text"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextRecipe(Tuned, Training):
-    """Everything that is the same for all methods of a comparison on text, and which those are. Fields say what they are.
+class OnText(Tuned, Training):
+    """What comparisons on text have in common. Fields say what they are.
 
     Raises:
         ConfigError: a value that makes no sense.
@@ -33,23 +33,13 @@ class TextRecipe(Tuned, Training):
             "of txt, jsonl or parquet, or hub:NAME"
         ),
     )
-    tokenizer: str = field(default="bytes", metadata=about("bytes, or what transformers' AutoTokenizer takes"))
     limit: int | None = field(default=None, metadata=about("bytes of text to train on; none: all, of streams 128 MiB"))
-    model: str = field(
-        default="llama-3m",
-        metadata=about(
-            "llama-, neox- or qwen3- and 1m, 3m, 10m or 30m; llama-160m, neox-160m, llama-1b; or a config.json"
-        ),
-    )
     context: int = field(default=128, metadata=about("tokens of a sequence"))
     held_out: int | None = field(
         default=None, metadata=about("sequences of the validation text that an epoch is evaluated on; none: all")
     )
     tested_on: int | None = field(
         default=None, metadata=about("sequences of the test text that a run is tested on; none: all")
-    )
-    init_range: float | None = field(
-        default=None, metadata=about("standard deviation of dense weights at the start; none: the model's, 0.02")
     )
 
     def __post_init__(self) -> None:
@@ -59,14 +49,38 @@ class TextRecipe(Tuned, Training):
                 f"steps, context, held_out, tested_on and limit must be positive; got {self.steps}, {self.context}, "
                 f"{self.held_out}, {self.tested_on}, {self.limit}"
             )
-        if self.init_range is not None and not 0 < self.init_range < 1:
-            raise ConfigError(f"init_range must be above 0 and below 1, or none; got {self.init_range}")
         Tuned.__post_init__(self)
 
     @property
     def tokens(self) -> int:
         """Tokens trained on in an epoch."""
         return self.steps * self.batch_size * self.context
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRecipe(OnText):
+    """Everything that is the same for all methods that are trained from scratch on text, and which those are.
+
+    Raises:
+        ConfigError: a value that makes no sense.
+        BasisError: there is no basis for an STL run to start from.
+    """
+
+    tokenizer: str = field(default="bytes", metadata=about("bytes, or what transformers' AutoTokenizer takes"))
+    model: str = field(
+        default="llama-3m",
+        metadata=about(
+            "llama-, neox- or qwen3- and 1m, 3m, 10m or 30m; llama-160m, neox-160m, llama-1b; or a config.json"
+        ),
+    )
+    init_range: float | None = field(
+        default=None, metadata=about("standard deviation of dense weights at the start; none: the model's, 0.02")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_range is not None and not 0 < self.init_range < 1:
+            raise ConfigError(f"init_range must be above 0 and below 1, or none; got {self.init_range}")
 
 
 def text_recipe_of(

@@ -6,7 +6,7 @@ are, the token module and the head are not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import runner
 from strassen_tile.experiments.building import build, fixed_fields
 from strassen_tile.experiments.notes import epochs, facts, notes, remarks
-from strassen_tile.experiments.rates import TUNING_SEED, Entry, Rates, about_run, how_it_trains, rated, tried
+from strassen_tile.experiments.rates import TUNING_SEED, Entry, Rates, rated, run_of, tried
 from strassen_tile.experiments.rates import compare as rates_first
 from strassen_tile.experiments.recipe import Recipe
 from strassen_tile.experiments.settings import settings_of
@@ -99,22 +99,14 @@ def _comparison(recipe: Recipe, splits: ImageSplits, title: str, runs: Sequence[
 
 
 def _run(recipe: Recipe, splits: ImageSplits, entry: Entry, seed: int, *, test: bool = True) -> runner.Run:
-    # Other entries have no part in a run, and with its rate one of them could be the same; runs that choose a rate are not
-    # what anybody wants the weights of.
-    one = entry.compared
-    own: dict[str, Any] = {**one.changes, "methods": ("dense",), "save": recipe.save and test}
-    training = replace(recipe, **own)
-    return runner.Run(
-        method=one.method.name,
-        rank=one.method.rank,
-        variant=one.variant,
-        seed=seed,
-        epochs=training.epochs,
-        # By number: a method is made of functions that no other process could be handed.
+    return run_of(
+        recipe,
+        entry,
+        seed,
+        test=test,
         build=partial(_build, recipe, splits, entry.index, seed),
-        cost=partial(fixed_fields, recipe, splits, one.width is not None, {**how_it_trains(training), **entry.chosen}),
-        train=partial(_train, training, splits, seed, test, about_run(recipe, one, seed)),
-        saves=training.save,
+        cost=partial(fixed_fields, recipe, splits, entry.compared.width is not None),
+        train=partial(_train, splits),
     )
 
 
@@ -122,17 +114,8 @@ def _build(recipe: Recipe, splits: ImageSplits, index: int, seed: int) -> tuple[
     return build(recipe, splits, recipe.roster()[index], seed)
 
 
-def _train(
-    recipe: Recipe,
-    splits: ImageSplits,
-    seed: int,
-    test: bool,
-    about: Mapping[str, object],
-    model: nn.Module,
-    folder: Path,
-    **recorded_and_callbacks: Any,
-) -> None:
+def _train(splits: ImageSplits, recipe: Recipe, model: nn.Module, folder: Path, **more: Any) -> None:
     # Imported late: transformers takes seconds, and options are checked before it is wanted.
     from strassen_tile.integrations.images import train_images
 
-    train_images(model, splits, folder, recipe, seed=seed, test=test, about=about, **recorded_and_callbacks)
+    train_images(model, splits, folder, recipe, **more)

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction
 
 from strassen_tile.integrations.arguments import training_arguments
@@ -139,3 +140,23 @@ def train(
         callbacks=[watch] if average is None else [watch, Averaging(model, average, training.ema)],
     )
     fit(trainer, recorded=recorded)
+
+
+@torch.no_grad()
+def measure(model: nn.Module, task: Task, batch_size: int, name: str) -> Row:
+    """What a task's test set says of a model as it is, under names that begin with `name`; as Trainer would find it."""
+    wrapped, modes = task.wrap(model, None), {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    predicted, wanted = [], []
+    wrapped.eval()
+    try:
+        for batch in DataLoader(task.test, batch_size, collate_fn=task.collate):
+            labels = batch.pop("labels").to(device)
+            logits = wrapped(**{key: value.to(device) for key, value in batch.items()})["logits"]
+            predicted.append((logits if task.reduce is None else task.reduce(logits, labels)).cpu())
+            wanted.append(labels.cpu())
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    found = task.metrics(EvalPrediction(torch.cat(predicted).numpy(), torch.cat(wanted).numpy()))
+    return task.measured({f"test_{key}": value for key, value in found.items()}, "test_", name)

@@ -116,11 +116,12 @@ class STLLinear(TileLayer):
         if inputs is not None:
             start, dense = (t.to(device, torch.float64) for t in (self.encoded_weight, weight))
             x = inputs.detach().to(device, torch.float64)
-            fitted = fit.calibrate(x, dense, encoder, decoder, start)
             if rounds and self.config.fits_factors:
-                encoder, fitted, decoder, _ = fit_factors(x, dense, encoder, fitted, decoder, rounds=rounds)
+                encoder, fitted, decoder, _ = fit_factors(x, dense, encoder, start, decoder, rounds=rounds)
                 self.encoder.copy_(encoder)
                 self.decoder.copy_(decoder)
+            else:
+                fitted = fit.calibrate(x, dense, encoder, decoder, start)
             self.encoded_weight.copy_(fitted)
 
     @classmethod

