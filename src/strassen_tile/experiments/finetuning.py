@@ -81,9 +81,10 @@ def tuning(recipe: FinetuneRecipe) -> runner.Comparison:
     return _comparison(recipe, f"Learning rates: {_title(recipe)}", runs)
 
 
-def build(recipe: FinetuneRecipe, method: Method) -> tuple[nn.Module, Conversion]:
-    """A copy of the pretrained model as the method has it, fitted to the calibration text."""
+def build(recipe: FinetuneRecipe, method: Method, seed: int) -> tuple[nn.Module, Conversion]:
+    """A copy of the pretrained model as the method has it, fitted to calibration text; `seed` is of random factors."""
     found = material(recipe)
+    torch.manual_seed(seed)
     model = copy.deepcopy(found.model)
     if not recipe.in_order:
         return model, method.apply(model, found.example, in_blocks, found.calibration)
@@ -218,15 +219,15 @@ def _run(recipe: FinetuneRecipe, entry: Entry, seed: int, *, test: bool = True) 
         entry,
         seed,
         test=test,
-        build=partial(_build, recipe, entry.index),
+        build=partial(_build, recipe, entry.index, seed),
         cost=partial(_cost, recipe, seed, test),
         train=_train,
         more={"tokens_per_epoch": recipe.tokens},
     )
 
 
-def _build(recipe: FinetuneRecipe, index: int) -> tuple[nn.Module, Conversion]:
-    return build(recipe, recipe.roster()[index].method)
+def _build(recipe: FinetuneRecipe, index: int, seed: int) -> tuple[nn.Module, Conversion]:
+    return build(recipe, recipe.roster()[index].method, seed)
 
 
 def _cost(recipe: FinetuneRecipe, seed: int, test: bool, more: Row, model: nn.Module, conversion: Conversion) -> Row:

