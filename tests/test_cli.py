@@ -14,7 +14,7 @@ import torch
 from strassen_tile import cli
 from strassen_tile.cli import main
 from strassen_tile.cost import Machine
-from strassen_tile.experiments import commands, speed
+from strassen_tile.experiments import measuring, speed
 
 HUGE = "9" * 23
 BENCH, PLAN, COMPARE = ["bench", "--shapes", "64x64x64"], ["plan", "--shapes", "64x64x64"], ["compare", "--limit", "20"]
@@ -113,7 +113,7 @@ def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int,
 def test_a_bad_argument_is_said_in_one_line(case: str, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(speed, "machine", lambda *_: pytest.fail("work was begun"))
-    monkeypatch.setattr(commands, "machine", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr(measuring, "machine", lambda *_, **__: pytest.fail("work was begun"))
     arguments, message = ATTACKS[case]
     status, error = said(arguments, capsys)
     assert status in (1, 2)
@@ -127,7 +127,7 @@ def test_a_bad_argument_is_said_in_one_line(case: str, tmp_path: Path, capsys, m
 @pytest.mark.parametrize("kind", ["file", "below a file", "read-only", "loop"])
 def test_a_folder_that_cannot_be_written_is_said_before_work(command, kind, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(speed, "machine", lambda *_: pytest.fail("work was begun"))
-    monkeypatch.setattr(commands, "machine", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr(measuring, "machine", lambda *_, **__: pytest.fail("work was begun"))
     out = tmp_path / "out"
     if kind == "read-only":
         out.mkdir(mode=0o500)
@@ -145,7 +145,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_work(command, kind, tmp_
 def test_brackets_in_a_path_are_no_markup(tmp_path, capsys, monkeypatch) -> None:
     """rich read [/b] as markup, after all the work was done."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(commands, "machine", lambda *_, **__: FLAT)
+    monkeypatch.setattr(measuring, "machine", lambda *_, **__: FLAT)
     out = tmp_path / "[/b] [red]x[:smile:]"
     assert main([*PLAN, "--out", str(out)]) == 0
     assert f"{out / 'rows.json'}\n" in capsys.readouterr().out  # in one line too, to be copied
@@ -154,7 +154,7 @@ def test_brackets_in_a_path_are_no_markup(tmp_path, capsys, monkeypatch) -> None
 
 def test_a_home_is_expanded(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(commands, "machine", lambda *_, **__: FLAT)
+    monkeypatch.setattr(measuring, "machine", lambda *_, **__: FLAT)
     monkeypatch.chdir(tmp_path)
     assert main([*PLAN, "--out", "~/out"]) == 0
     assert (tmp_path / "out" / "rows.json").exists()
@@ -173,7 +173,7 @@ def test_memory_that_is_not_there_is_one_line(failure, tmp_path, capsys, monkeyp
     def fail(*_: object, **__: object) -> None:
         raise failure
 
-    monkeypatch.setattr(commands, "machine", fail)
+    monkeypatch.setattr(measuring, "machine", fail)
     status, error = said([*PLAN, "--out", str(tmp_path)], capsys)
     assert (status, error.count("\n")) == (1, 1)
     assert "too large for this machine's memory" in error
@@ -183,7 +183,7 @@ def test_a_mistake_of_ours_is_not_covered_up(tmp_path, monkeypatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(commands, "machine", fail)
+    monkeypatch.setattr(measuring, "machine", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         main([*PLAN, "--out", str(tmp_path)])
 

@@ -34,7 +34,7 @@ ORDER = [
     "models",
     "data",
 ]
-ORDER += ["integrations", "report", "experiments", "arguments", "cli"]
+ORDER += ["integrations", "report", "experiments", "arguments", "bases_cli", "cli"]
 OPTIONAL = {"transformers", "accelerate", "datasets", "sklearn", "matplotlib"}
 OPTIONAL_IN = {"integrations", "experiments", "data", "report"}
 OPS_MAY_IMPORT = {"errors", "files", "tiling", "basis", "ops"}  # its oracle, `reference`, stands on bases and cost

@@ -18,7 +18,7 @@ from strassen_tile.report import plan as plan_report
 @pytest.fixture(autouse=True)
 def _machine(tmp_path, monkeypatch) -> None:
     """No machine is measured."""
-    monkeypatch.setattr("strassen_tile.experiments.commands.machine", lambda *_, **__: FLAT)
+    monkeypatch.setattr("strassen_tile.experiments.measuring.machine", lambda *_, **__: FLAT)
 
 
 def test_decisions_are_those_of_flops_counted_by_hand() -> None:
