@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +17,13 @@ import strassen_tile as st
 from strassen_tile import baselines
 from strassen_tile.cli import main
 from strassen_tile.errors import ConfigError, DataError
-from strassen_tile.experiments import finetuning
+from strassen_tile.experiments import leak
+from strassen_tile.experiments.cheaper import build
 from strassen_tile.experiments.finetune_recipe import RECIPES, finetune_recipe_of
+from strassen_tile.experiments.material import material
+from strassen_tile.experiments.saved import load_run
 from strassen_tile.integrations.fitting import measure
+from strassen_tile.integrations.guide import Guide
 from strassen_tile.integrations.pretrained import pretrained
 from strassen_tile.integrations.sentences import passages_of
 
@@ -104,7 +109,7 @@ def test_rows_say_what_each_model_is_worth_before_and_after(llama, text, tmp_pat
     assert main(command(llama, text, tmp_path, methods=methods, save="true")) == 0
     rows, how = rows_of(tmp_path), recipe(llama, text, methods=methods)
     assert [row[0] for row in rows] == ["dense", "2:4", "low-rank", "stl"]
-    work = finetuning.material(how)
+    work = material(how)
     test = work.task(0).test
     batch = {key: torch.stack([test[i][key] for i in range(len(test))]) for key in ("input_ids", "labels")}
 
@@ -114,9 +119,9 @@ def test_rows_say_what_each_model_is_worth_before_and_after(llama, text, tmp_pat
         return float(nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()))
 
     for one, row in zip(how.roster(), rows.values(), strict=True):
-        model, _ = finetuning.build(how, one.method, 0)
+        model, _ = build(how, one.method, 0)
         assert row["before_loss"] == pytest.approx(loss(model), abs=1e-5)
-        model, _ = finetuning.build(how, one.method, 0)
+        model, _ = build(how, one.method, 0)
         (path,) = (tmp_path / "models").glob(f"{one.method.name.replace(':', '')}*.safetensors")
         model.load_state_dict(load_file(path))
         assert row["loss"] == pytest.approx(loss(model), abs=1e-5)
@@ -135,7 +140,7 @@ def test_rows_say_what_each_model_is_worth_before_and_after(llama, text, tmp_pat
 
 def test_a_fit_is_to_what_layers_are_fed(llama, text):
     """Of the first block, whose inputs no conversion changes; the error on calibration rows that it minimises."""
-    work = finetuning.material(recipe(llama, text))
+    work = material(recipe(llama, text))
     dense = pretrained(llama).model
     name = "model.layers.0.mlp.gate_proj"
     wanted = dict(dense.named_modules())[name]
@@ -166,7 +171,7 @@ def test_in_order_each_block_is_fitted_to_what_the_one_before_hands_on(llama, te
     models = {}
     for in_order in ("false", "true"):
         how = recipe(llama, text, methods=methods, in_order=in_order)
-        models[in_order], conversion = finetuning.build(how, how.roster()[0].method, 0)
+        models[in_order], conversion = build(how, how.roster()[0].method, 0)
         assert len(conversion.converted) == 14
         assert set(conversion.skipped) == {"lm_head"}
     one, other = (models[which].model.layers for which in ("false", "true"))
@@ -180,9 +185,9 @@ def test_what_is_distilled_from_itself_does_not_move(llama, text, tmp_path):
     assert main(command(llama, text, tmp_path, **given)) == 0
     row = rows_of(tmp_path)["dense", ""]
     assert row["train_loss"] == pytest.approx(0, abs=1e-5)
-    task = finetuning.material(recipe(llama, text, distill=0.5)).task(0)
+    task = material(recipe(llama, text, distill=0.5)).task(0)
     wrapped, batch = task.wrap(pretrained(llama).model, None).train(), task.collate([task.train[0], task.train[1]])
-    other = task.wrap(finetuning.build(recipe(llama, text), baselines.sparse_24("magnitude"), 0)[0], None).train()
+    other = task.wrap(build(recipe(llama, text), baselines.sparse_24("magnitude"), 0)[0], None).train()
     outputs = other(batch["input_ids"])
     found = task.loss(outputs, batch["labels"], batch["labels"].numel())
     with torch.no_grad():
@@ -193,6 +198,78 @@ def test_what_is_distilled_from_itself_does_not_move(llama, text, tmp_path):
     assert float(found) == pytest.approx(float(0.5 * plain + 0.5 * apart), rel=1e-5)
 
 
+def test_what_suffers_most_for_what_it_saves_is_left_dense(llama, text):
+    methods = "2:4[criterion=magnitude]"
+    how = recipe(llama, text, methods=methods)
+    method, work = how.roster()[0].method, material(how)
+    alone = {}
+    for block in ("model.layers.0.", "model.layers.1."):
+        model, conversion = build(how, method, 0)
+        others = [name for name in conversion.converted if not name.startswith(block)]
+        for name in others:
+            model.set_submodule(name, copy.deepcopy(work.model.get_submodule(name)))
+        alone[block] = measure(model, work.task(0), 2, "", validation=True)["loss"]
+    worst = max(alone, key=alone.__getitem__)
+    model, conversion = build(recipe(llama, text, methods=methods, fewer=1.1), method, 0)
+    linear = {name for name, module in work.model.named_modules() if isinstance(module, nn.Linear)}
+    assert set(conversion.skipped) == {name for name in linear if name.startswith((worst, "lm_head"))}
+    for name, layer in conversion.converted.items():
+        assert model.get_submodule(name) is layer
+        assert not name.startswith(worst)
+    for name in conversion.skipped:
+        assert torch.equal(model.get_submodule(name).weight, work.model.get_submodule(name).weight)
+        assert type(model.get_submodule(name)) is nn.Linear
+    assert baselines.model_cost(model, conversion, work.unit).flop_ratio < 1 / 1.1
+    with pytest.raises(ConfigError, match=r"with every block converted the model has 1\.\d+× fewer FLOPs"):
+        build(recipe(llama, text, methods=methods, fewer=3), method, 0)
+
+
+def test_a_guide_gives_the_dense_output_at_first_and_nothing_at_last(llama, text):
+    how = recipe(llama, text)
+    dense = pretrained(llama).model
+    model, conversion = build(how, baselines.sparse_24("magnitude"), 0)
+    tokens = material(how).unit["input_ids"]
+    with torch.no_grad():
+        own, wanted = model(tokens).logits, dense(tokens).logits
+        guide = Guide(model, dense, 0.5)
+        state = SimpleNamespace(global_step=0, max_steps=8)
+        guide.on_step_begin(None, state, None)
+        assert torch.equal(model.eval()(tokens).logits, own)  # while it is measured, it is itself
+        torch.testing.assert_close(model.train()(tokens).logits, wanted)
+        shares = []
+        for state.global_step in range(8):
+            guide.on_step_begin(None, state, None)
+            shares.append(guide.share)
+        assert shares == pytest.approx([0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)] + [0] * 4)
+        state.global_step = 2
+        guide.on_step_begin(None, state, None)
+        name, x = "model.layers.1.mlp.down_proj", torch.randn(3, 48)
+        layer = model.get_submodule(name)
+        mixed = layer(x)
+        guide.remove()
+        torch.testing.assert_close(mixed, 0.5 * (layer(x) + dense.get_submodule(name)(x)))
+    assert len(conversion.converted) == 14
+
+
+def test_a_run_that_is_guided_and_saved_comes_back(llama, text, tmp_path):
+    given = {
+        "methods": "stl[rank=24,mixing=sequence,force_mixing=true]",
+        "guide": 0.9,
+        "save": "true",
+        "calibration": 0,
+    }
+    assert main(command(llama, text, tmp_path, **given)) == 0
+    (path,) = (tmp_path / "models").iterdir()
+    run = load_run(path)
+    rows = leak.rows_of(run.model, run.splits, run.recipe.context, 6)
+    nats = sum(row["bits"] for row in rows) / 4 * math.log(2)
+    assert nats == pytest.approx(
+        rows_of(tmp_path)["stl", "r=24, tile 4×4×4, mixing sequence, forced"]["loss"], rel=1e-5
+    )
+    assert not any(row["check_mixing"] for row in rows)
+    assert run.decode(run.encode("The cat sat")) == "The cat sat"
+
+
 def test_an_encoder_is_held_against_the_embeddings_it_gave(bert, text, tmp_path):
     methods = "dense,2:4[criterion=wanda],stl[rank=24]"
     assert main(command(bert, text, tmp_path, "encoder", methods=methods)) == 0
@@ -201,7 +278,7 @@ def test_an_encoder_is_held_against_the_embeddings_it_gave(bert, text, tmp_path)
     assert rows["2:4", "wanda"]["before_cosine"] < 0.9999
     for row in rows.values():
         assert row["loss"] == pytest.approx(1 - row["cosine"])
-    task = finetuning.material(how).task(0)
+    task = material(how).task(0)
     model = pretrained(bert).model
     assert measure(model, task, 3, "")["cosine"] == pytest.approx(1, abs=1e-6)  # whatever the batch
     with torch.no_grad():
@@ -211,7 +288,7 @@ def test_an_encoder_is_held_against_the_embeddings_it_gave(bert, text, tmp_path)
 
 
 def test_a_search_is_of_ends_by_beginnings(bert, text):
-    task = finetuning.material(recipe(bert, text, "encoder")).task(0)
+    task = material(recipe(bert, text, "encoder")).task(0)
     embedded = nn.functional.normalize(torch.randn(14, 5, dtype=torch.float64), dim=1).numpy()
     wanted = nn.functional.normalize(torch.randn(14, 5, dtype=torch.float64), dim=1).numpy()
     ranks = []
@@ -252,7 +329,9 @@ def test_passages_are_of_one_side_and_have_two_sentences():
         ({"model": "/no/such/model"}, "model=/no/such/model: cannot be loaded"),
         ({"data": "no/such/folder"}, "no such file or folder"),
         ({"context": 100_000}, "a piece is 100000"),
-        ({"calibration": 0}, "calibration must be positive; got 0"),
+        ({"calibration": -1}, "calibration must not be negative; got -1"),
+        ({"guide": 1.5}, "guide must be from 0 to 1; got 1.5"),
+        ({"fewer": 0.5}, "fewer must be 1 or more, or none; got 0.5"),
         ({"distill": 2}, "distill must be from 0 to 1; got 2.0"),
         ({"methods": "dense[width=64]"}, "width is for networks that are made anew"),
         ({"methods": "2:4[criterion=best]"}, "criterion"),

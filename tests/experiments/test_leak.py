@@ -74,11 +74,12 @@ def test_saved_runs_come_back(tmp_path, capsys):
     assert main(["pretrain", *changes, "--out", str(tmp_path / "out")]) == 0
     paths = sorted((tmp_path / "out" / "models").iterdir())
     runs = [load_run(path) for path in paths]
-    assert [(told["method"], told["variant"], told["seed"]) for *_, told in runs] == [
+    assert [tuple(run.told.values()) for run in runs] == [
         ("dense", "", 0),
         ("stl", "r=24, forced", 0),
     ]
-    assert len(leak.continued(runs[0][0], b"to be", 7)) == 7
+    assert runs[0].decode(runs[0].encode("to bé")) == "to bé"
+    assert len(leak.continued(runs[0].model, runs[0].encode("to be"), 7)) == 7
     torch.save({}, tmp_path / "other.safetensors")
     with pytest.raises(DataError, match="has no weights of a run of pretrain"):
         load_run(tmp_path / "other.safetensors")

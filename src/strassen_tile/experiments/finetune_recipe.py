@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,8 @@ class FinetuneRecipe(OnText):
         default="smollm2", metadata=about("smollm2, minilm, the folder of a transformers model, or an id of the hub")
     )
     calibration: int = field(
-        default=16, metadata=about("pieces of the training text that layers are fitted to before they are trained")
+        default=16,
+        metadata=about("pieces of the training text that layers are fitted to before they are trained; 0: to none"),
     )
     in_order: bool = field(
         default=False, metadata=about("fit block after block, each to what those before it, converted, hand on")
@@ -41,10 +43,25 @@ class FinetuneRecipe(OnText):
         ),
     )
 
+    guide: float = field(
+        default=0.0,
+        metadata=about("fraction of the steps in which layers give a falling share of what the dense ones would"),
+    )
+    fewer: float | None = field(
+        default=None,
+        metadata=about(
+            "how many times fewer FLOPs the whole model is to have: blocks that suffer most are left dense; none: all converted"
+        ),
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.calibration < 1:
-            raise ConfigError(f"calibration must be positive; got {self.calibration}")
+        if self.calibration < 0:
+            raise ConfigError(f"calibration must not be negative; got {self.calibration}")
+        if not 0 <= self.guide <= 1:
+            raise ConfigError(f"guide must be from 0 to 1; got {self.guide}")
+        if self.fewer is not None and not 1 <= self.fewer < math.inf:
+            raise ConfigError(f"fewer must be 1 or more, or none; got {self.fewer}")
         if not 0 <= self.distill <= 1:
             raise ConfigError(f"distill must be from 0 to 1; got {self.distill}")
         if wide := [one for one in self.roster() if one.width is not None]:

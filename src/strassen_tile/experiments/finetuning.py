@@ -6,55 +6,25 @@ under names with "before_". Causal language models are trained on text, encoders
 
 from __future__ import annotations
 
-import copy
-import functools
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from strassen_tile.baselines import Method
 from strassen_tile.convert import Conversion
-from strassen_tile.data.pieces import Windows
-from strassen_tile.data.text import load_documents, load_text
-from strassen_tile.errors import ConversionError
 from strassen_tile.experiments import runner
+from strassen_tile.experiments.cheaper import build
 from strassen_tile.experiments.costs import cost_fields
 from strassen_tile.experiments.finetune_recipe import FinetuneRecipe
+from strassen_tile.experiments.material import material
 from strassen_tile.experiments.rates import TUNING_SEED, Entry, Rates, rated, run_of, tried
 from strassen_tile.experiments.settings import settings_of
 from strassen_tile.integrations.ranks import share
 from strassen_tile.integrations.training import resolved_precision
 from strassen_tile.records import Row
-
-_BLOCK = re.compile(r"(?:^|.*?\.)\d+\.")
-_SEED = 77  # of the calibration pieces
-
-
-@dataclass(frozen=True)
-class Material:
-    """What a comparison works on: a model, text in its tokens, and what both make together.
-
-    Attributes:
-        model: dense; whoever changes it takes a copy.
-        example: inputs that a conversion runs the model on.
-        calibration: inputs that layers are fitted to.
-        unit: the input of one "token"'s FLOPs: a sample of `context` tokens.
-        task: of a seed.
-        facts: fields of every row.
-    """
-
-    model: nn.Module
-    example: dict[str, Tensor]
-    calibration: dict[str, Tensor]
-    unit: dict[str, Tensor]
-    task: Callable[[int], Any]
-    facts: Row
 
 
 def comparison(recipe: FinetuneRecipe, rates: Rates | None = None) -> runner.Comparison:
@@ -81,103 +51,6 @@ def tuning(recipe: FinetuneRecipe) -> runner.Comparison:
     return _comparison(recipe, f"Learning rates: {_title(recipe)}", runs)
 
 
-def build(recipe: FinetuneRecipe, method: Method, seed: int) -> tuple[nn.Module, Conversion]:
-    """A copy of the pretrained model as the method has it, fitted to calibration text; `seed` is of random factors."""
-    found = material(recipe)
-    torch.manual_seed(seed)
-    model = copy.deepcopy(found.model)
-    if not recipe.in_order:
-        return model, method.apply(model, found.example, in_blocks, found.calibration)
-    done: list[Conversion] = []
-    for block in dict.fromkeys(_BLOCK.match(name)[0] for name, one in model.named_modules() if in_blocks(one, name)):  # type: ignore[index]
-        within = partial(_within, block)
-        try:
-            done.append(method.apply(model, found.example, within, found.calibration))
-        except ConversionError:  # of this block there is nothing to convert
-            continue
-    if not done:
-        return model, method.apply(model, found.example, in_blocks, found.calibration)  # which says why
-    converted = {name: layer for one in done for name, layer in one.converted.items()}
-    skipped = {name: why for name, why in done[-1].skipped.items() if name not in converted}
-    return model, Conversion(converted, skipped, {}, done[-1].padding)
-
-
-def in_blocks(module: nn.Module, name: str) -> bool:
-    """The linear layers of numbered blocks, whatever the family calls them."""
-    return isinstance(module, nn.Linear) and _BLOCK.match(name) is not None
-
-
-def _within(block: str, module: nn.Module, name: str) -> bool:
-    return name.startswith(block) and in_blocks(module, name)
-
-
-def material(recipe: FinetuneRecipe) -> Material:
-    """What the recipe works on; kept for runs of the same model and text."""
-    return _material(
-        recipe.model, recipe.data, recipe.limit, recipe.context, recipe.steps, recipe.epochs, recipe.batch_size,
-        recipe.held_out, recipe.tested_on, recipe.calibration, recipe.distill,
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=1)
-def _material(
-    name: str, data: str, limit: int | None, context: int, steps: int, epochs: int, batch_size: int,
-    held_out: int | None, tested_on: int | None, calibration: int, distill: float,
-) -> Material:  # fmt: skip
-    from strassen_tile.integrations.pretrained import pretrained  # late: transformers takes seconds
-
-    found = pretrained(name)
-    if not found.decodes:
-        return _encoder(
-            found, data, limit, context, samples=steps * batch_size, epochs=epochs, calibration=calibration,
-            held_out=held_out, tested_on=tested_on,
-        )  # fmt: skip
-    from strassen_tile.integrations.text import text_task
-
-    splits = load_text(data, tokenizer=found.tokenizer, limit=limit, context=context)
-    pieces = Windows(splits.train.tokens, context, calibration, _SEED)
-    tokens = torch.stack([pieces[index]["input_ids"] for index in range(calibration)])
-    task = partial(
-        text_task, splits, batch_size, context=context, steps=steps, held_out=held_out, tested_on=tested_on,
-        teacher=found.model, distill=distill,
-    )  # fmt: skip
-    facts: Row = {
-        "train_bytes": splits.train.size,
-        "val_bytes": splits.validation.size,
-        "test_bytes": splits.test.size,
-        "text": splits.digest,
-    }
-    given = {"input_ids": tokens}
-    return Material(
-        found.model,
-        {"input_ids": tokens[:2, :24]},
-        given,
-        {"input_ids": tokens[:1]},
-        lambda seed: task(seed=seed),
-        facts,
-    )
-
-
-def _encoder(
-    found: Any, data: str, limit: int | None, context: int, *, samples: int, epochs: int, calibration: int,
-    held_out: int | None, tested_on: int | None,
-) -> Material:  # fmt: skip
-    from strassen_tile.integrations.sentences import Tokens, passages_of, sentence_task, targets_of
-
-    passages, tokens = passages_of(load_documents(data, limit=limit), data, least=2), Tokens(found.tokenizer, context)
-    targets = targets_of(found.model, passages, tokens, most=samples * epochs, held_out=held_out, tested_on=tested_on)
-    # Rows of padding would count in a fit: of the longest passages none is shorter than a piece, where there are enough.
-    longest = tokens.of(sorted(passages.train, key=len)[-calibration:])
-    shortest = min(map(len, longest))
-    given = {"input_ids": torch.stack([each[:shortest] for each in longest])}
-    unit = {"input_ids": given["input_ids"][:1], "attention_mask": torch.ones_like(given["input_ids"][:1])}
-    facts: Row = {"train_passages": len(passages.train), "test_passages": len(targets.test[0]) // 2}
-    return Material(
-        found.model, tokens.batch(tokens.of(passages.train[:3])), given, unit,
-        lambda seed: sentence_task(targets, tokens, samples, seed), facts,
-    )  # fmt: skip
-
-
 def _title(recipe: FinetuneRecipe) -> str:
     steps = recipe.epochs * recipe.steps
     return f"{recipe.model} on {recipe.data}, {steps} steps of {recipe.batch_size} × {recipe.context} tokens"
@@ -199,6 +72,8 @@ def _comparison(recipe: FinetuneRecipe, title: str, runs: Sequence[runner.Run]) 
             "calibration": recipe.calibration,
             "distill": recipe.distill,
             "in_order": recipe.in_order,
+            "fewer": recipe.fewer,
+            "guide": recipe.guide,
             **material(recipe).facts,
             "precision": recipe.precision,
         },
@@ -243,5 +118,12 @@ def _cost(recipe: FinetuneRecipe, seed: int, test: bool, more: Row, model: nn.Mo
 
 def _train(recipe: FinetuneRecipe, model: nn.Module, folder: Path, *, seed: int, **more: Any) -> None:
     from strassen_tile.integrations.fitting import train
+    from strassen_tile.integrations.guide import Guide
 
-    train(model, material(recipe).task(seed), folder, recipe, seed=seed, **more)
+    found = material(recipe)
+    guides = [Guide(model, found.model, recipe.guide)] if recipe.guide else []
+    try:
+        train(model, found.task(seed), folder, recipe, seed=seed, callbacks=guides, **more)
+    finally:
+        for guide in guides:
+            guide.remove()

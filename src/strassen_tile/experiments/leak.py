@@ -59,12 +59,15 @@ def rows_of(model: nn.Module, splits: TextSplits, context: int, pieces: int) -> 
     ]
 
 
-def continued(model: nn.Module, prompt: bytes, count: int) -> bytes:
-    """What a byte-level model goes on with, the likeliest byte each time."""
-    tokens = torch.tensor([list(prompt)])
+def continued(model: nn.Module, prompt: list[int], count: int) -> list[int]:
+    """The tokens that a model goes on with, the likeliest each time."""
+    tokens = torch.tensor([prompt])
     made: Any = model
-    out = made.generate(tokens, max_new_tokens=count, do_sample=False, use_cache=False, pad_token_id=0)
-    return bytes(out[0, len(prompt) :].tolist())
+    ones = torch.ones_like(tokens)
+    out = made.generate(
+        tokens, attention_mask=ones, max_new_tokens=count, do_sample=False, use_cache=False, pad_token_id=0
+    )
+    return [int(token) for token in out[0, len(prompt) :]]
 
 
 def _mixes(model: nn.Module) -> bool:

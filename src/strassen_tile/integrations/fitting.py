@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import EvalPrediction
+from transformers import EvalPrediction, TrainerCallback
 
 from strassen_tile.integrations.arguments import training_arguments
 from strassen_tile.integrations.averaging import Average, Averaging
@@ -83,6 +83,7 @@ def train(
     on_epoch: Callable[[Row], None],
     test: bool = True,
     about: Mapping[str, object] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
     """Train; evaluate after every epoch, then write a checkpoint.
 
@@ -99,6 +100,7 @@ def train(
         test: whether the test set is read after the last epoch where there is a validation set.
         about: what the file of weights says of them. With `training.save` the weights that were evaluated last are in
             `folder`/weights.safetensors before the last record is handed over: who has that record has them.
+        callbacks: more of them, for Trainer.
 
     Raises:
         ConfigError: the batch cannot be shared by the processes there are.
@@ -137,20 +139,21 @@ def train(
         compute_metrics=task.metrics,
         preprocess_logits_for_metrics=task.reduce,
         # In this order: what is measured at the end is measured while the average is in place.
-        callbacks=[watch] if average is None else [watch, Averaging(model, average, training.ema)],
+        callbacks=[*([watch] if average is None else [watch, Averaging(model, average, training.ema)]), *callbacks],
     )
     fit(trainer, recorded=recorded)
 
 
 @torch.no_grad()
-def measure(model: nn.Module, task: Task, batch_size: int, name: str) -> Row:
-    """What a task's test set says of a model as it is, under names that begin with `name`; as Trainer would find it."""
+def measure(model: nn.Module, task: Task, batch_size: int, name: str, *, validation: bool = False) -> Row:
+    """What a task's test set, or its validation set, says of a model as it is, under names that begin with `name`."""
+    data = task.validation if validation and task.validation is not None else task.test
     wrapped, modes = task.wrap(model, None), {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     predicted, wanted = [], []
     wrapped.eval()
     try:
-        for batch in DataLoader(task.test, batch_size, collate_fn=task.collate):
+        for batch in DataLoader(data, batch_size, collate_fn=task.collate):
             labels = batch.pop("labels").to(device)
             logits = wrapped(**{key: value.to(device) for key, value in batch.items()})["logits"]
             predicted.append((logits if task.reduce is None else task.reduce(logits, labels)).cpu())
@@ -159,4 +162,5 @@ def measure(model: nn.Module, task: Task, batch_size: int, name: str) -> Row:
         for module, mode in modes.items():
             module.training = mode
     found = task.metrics(EvalPrediction(torch.cat(predicted).numpy(), torch.cat(wanted).numpy()))
-    return task.measured({f"test_{key}": value for key, value in found.items()}, "test_", name)
+    prefix = "eval_" if validation else "test_"
+    return task.measured({f"{prefix}{key}": value for key, value in found.items()}, prefix, name)
