@@ -253,7 +253,7 @@ def test_a_guide_gives_the_dense_output_at_first_and_nothing_at_last(llama, text
 
 def test_a_run_that_is_guided_and_saved_comes_back(llama, text, tmp_path):
     given = {
-        "methods": "stl[rank=24,mixing=sequence,force_mixing=true]",
+        "methods": "stl[rank=24,tile=4x4x4,mixing=sequence,force_mixing=true]",
         "guide": 0.9,
         "save": "true",
         "calibration": 0,
