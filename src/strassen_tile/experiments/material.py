@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from strassen_tile.data.pieces import Windows
 from strassen_tile.data.text import TextSplits, load_documents, load_text
 from strassen_tile.experiments.finetune_recipe import FinetuneRecipe
+from strassen_tile.integrations.ranks import ranks
 from strassen_tile.records import Row
 
 _SEED = 77  # of the calibration pieces
@@ -59,7 +60,8 @@ def _material(
 ) -> Material:  # fmt: skip
     from strassen_tile.integrations.pretrained import pretrained  # late: transformers takes seconds
 
-    found = pretrained(name)
+    found, device = pretrained(name), ranks().device
+    found.model.to(device)  # where it is trained it is converted and measured
     if not found.decodes:
         return _encoder(
             found, data, limit, context, samples=steps * batch_size, epochs=epochs, calibration=calibration,
@@ -69,7 +71,7 @@ def _material(
 
     splits = load_text(data, tokenizer=found.tokenizer, limit=limit, context=context)
     pieces = Windows(splits.train.tokens, context, max(2, calibration), _SEED)
-    tokens = torch.stack([piece["input_ids"] for piece in (pieces[index] for index in range(len(pieces)))])
+    tokens = torch.stack([piece["input_ids"] for piece in (pieces[index] for index in range(len(pieces)))]).to(device)
     task = partial(
         text_task, splits, batch_size, context=context, steps=steps, held_out=held_out, tested_on=tested_on,
         teacher=found.model, distill=distill,
@@ -104,10 +106,12 @@ def _encoder(
     # Rows of padding would count in a fit: of the longest passages none is shorter than a piece, where there are enough.
     longest = tokens.of(sorted(passages.train, key=len)[-max(2, calibration) :])
     shortest = min(map(len, longest))
-    given = {"input_ids": torch.stack([each[:shortest] for each in longest])}
+    device = next(found.model.parameters()).device
+    given = {"input_ids": torch.stack([each[:shortest] for each in longest]).to(device)}
+    example = {key: value.to(device) for key, value in tokens.batch(tokens.of(passages.train[:3])).items()}
     return Material(
         model=found.model,
-        example=tokens.batch(tokens.of(passages.train[:3])),
+        example=example,
         calibration=given if calibration else None,
         unit={"input_ids": given["input_ids"][:1], "attention_mask": torch.ones_like(given["input_ids"][:1])},
         task=lambda seed: sentence_task(targets, tokens, samples, seed),

@@ -126,9 +126,11 @@ class Encoded(Dataset[dict[str, Tensor]]):
 @torch.no_grad()
 def _embedded(model: nn.Module, texts: Sequence[str], tokens: Tokens, at_once: int = 64) -> tuple[list[Tensor], Tensor]:
     """Texts as tokens, and their embeddings (n, width) by `model`."""
-    each = tokens.of(texts)
-    parts = [embed(model, **tokens.batch(each[at : at + at_once])) for at in range(0, len(each), at_once)]
-    return each, torch.cat(parts)
+    each, device, found = tokens.of(texts), next(model.parameters()).device, []
+    for at in range(0, len(each), at_once):
+        batch = tokens.batch(each[at : at + at_once])
+        found.append(embed(model, **{key: value.to(device) for key, value in batch.items()}).cpu())
+    return each, torch.cat(found)
 
 
 @dataclass(frozen=True)
