@@ -2,8 +2,8 @@
 
     python benchmarks/step.py --models llama-3m llama-10m llama-30m --threads 2 --out benchmarks/results/step.json
 
-A step is forward, backward and AdamW on one batch. In each round every contender does the same once, in an order of its own; the
-ratio is the median over rounds of its seconds by those of dense, which has the same mix of rows ahead of its layers.
+A step is forward, backward and AdamW on one batch. In each round every contender does the same once, in an order of its own.
+The ratio is the median over rounds of its seconds by those of dense, which has the same mix of rows ahead of its layers.
 """
 
 import argparse
