@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from importlib import import_module
 
 from strassen_tile.integrations.when_imported import when_imported
@@ -10,11 +11,12 @@ from strassen_tile.integrations.when_imported import when_imported
 
 def register() -> None:
     """Make ourselves known to transformers, now or when it is imported."""
-    when_imported("transformers.modeling_utils", _transformers)
+    when_imported("transformers.quantizers.auto", partial(_transformers, "quantization"))
+    when_imported("transformers.modeling_utils", partial(_transformers, "transformers"))
 
 
-def _transformers() -> None:
+def _transformers(part: str) -> None:
     try:
-        import_module("strassen_tile.integrations.transformers")
+        import_module(f"strassen_tile.integrations.{part}")
     except ImportError as error:  # another version than we know: it must not be kept from being imported
         warnings.warn(f"converted models cannot be saved with this version of transformers: {error}", stacklevel=2)

@@ -22,7 +22,8 @@ from strassen_tile.convert.record import conversion_of as of_layers
 from strassen_tile.convert.saving import check_files, stl_layers_in
 from strassen_tile.convert.swap import changed, on_change
 from strassen_tile.errors import CheckpointError
-from strassen_tile.integrations.configs import STLQuantConfig, skipped_in, with_record, write_down
+from strassen_tile.integrations.configs import skipped_in, with_record, write_down
+from strassen_tile.integrations.quantization import STLQuantConfig
 
 __all__ = ["STLQuantConfig", "STLQuantizer", "conversion_of"]
 
