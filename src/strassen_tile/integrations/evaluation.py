@@ -2,8 +2,8 @@
 
     python -m strassen_tile.integrations.evaluation --model hf --model_args pretrained=FOLDER --tasks wikitext
 
-Arguments are those of `lm_eval`. (That this package is imported is all that is needed: transformers finds the layers that a folder
-names then.) In Python nothing is needed but `import strassen_tile` ahead of `lm_eval.simple_evaluate`.
+Arguments are those of `lm_eval`. That this package is imported is all that is needed: transformers finds the layers that a
+folder names then. In Python, import it ahead of `lm_eval.simple_evaluate`.
 """
 
 from __future__ import annotations
