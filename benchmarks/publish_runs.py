@@ -2,16 +2,22 @@
 
     python benchmarks/publish_runs.py out/dense out/stl --out results/language-2e14
 
-Rows of several folders make one comparison, if they trained the same model on the same text. The folder a run wrote to means
-nothing elsewhere: the recorded command says `--out DIR`.
+Rows of several folders make one comparison, if they trained the same model on the same text. Of a method that was trained at
+several rates, those that are not its first folder's stand in the variant, as where an entry names one. The folder a run wrote
+to means nothing elsewhere: the recorded command says `--out DIR`.
 """
 
 import argparse
 import re
 from pathlib import Path
 
+from strassen_tile.experiments.settings import shortest
 from strassen_tile.records import read_rows, write_rows
 from strassen_tile.report import pretrain
+from strassen_tile.report.groups import without_rate
+
+
+SECONDS = {"seconds", "train_seconds"}
 
 
 def rows_of(folder):
@@ -20,13 +26,29 @@ def rows_of(folder):
     return [{**row, "command": re.sub(r"--out \S+", "--out DIR", str(row["command"]))} for row in rows]
 
 
+def told_apart(rows):
+    """The same rows; a rate that is not the first of its method and variant is said in the variant."""
+    usual = {}
+    found = []
+    for row in rows:
+        key = row["method"], without_rate(row["variant"])
+        rate = usual.setdefault(key, row["lr"])
+        said = key[1] if row["lr"] == rate else ", ".join(filter(None, [key[1], f"lr {shortest(row['lr'])}"]))
+        found.append({**row, "variant": said})
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--no-seconds", action="store_true", help="of runs that were stopped, or shared their cores")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    rows = [row for folder in options.folders for row in rows_of(folder)]
+    rows = told_apart([row for folder in options.folders for row in rows_of(folder)])
     tried = [row for folder in options.folders for row in rows_of(folder / "tuning")]
+    if options.no_seconds:
+        for row in (*rows, *tried):
+            row |= dict.fromkeys(SECONDS & row.keys())
     models = {(row["model"], row["text"], row["context"]) for row in (*rows, *tried)}
     if len(models) > 1:
         parser.error(f"these are of different models or texts: {sorted(models)}")
