@@ -16,7 +16,6 @@ from strassen_tile.records import read_rows, write_rows
 from strassen_tile.report import pretrain
 from strassen_tile.report.groups import without_rate
 
-
 SECONDS = {"seconds", "train_seconds"}
 
 
