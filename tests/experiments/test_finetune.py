@@ -23,6 +23,7 @@ from strassen_tile.errors import ConfigError, DataError
 from strassen_tile.experiments import leak
 from strassen_tile.experiments.cheaper import build
 from strassen_tile.experiments.finetune_recipe import RECIPES, finetune_recipe_of
+from strassen_tile.experiments.log import RunLog
 from strassen_tile.experiments.material import material
 from strassen_tile.experiments.saved import load_run
 from strassen_tile.integrations.fitting import measure
@@ -59,9 +60,8 @@ def saved(folder, special, make):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     def make(words):
-        return hf.LlamaForCausalLM(
-            hf.LlamaConfig(**SIZES, vocab_size=words, eos_token_id=0, pad_token_id=1, bos_token_id=None)
-        )
+        tokens = {"vocab_size": words, "eos_token_id": 0, "pad_token_id": 1, "bos_token_id": None}
+        return hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, **tokens, tie_word_embeddings=True))
 
     return saved(tmp_path_factory.mktemp("llama"), {"eos_token": "<eos>", "pad_token": "<pad>"}, make)
 
@@ -139,6 +139,31 @@ def test_rows_say_what_each_model_is_worth_before_and_after(llama, text, tmp_pat
     assert rows["dense", ""]["before_loss"] == pytest.approx(loss(pretrained(llama).model), abs=1e-5)
     page = (tmp_path / "report.html").read_text()
     assert f"{math.exp(rows['stl', 'r=8']['loss']):.2f}" in page
+
+
+def test_a_run_with_tied_weights_goes_on_from_its_checkpoint(llama, text, tmp_path, monkeypatch):
+    how = {"methods": "stl[rank=8]", "epochs": 3}
+    assert main(command(llama, text, tmp_path / "whole", **how)) == 0
+    add, left = RunLog.add, 2
+
+    def stopped(*arguments):
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+        return add(*arguments)
+
+    monkeypatch.setattr(RunLog, "add", stopped)
+    assert main(command(llama, text, tmp_path / "parts", **how)) == 130
+    assert list((tmp_path / "parts" / "runs").glob("*/checkpoint-*"))
+    monkeypatch.setattr(RunLog, "add", add)
+    assert main(command(llama, text, tmp_path / "parts", **how)) == 0
+    each = [json.loads((tmp_path / name / "rows.json").read_text()) for name in ("whole", "parts")]
+    assert [row["epoch"] for row in each[1]] == [1, 2, 3]
+    for row, other in zip(*each, strict=True):
+        for field in ("before_loss", "val_loss", "train_loss"):
+            assert row[field] == other[field]
+    assert each[0][-1]["loss"] == each[1][-1]["loss"]
 
 
 def test_a_fit_is_to_what_layers_are_fed(llama, text):

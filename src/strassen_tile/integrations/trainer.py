@@ -80,9 +80,20 @@ class RecipeTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            problem = str(error).partition("\n")[0]
+            problem = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         problems = [text for text in gather_object([problem]) if text is not None]  # waits for all to have written
         first(partial(self._seal, problems))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # Private, because safetensors refuses weights that are tied, and Trainer has no other place to say what is written.
+        seen: set[int] = set()
+        state = self.model.state_dict() if state_dict is None else state_dict
+        apart = {}
+        for name, value in state.items():
+            place = value.untyped_storage().data_ptr()
+            apart[name] = value.clone() if place in seen else value
+            seen.add(place)
+        super()._save(output_dir, apart)
 
     def _seal(self, problems: list[str]) -> None:
         folder, epoch = Path(self.args.output_dir), round(self.state.epoch)
