@@ -59,7 +59,7 @@ def refit(weight: Tensor, mask: Tensor, inputs: Tensor, *, damping: float = 1e-4
     kept = mask.nonzero()[:, 1].view(m, -1)  # (M, kept)
     target = (weight.detach().double() @ moment).gather(1, kept)
     solved = [
-        torch.linalg.solve(moment[at[:, :, None], at[:, None, :]], wanted)
+        torch.cholesky_solve(wanted[:, :, None], torch.linalg.cholesky(moment[at[:, :, None], at[:, None, :]]))[:, :, 0]
         for at, wanted in zip(kept.split(_AT_ONCE), target.split(_AT_ONCE), strict=True)
     ]
     return torch.zeros_like(weight).scatter_(1, kept, torch.cat(solved).to(weight))
