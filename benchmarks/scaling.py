@@ -42,6 +42,8 @@ def table(groups):
 
         def cell(key, digits, group=group, end=end):
             values = group.values(key, end)
+            if None in values:  # seconds of runs that shared their cores are not kept
+                return "–"
             return plus_minus(statistics.fmean(values), sample_sd(values), digits)
 
         cells = [
