@@ -68,7 +68,7 @@ def test_saved_runs_come_back(tmp_path, capsys):
         (tmp_path / "words" / f"{part}.txt").write_text("to be or not to be. " * 30)
     options = {
         "data": tmp_path / "words", "model": tmp_path / "tiny", "epochs": 1, "steps": 2, "batch_size": 2, "context": 16,
-        "methods": "dense,stl[rank=24,mixing=sequence,force_mixing=true]", "lr_grid": "none", "seeds": "0,", "save": "true",
+        "methods": "dense,stl[rank=24,mixing=sequence,force_mixing=true,epochs=2]", "lr_grid": "none", "seeds": "0,", "save": "true",
     }  # fmt: skip
     changes = [part for key, value in options.items() for part in ("--set", f"{key}={value}")]
     assert main(["pretrain", *changes, "--out", str(tmp_path / "out")]) == 0
@@ -76,7 +76,7 @@ def test_saved_runs_come_back(tmp_path, capsys):
     runs = [load_run(path) for path in paths]
     assert [tuple(run.told.values()) for run in runs] == [
         ("dense", "", 0),
-        ("stl", "r=24, forced", 0),
+        ("stl", "r=24, forced, 2 epochs", 0),
     ]
     assert runs[0].decode(runs[0].encode("to bé")) == "to bé"
     assert len(leak.continued(runs[0].model, runs[0].encode("to be"), 7)) == 7

@@ -165,8 +165,8 @@ def run_of(
 
 def about_run(recipe: Any, one: Compared, seed: int) -> dict[str, object]:
     """What the file of a run's weights says of them."""
-    settings = {**asdict(recipe), **one.changes}
-    return {"method": one.method.name, "variant": one.variant, "seed": seed, "recipe": settings}
+    told = {"method": one.method.name, "variant": one.variant, "seed": seed}
+    return {**told, "recipe": asdict(recipe), "changes": dict(one.changes)}
 
 
 def compare(
