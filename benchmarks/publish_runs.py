@@ -1,4 +1,4 @@
-"""Put the rows of `strassen-tile pretrain` runs into a folder of results, with their page and plot.
+"""Put the rows of `strassen-tile pretrain` or `finetune` runs into a folder of results, with their page and plot.
 
     python benchmarks/publish_runs.py out/dense out/stl --out results/language-2e14
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from strassen_tile.experiments.settings import shortest
 from strassen_tile.records import read_rows, write_rows
-from strassen_tile.report import pretrain
+from strassen_tile.report import finetune, pretrain
 from strassen_tile.report.groups import without_rate
 
 SECONDS = {"seconds", "train_seconds"}
@@ -48,14 +48,17 @@ def main():
     if options.no_seconds:
         for row in (*rows, *tried):
             row |= dict.fromkeys(SECONDS & row.keys())
-    models = {(row["model"], row["text"], row["context"]) for row in (*rows, *tried)}
+    models = {(row["model"], row.get("text"), row["context"]) for row in (*rows, *tried)}
     if len(models) > 1:
         parser.error(f"these are of different models or texts: {sorted(models)}")
     if tried:
         write_rows(options.out / "tuning/rows.json", tried)
     model, _, context = models.pop()
     title = f"{model}, {context} tokens of context"
-    print(pretrain.write_report(options.out, rows, title, tried=tried) if rows else options.out / "tuning/rows.json")
+    if rows and "calibration" in rows[0]:
+        print(finetune.write_report(options.out, rows, title))
+    elif rows:
+        print(pretrain.write_report(options.out, rows, title, tried=tried))
 
 
 if __name__ == "__main__":

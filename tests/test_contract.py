@@ -8,7 +8,7 @@ import torch
 
 import strassen_tile as st
 from strassen_tile.records import read_rows
-from strassen_tile.report import bench, compare, pretrain, pretrain_runs
+from strassen_tile.report import bench, compare, finetune, pretrain, pretrain_runs
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,9 +83,12 @@ def test_state_dicts_keep_their_names_and_shapes() -> None:
 def test_rows_of_comparisons_still_make_a_report(path: Path, tmp_path: Path) -> None:
     rows = read_rows(path)
     of_text = any("bits" in row for row in rows)
-    page = (pretrain if of_text else compare).write_report(tmp_path, rows, "as they are").read_text(encoding="utf-8")
+    report = finetune if "calibration" in rows[0] else pretrain if of_text else compare
+    page = report.write_report(tmp_path, rows, "as they are").read_text(encoding="utf-8")
     assert not [method for method in {str(row["method"]) for row in rows} if f">{method}<" not in page]
-    if of_text:
+    if report is finetune:
+        best = f"{min(record['perplexity'] or 0 for record in finetune.summarise(rows)):.2f}"
+    elif of_text:
         best = f"{min(record['bits'] for record in pretrain_runs.summarise(rows)):.3f}"
     else:
         best = f"{max(record['top1'] for record in compare.summarise(rows)):.2f}"

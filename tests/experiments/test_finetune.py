@@ -315,6 +315,15 @@ def test_an_encoder_is_held_against_the_embeddings_it_gave(bert, text, tmp_path)
             torch.testing.assert_close(item["labels"], hidden / hidden.norm(), rtol=1e-4, atol=1e-5)
 
 
+def test_nothing_is_dropped_at_random_in_training(bert):
+    model, tokens = pretrained(bert).model, torch.randint(5, 200, (2, 9))
+    assert hf.BertConfig.from_pretrained(bert).hidden_dropout_prob > 0
+    with torch.no_grad():
+        evaluated = model(tokens).last_hidden_state
+        assert torch.equal(model.train()(tokens).last_hidden_state, evaluated)
+    model.eval()
+
+
 def test_a_search_is_of_ends_by_beginnings(bert, text):
     task = material(recipe(bert, text, "encoder")).task(0)
     embedded = nn.functional.normalize(torch.randn(14, 5, dtype=torch.float64), dim=1).numpy()

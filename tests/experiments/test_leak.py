@@ -68,7 +68,8 @@ def test_saved_runs_come_back(tmp_path, capsys):
         (tmp_path / "words" / f"{part}.txt").write_text("to be or not to be. " * 30)
     options = {
         "data": tmp_path / "words", "model": tmp_path / "tiny", "epochs": 1, "steps": 2, "batch_size": 2, "context": 16,
-        "methods": "dense,stl[rank=24,mixing=sequence,force_mixing=true,epochs=2]", "lr_grid": "none", "seeds": "0,", "save": "true",
+        "methods": "dense,stl[rank=24,mixing=sequence,force_mixing=true,epochs=2]",
+        "lr_grid": "none", "seeds": "0,", "save": "true",
     }  # fmt: skip
     changes = [part for key, value in options.items() for part in ("--set", f"{key}={value}")]
     assert main(["pretrain", *changes, "--out", str(tmp_path / "out")]) == 0

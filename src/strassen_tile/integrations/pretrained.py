@@ -24,7 +24,7 @@ class Pretrained:
     """A model and what makes its tokens.
 
     Attributes:
-        model: in eval mode, float32.
+        model: in eval mode, float32, without dropout: trained for a short time it would be noise, and nothing else.
         tokenizer: of transformers.
         decodes: whether it is a causal language model; otherwise an encoder.
         name: what it was asked for by.
@@ -62,7 +62,10 @@ def pretrained(name: str) -> Pretrained:
         if options:
             more["quantization_config"] = hf.GgufConfig(dequantize=True)
         made = hf.AutoModelForCausalLM if decodes else hf.AutoModel
-        model = made.from_pretrained(folder, dtype="float32", **more)
+        without_dropout = {
+            key: 0.0 for key, value in config.to_dict().items() if "drop" in key and isinstance(value, float)
+        }
+        model = made.from_pretrained(folder, dtype="float32", **without_dropout, **more)
     except Exception as error:  # of the library, of its HTTP client, of the file system
         said = " ".join(str(error).split())[:300]
         raise ConfigError(
