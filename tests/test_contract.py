@@ -87,7 +87,13 @@ def test_rows_of_comparisons_still_make_a_report(path: Path, tmp_path: Path) -> 
     page = report.write_report(tmp_path, rows, "as they are").read_text(encoding="utf-8")
     assert not [method for method in {str(row["method"]) for row in rows} if f">{method}<" not in page]
     if report is finetune:
-        best = f"{min(record['perplexity'] or 0 for record in finetune.summarise(rows)):.2f}"
+        summary = finetune.summarise(rows)
+        encoder = all(record["perplexity"] is None for record in summary)
+        best = (
+            f"{max(record['cosine'] for record in summary):.3f}"
+            if encoder
+            else f"{min(record['perplexity'] for record in summary):.2f}"
+        )
     elif of_text:
         best = f"{min(record['bits'] for record in pretrain_runs.summarise(rows)):.3f}"
     else:
