@@ -79,7 +79,13 @@ def test_state_dicts_keep_their_names_and_shapes() -> None:
     assert names == {"gate", "up", "down"}
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/rows.json")), ids=lambda path: path.parent.name)
+PUBLISHED = [  # those of the digits' studies are alike
+    pytest.param(path, id=path.parent.name, marks=[pytest.mark.slow] if path.parent.name.startswith("digits-") else [])
+    for path in sorted(ROOT.glob("results/*/rows.json"))
+]
+
+
+@pytest.mark.parametrize("path", PUBLISHED)
 def test_rows_of_comparisons_still_make_a_report(path: Path, tmp_path: Path) -> None:
     rows = read_rows(path)
     of_text = any("bits" in row for row in rows)
