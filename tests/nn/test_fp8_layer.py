@@ -15,9 +15,10 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mixing", ["sequence", "none"])
 @pytest.mark.parametrize("norm", [None, nn.LayerNorm(72)], ids=["plain", "normed"])
-def test_close_to_the_layer(mixing: str, norm: nn.Module | None) -> None:
+def test_close_to_the_layer(mixing: str, norm: nn.Module | None, backend: str) -> None:
     layer = stl.STLLinear(72, 40, config=stl.STLConfig(mixing=mixing), norm=norm)
     quantized, x = stl.STLLinearFP8(layer), torch.randn(2, 9, 72)
     with torch.no_grad():
@@ -35,7 +36,7 @@ def test_close_to_the_layer(mixing: str, norm: nn.Module | None) -> None:
         other.load_state_dict(quantized.state_dict())
         assert torch.equal(other(x), y)
         torch._dynamo.reset()
-        torch.testing.assert_close(torch.compile(quantized, fullgraph=True, backend="aot_eager")(x), y)
+        torch.testing.assert_close(torch.compile(quantized, fullgraph=True, backend=backend)(x), y)
     assert quantized.cost(9).product_flops == layer.cost(9).product_flops
     assert not [name for name, _ in quantized.named_parameters() if "norm" not in name]
 

@@ -61,9 +61,11 @@ def test_value_and_gradients(kind: str, gated: bool) -> None:
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("other", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("learning", [False, True])
-def test_opcheck(learning: bool) -> None:
-    for kind, gated in (("none", True), ("layer", False), ("rms", True)):
+def test_opcheck(learning: bool, other: bool) -> None:
+    """Each norm gated or not; what the other case is not, the slow one is."""
+    for kind, gated in (("none", not other), ("layer", other), ("rms", not other)):
         x, norm, up, gate, down = arguments(kind, gated)
         for t in (x, *norm[1:3], *up, *down):
             if t is not None:

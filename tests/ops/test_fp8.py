@@ -213,13 +213,15 @@ def test_float16_where_the_encoded_output_is_beyond_it(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
+USUAL = {("nan", torch.float32), ("nan", torch.bfloat16), ("inf", torch.float16), ("-inf", torch.bfloat16)}
+
+
 @pytest.mark.parametrize(
     "value,dtype",
     [
-        (float("nan"), torch.float32),
-        (float("nan"), torch.bfloat16),
-        (float("inf"), torch.float16),
-        (-float("inf"), torch.bfloat16),
+        pytest.param(float(value), dtype, marks=[] if (value, dtype) in USUAL else [pytest.mark.slow])
+        for value in ("nan", "inf", "-inf")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
     ],
     ids=str,
 )

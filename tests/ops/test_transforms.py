@@ -22,7 +22,9 @@ def loss(*tensors: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("per_tile", [False, True], ids=["per layer", "per tile"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str
+)
 def test_opcheck(dtype: torch.dtype, per_tile: bool, requires_grad: bool) -> None:
     o = operands("ragged", dtype, per_tile)
     x = o.x.requires_grad_(requires_grad)
