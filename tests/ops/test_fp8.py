@@ -212,10 +212,10 @@ def test_float16_where_the_encoded_output_is_beyond_it(path: str) -> None:
     assert relative(y, x.double() @ w.double()) < 0.02
 
 
-@pytest.mark.parametrize("path", PATHS)
 USUAL = {("nan", torch.float32), ("nan", torch.bfloat16), ("inf", torch.float16), ("-inf", torch.bfloat16)}
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "value,dtype",
     [

@@ -22,7 +22,7 @@ def aware_svd(w: Tensor, moment: Tensor, d: int) -> tuple[Tensor, Tensor]:
     ‖X(w − A B)‖ is that of root (w − A B), root² the second moment: the truncated SVD of root·w, taken back.
     """
     values, vectors = torch.linalg.eigh(moment)
-    values = values.clamp_min(_LEAST * max([float(value) for value in values[-1:]], default=0.0) or 1e-300)
+    values = values.clamp_min(_LEAST * max([1e-290, *values[-1:].tolist()]))
     root = (vectors * values.sqrt()) @ vectors.mT
     back = (vectors * values.rsqrt()) @ vectors.mT
     u, sigma, vt = torch.linalg.svd(root @ w.cpu(), full_matrices=False)
