@@ -15,6 +15,8 @@ from strassen_tile.algebra import Factors
 
 _DAMPING = 1e-2  # of a first step
 _MOST_DAMPING = 1e8
+_MOST_UNKNOWNS = 6000  # of Newton steps, whose matrix has so many rows
+_SWEEPS = 10  # in the place of a step, where there are more
 _LITTLE = 1e-12  # a step that lowers the objective by less, in proportion, is the last
 
 
@@ -72,7 +74,10 @@ def polish(factors: Factors, ridge: float, steps: int) -> Factors:
     """Newton steps from `factors` (no batch), damped as Levenberg and Marquardt do, until one lowers the objective by little.
 
     (With JᵀJ instead of the Hessian, as for least squares that fit, it would crawl: what is left of the tensor is not small.)
+    Where the Hessian is too large for that, alternating sweeps go on.
     """
+    if sum(factor.numel() for factor in factors) > _MOST_UNKNOWNS:
+        return alternate(factors, ridge, steps * _SWEEPS)
     damping, now = _DAMPING, float(objective(factors, ridge))
     for _ in range(steps):
         half, gradient = _second_order(factors, ridge)

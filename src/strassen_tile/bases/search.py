@@ -1,8 +1,8 @@
 """The search for the basis of least error at a rank: many random starts, then hops away from the best one found.
 
 A round is one batch of starts, drawn by the search's seed and the round's number, so that a search that was stopped goes on as
-it would have. Each is brought down by alternating least squares, and the best of them by Newton steps while the ridge falls;
-what counts is the least error with coefficients and kappa within bounds.
+it would have. Each is brought down by alternating least squares, and the best of them, if they are ahead of the best so far, by
+Newton steps while the ridge falls; what counts is the least error with coefficients and kappa within bounds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ from strassen_tile.tiling import Tile, as_integer, as_tile
 
 FRESH_EVERY = 4  # rounds: the others hop
 _STARTS, _HOPS = 48, 24
-_POLISHED = 3  # of a round
+_POLISHED = 3  # of a round, at most
+_LONGER = (
+    6  # of a round get more sweeps, and are polished where they are ahead then: polishing takes nearly all of the time
+)
+_LOWER = 1e-5  # by what part an objective must be lower to be of another minimum
 _SWEEPS, _POLISHES = 200, 60
 _EARLY, _RIDGE = 1e-4, 1e-3  # of alternating least squares: a larger one at the start parks at saddles
 _RIDGES = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
@@ -96,29 +100,34 @@ def search(
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
     most = rounds if rounds is not None else (math.inf if minutes is not None else 1)
     found = Found(None, 0, ()) if file is None or not Path(file).exists() else _resumed(Path(file), wanted, rank, seed)
+    anchor: Factors | None = None  # the best basis, brought to the minimum that rounds are held against and hop from
     while found.rounds < most and time.monotonic() < end:
-        found = _after_round(found, wanted, rank, seed, starts, bounds)
+        if anchor is None and found.basis is not None:
+            anchor = descent.polish(_level(found.basis), _RIDGE, _POLISHES)
+        before = found.basis
+        found = _after_round(found, anchor, wanted, rank, seed, starts, bounds)
+        anchor = anchor if found.basis is before else None
         if file is not None and found.basis is not None:
-            _write(found, Path(file), seed, bounds)
+            _write(found, Path(file), seed, starts, bounds)
         if progress is not None:
             progress(found)
     return found
 
 
-def _after_round(found: Found, tile: Tile, rank: int, seed: int, starts: Sequence[Basis], bounds: Bounds) -> Found:
+def _after_round(
+    found: Found, anchor: Factors | None, tile: Tile, rank: int, seed: int, starts: Sequence[Basis], bounds: Bounds
+) -> Found:
     generator = torch.Generator().manual_seed((1_000_003 * seed + found.rounds) % 2**63)
     best = found.basis
     if found.rounds == 0 and starts:
         batch = _from_neighbours(starts, tile, rank, generator)
-    elif best is None or found.rounds % FRESH_EVERY == 0:
+    elif anchor is None or found.rounds % FRESH_EVERY == 0:
         batch = descent.alternate(_noise(_STARTS, tile, rank, generator), _EARLY, _SWEEPS)
     else:
-        batch = _hops(descent.level((best.encoder, best.weight_encoder, best.decoder)), generator)
+        batch = _hops(anchor, generator)
     batch = descent.alternate(batch, _RIDGE, _SWEEPS)
-    order = descent.objective(batch, _RIDGE).nan_to_num(math.inf).argsort()[:_POLISHED].tolist()
     rounds = found.rounds + 1
-    for index in order:
-        one = batch[0][index], batch[1][index], batch[2][index]
+    for one in _promising(batch, anchor):
         for basis in _falling(one, bounds):
             if best is None or basis.error < best.error - _BETTER:
                 best = replace(basis, name=f"{'x'.join(map(str, tile))}_r{rank}")
@@ -126,6 +135,20 @@ def _after_round(found: Found, tile: Tile, rank: int, seed: int, starts: Sequenc
     if best is not None and best is not found.basis:
         history = (*history, (rounds, best.error))
     return Found(best, rounds, history)
+
+
+def _promising(batch: Factors, anchor: Factors | None) -> list[Factors]:
+    """Those of the batch to polish: the lowest after more sweeps, without those that are no lower than the anchor."""
+    order = descent.objective(batch, _RIDGE).nan_to_num(math.inf).argsort()[:_LONGER]
+    batch = descent.alternate((batch[0][order], batch[1][order], batch[2][order]), _RIDGE, 4 * _SWEEPS)
+    reached = descent.objective(batch, _RIDGE).nan_to_num(math.inf)
+    limit = math.inf if anchor is None else float(descent.objective(anchor, _RIDGE)) * (1 - _LOWER)
+    order = reached.argsort()[:_POLISHED]
+    return [(batch[0][at], batch[1][at], batch[2][at]) for at in order.tolist() if reached[at] < limit]
+
+
+def _level(basis: Basis) -> Factors:
+    return descent.level((basis.encoder, basis.weight_encoder, basis.decoder))
 
 
 def _falling(factors: Factors, bounds: Bounds) -> Iterator[Basis]:
@@ -169,7 +192,7 @@ def _from_neighbours(starts: Sequence[Basis], tile: Tile, rank: int, generator: 
     found: list[Factors] = []
     for start in starts:
         turned = start.oriented(tile)
-        given = descent.level((turned.encoder, turned.weight_encoder, turned.decoder))
+        given = _level(turned)
         if start.rank == rank:
             found.append(given)
         elif start.rank > rank:
@@ -197,9 +220,10 @@ def _check(tile: Tile, rank: object, rounds: object, minutes: float | None, seed
         raise BasisError(f"seed must be an integer; got {seed!r}")
 
 
-def _write(found: Found, file: Path, seed: int, bounds: Bounds) -> None:
+def _write(found: Found, file: Path, seed: int, starts: Sequence[Basis], bounds: Bounds) -> None:
     assert found.basis is not None
     provenance = {"by": _KIND, "version": __version__, "seed": seed, "rounds": found.rounds, "bounds": asdict(bounds)}
+    provenance["starts"] = [start.name for start in starts]
     found.basis.save(file, provenance={**provenance, "history": [list(step) for step in found.history]})
 
 

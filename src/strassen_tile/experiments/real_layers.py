@@ -13,15 +13,17 @@ from strassen_tile.errors import ConfigError
 from strassen_tile.experiments.approximation import Problem
 
 LAYERS = ("0.attention.self.query", "0.intermediate.dense", "3.intermediate.dense", "5.output.dense")
-_SENTENCES, _TOKENS = 256, 64  # read, half of them to fit to
+_TOKENS, _LETTERS = 64, 320  # of a piece of text: the letters give about as many tokens
+_TOGETHER = 64  # pieces read at a time
 
 
-def minilm(layers: Sequence[str] = LAYERS, rows: int = 2048) -> list[Problem]:
+def minilm(layers: Sequence[str] = LAYERS, rows: int = 2048, pieces: int = 256) -> list[Problem]:
     """The products of all-MiniLM-L6-v2's layers of these names (after "encoder.layer."), fed the prose of Python's library.
 
     Args:
         layers: ends of module names.
-        rows: how many rows to measure on, and as many others to fit to.
+        rows: how many rows to measure on, at most, and as many others to fit to.
+        pieces: of text to read, of up to 64 tokens, half of them to fit to; those of one document stand together.
 
     Raises:
         ConfigError: its weights are not installed, or it has no such layer.
@@ -30,7 +32,12 @@ def minilm(layers: Sequence[str] = LAYERS, rows: int = 2048) -> list[Problem]:
 
     found = pretrained("minilm")
     model, tokenizer = found.model, found.tokenizer
-    texts = [text for _, text in sorted(standard_library().items()) if len(text) > 200][: 4 * _SENTENCES : 4]
+    every = [
+        text[at : at + _LETTERS]
+        for _, text in sorted(standard_library().items())
+        for at in range(0, len(text) - _LETTERS, _LETTERS)
+    ]
+    texts = every[:: max(1, len(every) // pieces)][:pieces]
     batch = tokenizer(texts, padding=True, truncation=True, max_length=_TOKENS, return_tensors="pt")
     wanted = {name: module for name, module in model.named_modules() if name.endswith(tuple(layers))}
     if len(wanted) < len(layers):
@@ -40,20 +47,21 @@ def minilm(layers: Sequence[str] = LAYERS, rows: int = 2048) -> list[Problem]:
 
 @torch.no_grad()
 def _captured(model: nn.Module, wanted: dict[str, nn.Module], batch: dict[str, Any], rows: int) -> list[Problem]:
-    fed: dict[str, Tensor] = {}
+    fed: dict[str, list[Tensor]] = {name: [] for name in wanted}
     hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: fed.__setitem__(name, args[0]))
+        module.register_forward_pre_hook(lambda _, args, name=name: fed[name].append(args[0]))
         for name, module in wanted.items()
     ]
     try:
-        model(**batch)
+        for begin in range(0, len(batch["attention_mask"]), _TOGETHER):
+            model(**{key: part[begin : begin + _TOGETHER] for key, part in batch.items()})
     finally:
         for hook in hooks:
             hook.remove()
     real = batch["attention_mask"].bool()
     problems = []
     for name, module in wanted.items():
-        first, second = (part[mask] for part, mask in zip(fed[name].chunk(2), real.chunk(2), strict=True))
+        first, second = (part[mask] for part, mask in zip(torch.cat(fed[name]).chunk(2), real.chunk(2), strict=True))
         weight: Any = module.weight
         label = f"MiniLM {name.removeprefix('encoder.layer.')} {weight.shape[1]}→{weight.shape[0]}"
         problems.append(Problem(label, second[:rows].clone(), weight.detach().mT.contiguous(), first[:rows].clone()))
