@@ -19,7 +19,7 @@ from strassen_tile.files import write_bytes
 from strassen_tile.records import environment, write_rows
 from strassen_tile.report.figures import drawing, new_figure, png
 
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 STARTS = {
     "random": lambda rank, seed: bases.random(4, rank, seed=seed),
     "Strassen's best terms": lambda rank, seed: bases.truncated(2, rank),
@@ -94,7 +94,7 @@ def main():
                 rows.append(
                     {
                         **run(problem, rank, start, best, seed, steps),
-                        "rates": [list(one) for one in tried.items()],
+                        **{f"error_at_{one:g}": error for one, error in tried.items()},
                         **where,
                     }
                 )
