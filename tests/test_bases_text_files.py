@@ -35,6 +35,7 @@ def test_published_sms(tmp_path: Path) -> None:
         assert basis.tile == (2, 2, 2)
         assert basis.rank == 7
         assert basis.is_exact
+        assert basis.name == "strassen"
     assert path.name == "strassen.sms"
 
 

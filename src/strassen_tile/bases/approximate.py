@@ -37,6 +37,9 @@ def approximate(tile: int | Sequence[int], rank: int) -> Basis:
     Its error is high where rank is low (0.47 of the squared norm for 4×4×4 at rank 24): a start for training, not a
     replacement for a product in a network that is already trained.
 
+    Tiles of twice the sides have what ships with Strassen's algorithm in each product: 8×8×8 at rank 7·r the error of 4×4×4 at
+    r, for ⅞ of the products, but four times the encoding.
+
     Args:
         tile: p, q, s in any order, or one side for a cube.
         rank: number of products; see `shipped()` for what there is.
@@ -55,6 +58,11 @@ def _approximate(wanted: Tile, rank: int) -> Basis:
         if stored_rank == rank and sorted(stored) == sorted(wanted):
             basis = Basis.from_record(json.loads((_DATA / name).read_text(encoding="utf-8")), source=name)
             return replace(basis, name=name.removesuffix(".json")).oriented(wanted)
+    half = tuple(side // 2 for side in wanted)
+    if not any(side % 2 for side in wanted) and any(
+        7 * stored_rank == rank and sorted(stored) == sorted(half) for stored, stored_rank in shipped()
+    ):
+        return _approximate(as_tile(half), rank // 7).kron(strassen())
     ranks: dict[str, list[int]] = {}
     for stored, stored_rank in shipped():
         ranks.setdefault("x".join(map(str, stored)), []).append(stored_rank)

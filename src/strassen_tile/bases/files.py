@@ -11,6 +11,7 @@ import math
 import shutil
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from strassen_tile import files
-from strassen_tile.bases.text_files import read_coefficients, read_sms, write_coefficients, write_sms
+from strassen_tile.bases.text_files import read_coefficients, read_sms, sms_prefix, write_coefficients, write_sms
 from strassen_tile.basis import Basis
 from strassen_tile.basis_record import MAX_BYTES, check_size, read_json
 from strassen_tile.errors import BasisError, ConfigError, ShapeError, shape_text
@@ -51,7 +52,7 @@ def load(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Basis:
     if source.suffix.lower() == ".npz":
         return _load_npz(source, max_bytes)
     if source.suffix.lower() == ".sms":
-        return _exact(*read_sms(source, max_bytes), source)
+        return replace(_exact(*read_sms(source, max_bytes), source), name=sms_prefix(source))
     if source.suffix.lower() != ".json" and not _looks_like_json(source, max_bytes):
         return _exact(*read_coefficients(source, max_bytes), source)
     record = read_json(source, max_bytes)

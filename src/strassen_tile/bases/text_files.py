@@ -89,8 +89,12 @@ def write_coefficients(basis: Basis, path: Path) -> None:
 
 def sms_paths(path: Path) -> list[Path]:
     """The three files of an algorithm, by one of them or by their prefix with `.sms`."""
-    prefix = re.sub(r"_[LRP]$", "", path.stem)
-    return [path.with_name(f"{prefix}_{part}.sms") for part in _PARTS]
+    return [path.with_name(f"{sms_prefix(path)}_{part}.sms") for part in _PARTS]
+
+
+def sms_prefix(path: Path) -> str:
+    """The name of an algorithm, by one of its files or by the prefix with `.sms`."""
+    return re.sub(r"_[LRP]$", "", path.stem)
 
 
 def number(word: str, source: object) -> float:
