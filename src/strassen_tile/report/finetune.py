@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from strassen_tile.records import Row, Value
 from strassen_tile.report import page
 from strassen_tile.report.figures import drawing, new_figure, png, say_if_empty
-from strassen_tile.report.groups import Group, furthest_of, group_rows
-from strassen_tile.report.table import Column, count, fewer, field, number, plus_minus, rate, sample_sd
+from strassen_tile.report.groups import Group, averaged, furthest_of, group_rows
+from strassen_tile.report.table import Column, count, fewer, field, number, plus_minus, rate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,21 +39,14 @@ def summarise(rows: Sequence[Mapping[str, Value]]) -> list[Row]:
     records: list[Row] = []
     for group in groups:
         last = group.epochs[-1]
-        reached = {seed: max(run) for seed, run in group.seeds.items()}
+        there = [run[last] for run in group.seeds.values() if last in run]
+        keys = (*_MEASURED, *(f"before_{key}" for key in _MEASURED), "train_seconds")
         record: Row = {
-            "method": group.method,
-            "rank": group.rank,
+            **group.where(),
             "variant": group.shown or None,
-            "epoch": last,
-            "seeds": sum(epoch == last for epoch in reached.values()),
             "complete": last == (number(group.shared(), "epochs") or furthest),
-            "state": ", ".join(f"seed {seed}: {epoch}" for seed, epoch in reached.items()),
+            **averaged({key: [_value(row, key) for row in there] for key in keys}),
         }
-        for key in (*_MEASURED, *(f"before_{key}" for key in _MEASURED), "train_seconds"):
-            values = [found for run in group.seeds.values() if (found := _value(run.get(last, {}), key)) is not None]
-            whole = len(values) == record["seeds"]
-            record[key] = statistics.fmean(values) if values and whole else None
-            record[f"{key}_sd"] = sample_sd(values) if values and whole else None
         records.append({**record, **{key: value for key, value in group.shared().items() if key not in record}})
     return records
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 from strassen_tile.errors import DataError
 from strassen_tile.records import Row, Value
-from strassen_tile.report.table import number
+from strassen_tile.report.table import number, sample_sd
 
 # Set by the model and its conversion alone: the same in every epoch and for every seed.
 COST_FIELDS = (
@@ -118,6 +118,17 @@ class Group:
         known = [value for value in self.values(key, epoch) if value is not None]
         return statistics.fmean(known) if known and len(known) == len(self.seeds) else None
 
+    def where(self) -> Row:
+        """What runs these are and how far: method, rank, last epoch, how many seeds reached it, the state of each as text."""
+        last, reached = self.epochs[-1], {seed: max(run) for seed, run in self.seeds.items()}
+        return {
+            "method": self.method,
+            "rank": self.rank,
+            "epoch": last,
+            "seeds": sum(epoch == last for epoch in reached.values()),
+            "state": ", ".join(f"seed {seed}: {epoch}" for seed, epoch in reached.items()),
+        }
+
     @property
     def course(self) -> str:
         """The field that says how good the run is after each epoch: `val_top1`, or `top1` where there is none."""
@@ -145,6 +156,16 @@ class Group:
                     "conversions, summarise them apart"
                 )
         return fields
+
+
+def averaged(values: Mapping[str, Sequence[float | None]]) -> Row:
+    """Mean and, under the name with `_sd`, sample standard deviation of each; None where one of its values is unknown."""
+    found: Row = {}
+    for key, several in values.items():
+        known = [value for value in several if value is not None]
+        whole = bool(known) and len(known) == len(several)
+        found |= {key: statistics.fmean(known) if whole else None, f"{key}_sd": sample_sd(known) if whole else None}
+    return found
 
 
 def group_rows(rows: Iterable[Mapping[str, Value]]) -> list[Group]:

@@ -6,14 +6,13 @@ Rows are those of `report.groups`, with `bits` and `loss` (nats a token) of the 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 
 from strassen_tile.records import Row, Value
-from strassen_tile.report.groups import Group, furthest_of, group_rows
+from strassen_tile.report.groups import Group, averaged, furthest_of, group_rows
 from strassen_tile.report.paired import compare, holm
 from strassen_tile.report.sooner import TRAINING_OF_FORWARD
-from strassen_tile.report.table import number, sample_sd
+from strassen_tile.report.table import number
 
 
 def summarise(rows: Sequence[Mapping[str, Value]]) -> list[Row]:
@@ -23,22 +22,13 @@ def summarise(rows: Sequence[Mapping[str, Value]]) -> list[Row]:
     records: list[Row] = []
     for group in groups:
         last = group.epochs[-1]
-        reached = {seed: max(run) for seed, run in group.seeds.items()}
+        keys = ("bits", "val_bits", "loss", "val_loss", "train_loss", "train_seconds")
         record: Row = {
-            "method": group.method,
-            "rank": group.rank,
+            **group.where(),
             "variant": group.shown or None,
-            "epoch": last,
-            "seeds": sum(epoch == last for epoch in reached.values()),
             "complete": _over(group, furthest),
-            "state": ", ".join(f"seed {seed}: {epoch}" for seed, epoch in reached.items()),
+            **averaged({key: group.values(key, last) for key in keys}),
         }
-        for key in ("bits", "val_bits", "loss", "val_loss", "train_loss", "train_seconds"):
-            values = group.values(key, last)
-            known = [value for value in values if value is not None]
-            whole = bool(known) and len(known) == len(values)
-            record[key] = statistics.fmean(known) if whole else None
-            record[f"{key}_sd"] = sample_sd(known) if whole else None
         shared = {key: value for key, value in group.shared().items() if key not in record}
         records.append(
             {**record, **shared, "train_flops": train_flops(group, last), **_against(group, groups, furthest)}

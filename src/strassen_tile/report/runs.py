@@ -7,13 +7,21 @@ is.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Mapping
 
 from strassen_tile.records import Row, Value
 from strassen_tile.report import paired, sooner
-from strassen_tile.report.groups import COST_FIELDS, MEASURED, Group, furthest_of, group_rows, run_of, variant_of
-from strassen_tile.report.table import number, sample_sd
+from strassen_tile.report.groups import (
+    COST_FIELDS,
+    MEASURED,
+    Group,
+    averaged,
+    furthest_of,
+    group_rows,
+    run_of,
+    variant_of,
+)
+from strassen_tile.report.table import number
 
 __all__ = ["COST_FIELDS", "Group", "group_rows", "progress_note", "run_of", "summarise", "variant_of"]
 
@@ -49,25 +57,14 @@ def summarise(rows: Iterable[Mapping[str, Value]]) -> list[Row]:
 
 
 def _summary(group: Group, furthest: int) -> Row:
-    last = group.epochs[-1]
-    reached = {seed: max(run) for seed, run in group.seeds.items()}
-    record: Row = {
-        "method": group.method,
-        "rank": group.rank,
+    return {
+        **group.where(),
         "variant": group.settings or None,
-        "epoch": last,
-        "seeds": sum(epoch == last for epoch in reached.values()),
-        "seeds_started": len(reached),
+        "seeds_started": len(group.seeds),
         "complete": group.over(furthest),
-        "state": ", ".join(f"seed {seed}: {epoch}" for seed, epoch in reached.items()),
+        **averaged({key: group.values(key, group.epochs[-1]) for key in MEASURED}),
+        **group.shared(),
     }
-    for key in MEASURED:
-        values = group.values(key, last)
-        known = [value for value in values if value is not None]
-        whole = len(known) == len(values)
-        record[key] = statistics.fmean(known) if whole else None
-        record[f"{key}_sd"] = sample_sd(known) if whole else None
-    return {**record, **group.shared()}
 
 
 def progress_note(rows: Iterable[Mapping[str, Value]]) -> str:
