@@ -44,11 +44,13 @@ class Layer:
         return cost.linear(N, self.k, self.m, tile, rank).flop_ratio
 
 
-def fitted(rows, x, w, basis, rounds):
+def fitted(rows, x, w, basis, rounds, scope):
     """What STL fitted to `rows` makes of x and of the rows."""
-    encoder, decoder = basis.encoder.double(), basis.decoder.double()
+    encoder, decoder, (p, q, s) = basis.encoder.double(), basis.decoder.double(), basis.tile
+    if scope == "tile":
+        encoder = encoder.expand(-(-w.shape[0] // q), -1, -1, -1)
+        decoder = decoder.expand(-(-w.shape[1] // s), -1, -1, -1)
     start = encode_weight(w, encoder, decoder)
-    p = basis.tile[0]
     made = fit_factors(rows[None], w, encoder, start, decoder, rounds=rounds)
 
     def product(x):
@@ -77,15 +79,15 @@ def ways(layer, rounds):
         a, b = aware_svd(layer.w, layer.moment, max(1, int(ratio * layer.k * layer.m / (layer.k + layer.m))))
         return a @ b
 
-    def stl(basis, turn=identity, columns=None, w=layer.w):
+    def stl(basis, turn=identity, columns=None, w=layer.w, scope="layer", rounds=rounds):
         columns = torch.arange(layer.m) if columns is None else columns
         back = columns.argsort()
-        found = fitted(layer.rows @ turn, layer.x @ turn, (turn.mT @ w)[:, columns], basis, rounds)
+        found = fitted(layer.rows @ turn, layer.x @ turn, (turn.mT @ w)[:, columns], basis, rounds, scope)
         return tuple(part[:, back] for part in found)
 
     def with_low_rank(rank, ratio):
         near = low_rank(ratio)
-        found, own = stl(bases.random(APART, rank), w=layer.w - near)
+        found, own = stl(bases.random(APART, rank), w=layer.w - near, scope="tile")
         return found + (layer.x @ near)[: len(found)], own + (layer.rows @ near)[: len(own)]
 
     def halves(high, low):
@@ -93,23 +95,30 @@ def ways(layer, rounds):
         found = [0.0, 0.0]
         for part, rank in zip(order.chunk(2), (high, low), strict=True):
             turn = vectors[:, part]
-            made = fitted(layer.rows @ turn, layer.x @ turn, turn.mT @ layer.w, bases.random(APART, rank), rounds)
+            made = fitted(
+                layer.rows @ turn, layer.x @ turn, turn.mT @ layer.w, bases.random(APART, rank), rounds, "tile"
+            )
             found = [total + one for total, one in zip(found, made, strict=True)]
         return found
 
-    apart, cube = layer.ratio(APART, 8), layer.ratio(CUBE, 24)
-    turned, outward = vectors[:, spread(rotated)], spread(outputs)
-    third, ordered = layer.ratio(APART, 3), identity[:, spread(energies)]
+    def alone(**options):
+        return stl(bases.random(APART, 7), **options)
+
+    apart, cube, third = layer.ratio(APART, 7), layer.ratio(CUBE, 24), layer.ratio(APART, 3)
+    turned, outward, ordered = vectors[:, spread(rotated)], spread(outputs), identity[:, spread(energies)]
     return [
         ("low rank, aware of rows", 0.5, lambda: (layer.x @ low_rank(0.5), layer.rows @ low_rank(0.5))),
         ("2:4, refitted", 0.5, lambda: sparse(layer)),
         ("STL r=24 of 4×4×4 from a random start", cube, lambda: stl(bases.random(CUBE, 24))),
         ("STL r=24 of 4×4×4 from the searched basis", cube, lambda: stl(bases.approximate(CUBE, 24))),
-        ("STL r=8 of 1×4×4", apart, lambda: stl(bases.random(APART, 8))),
-        ("the same, features ordered by energy", apart, lambda: stl(bases.random(APART, 8), ordered, outward)),
-        ("the same, inputs turned to principal directions", apart, lambda: stl(bases.random(APART, 8), turned, outward)),
-        ("the same turned, r=12 for the stronger half, 4 for the other", apart, lambda: halves(12, 4)),
-        ("STL r=3 of 1×4×4 and low rank", third + (0.5 - third), lambda: with_low_rank(3, 0.5 - third)),
+        ("STL r=7 of 1×4×4", apart, alone),
+        ("encoders of each tile", apart, lambda: alone(scope="tile")),
+        ("of each tile, four times the rounds", apart, lambda: alone(scope="tile", rounds=4 * rounds)),
+        ("of each tile, features ordered by energy", apart, lambda: alone(scope="tile", turn=ordered, columns=outward)),
+        ("of each tile, inputs turned to principal directions", apart,
+         lambda: alone(scope="tile", turn=turned, columns=outward)),
+        ("the same turned, r=10 for the stronger half, 4 for the other", apart, lambda: halves(10, 4)),
+        ("r=3 and low rank, encoders of each tile", 0.5, lambda: with_low_rank(3, 0.5 - third)),
     ]  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """`convert(calibration=…)`: each layer is fitted to what it is fed, and nothing else of the model changes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -29,13 +31,21 @@ def everything(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def test_more_is_fitted_and_less_is_lost() -> None:
+@pytest.mark.parametrize("scope", ["layer", "tile"])
+def test_more_is_fitted_and_less_is_lost(scope: str) -> None:
     losses = []
     for options in ({}, {"rounds": 0}, {"rounds": 8}):
         model, rows, x = problem()
         before = model(x).detach()
         given = {"calibration": rows, **options} if options else {}
-        convert(model, FIT, example_inputs=x, filter_fn=everything, force_mixing=["*"], **given)
+        convert(
+            model,
+            replace(FIT, encoder_scope=scope),
+            example_inputs=x,
+            filter_fn=everything,
+            force_mixing=["*"],
+            **given,
+        )
         losses.append(lost(model, before, x))
     assert losses[2] < 0.7 * losses[1] < 0.7 * losses[0]
 
@@ -56,7 +66,6 @@ def test_masks_and_fixed_factors_stay() -> None:
     for config in (
         STLConfig(tile=4, rank=24, basis="random", init="fit", mixing="causal"),
         STLConfig(tile=4, rank=24, basis="approximate", init="fit", train_encoder=False),
-        STLConfig(tile=4, rank=24, basis="approximate", init="fit", encoder_scope="tile"),
     ):
         found = []
         for given in ({}, {"rounds": 5}):

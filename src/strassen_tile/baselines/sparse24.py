@@ -44,13 +44,14 @@ def mask_24(weight: Tensor, inputs: Tensor | None = None) -> Tensor:
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, keep, True).view(m, k)
 
 
-def refit(weight: Tensor, mask: Tensor, inputs: Tensor, *, damping: float = 1e-4) -> Tensor:
+def refit(weight: Tensor, mask: Tensor, inputs: Tensor, *, damping: float = 0.1) -> Tensor:
     """The weights kept, fitted so that products with `inputs` (…, K) are as near as can be to those of `weight` (M, K).
 
     Args:
         weight, mask: (M, K); as many weights are kept in each row.
         inputs: calibration rows.
-        damping: added to their second moments, as a fraction of the mean of its diagonal.
+        damping: added to their second moments, as a fraction of the mean of its diagonal. (Of 400 rows of MiniLM 0.1 leaves an
+            error of 0.09 on others, 1e-4 one of 0.59; of 24 000 rows they are alike.)
     """
     m, k = weight.shape
     rows = inputs.detach().reshape(-1, k).double()

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from strassen_tile.errors import ConfigError, ShapeError, shape_text
+from strassen_tile.nn.alternate_tiles import fit_tiles
+from strassen_tile.nn.normal_equations import step
 from strassen_tile.tiling import as_samples, to_tiles
-
-_RIDGE = 1e-6  # of the mean diagonal of normal equations: what inputs leave open stays where it was
 
 
 class Fitted(NamedTuple):
-    """The factors, and the relative squared error on the inputs after each round, the start's first."""
+    """The factors, and the relative squared error on inputs and white rows after each round, the start's first."""
 
     encoder: Tensor
     encoded_weight: Tensor
@@ -29,39 +29,56 @@ class Fitted(NamedTuple):
 
 @torch.no_grad()
 def fit_factors(
-    inputs: Tensor, weight: Tensor, encoder: Tensor, encoded_weight: Tensor, decoder: Tensor, *, rounds: int = 20
+    inputs: Tensor,
+    weight: Tensor,
+    encoder: Tensor,
+    encoded_weight: Tensor,
+    decoder: Tensor,
+    *,
+    rounds: int = 20,
+    damping: float = 0.1,
 ) -> Fitted:
     """Factors that minimise ‖layer(x) − x @ weight‖ over calibration inputs, from those given.
 
     Args:
         inputs: (…, N, K); tiles are cut within samples, as the layer does, and those over the edge are left out.
         weight: (K, M) in maths.
-        encoder: (r, p, q).
+        encoder: (r, p, q), or (J, r, p, q).
         encoded_weight: (r, J, L).
-        decoder: (r, p, s).
+        decoder: (r, p, s), or (L, r, p, s) with an encoder for each tile.
         rounds: of Ŵ, E and D in turn.
+        damping: white rows that are fitted to as well, as a fraction of the energy of the inputs: of few inputs far more is
+            learnt by heart than is true of others. (A layer of MiniLM fitted to 400 rows errs on others by 2.2 times their
+            energy without, 0.32 with a tenth; of 24 000 rows by 0.172 and 0.168.)
 
     Raises:
-        ShapeError: shapes that do not fit together, samples of fewer rows than a tile, or an encoder for each tile.
-        ConfigError: rounds below 1.
+        ShapeError: shapes that do not fit together, or samples of fewer rows than a tile.
+        ConfigError: rounds below 1, or damping below 0.
     """
-    if encoder.ndim != 3 or decoder.ndim != 3:
+    if encoder.ndim not in (3, 4) or decoder.ndim != encoder.ndim:
         raise ShapeError(
-            f"factors of one encoder and decoder a layer are wanted, (r, p, q) and (r, p, s); got "
+            f"encoder and decoder must be (r, p, q) and (r, p, s), or those of each tile; got "
             f"{shape_text(encoder.shape)} and {shape_text(decoder.shape)}"
         )
     if inputs.ndim < 2 or inputs.shape[-1] != weight.shape[0]:
         raise ShapeError(f"inputs must be (…, N, {weight.shape[0]}); got {shape_text(inputs.shape)}")
     if rounds < 1:
         raise ConfigError(f"rounds must be positive; got {rounds}")
-    (_, p, q), s = encoder.shape, decoder.shape[2]
+    if not 0 <= damping < float("inf"):
+        raise ConfigError(f"damping must be 0 or more; got {damping}")
+    (p, q), s = encoder.shape[-2:], decoder.shape[-1]
     e, w, d = (factor.detach().double() for factor in (encoder, encoded_weight, decoder))
     rows = as_samples(inputs.detach().double())
     if (whole := rows.shape[1] // p * p) == 0:
         raise ShapeError(f"inputs must have p = {p} rows a sample or more; got {shape_text(inputs.shape)}")
     rows = rows[:, :whole]  # of a tile over the edge fewer rows count
+    rows = _with_white_rows(rows.unflatten(1, (-1, p)).flatten(0, 1), damping)
     x = to_tiles(rows, p, q).flatten(0, 1)  # (T, J, p, q)
     y = to_tiles(rows @ weight.detach().double(), p, s).flatten(0, 1)  # (T, L, p, s)
+    if encoder.ndim == 4:
+        inside = to_tiles(torch.ones(p, weight.shape[1], dtype=torch.float64, device=d.device), p, s)[0]  # (L, p, s)
+        e, w, d, errors = fit_tiles(x, y, e, w, d * inside[:, None], rounds)
+        return Fitted(e.to(encoder), w.to(encoded_weight), d.to(decoder), tuple(errors))
     problem = _Problem(x, y, weight.shape[1], _moments(x))
     errors = [problem.error(e, w, d)]
     for _ in range(rounds):
@@ -71,6 +88,15 @@ def fit_factors(
         e, w, d = _level(e, w, d)
         errors.append(problem.error(e, w, d))
     return Fitted(e.to(encoder), w.to(encoded_weight), d.to(decoder), tuple(errors))
+
+
+def _with_white_rows(rows: Tensor, damping: float) -> Tensor:
+    """Tile rows (T, p, K), and p·K more of one entry each, which together have that part of their energy."""
+    _, p, k = rows.shape
+    if not damping:
+        return rows
+    each = (damping * rows.square().sum() / max(1, p * k)).sqrt()
+    return torch.cat([rows, each * torch.eye(p * k, dtype=rows.dtype, device=rows.device).view(p * k, p, k)])
 
 
 class _Problem(NamedTuple):
@@ -101,11 +127,7 @@ def _encoded(x: Tensor, e: Tensor) -> Tensor:
 
 def _solved(matrix: Tensor, target: Tensor, now: Tensor) -> Tensor:
     """The solution of matrix · z = target that is near `now` where the matrix does not say."""
-    ridge = _RIDGE * float(matrix.diagonal().mean())
-    matrix = matrix.clone()
-    rest = target - matrix @ now
-    matrix.diagonal().add_(ridge if ridge > 0 else 1.0)
-    return now + torch.cholesky_solve(rest, torch.linalg.cholesky(matrix))
+    return now + step(matrix, target - matrix @ now)
 
 
 def _weight(problem: _Problem, e: Tensor, w: Tensor, d: Tensor) -> Tensor:

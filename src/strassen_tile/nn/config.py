@@ -136,9 +136,9 @@ class STLConfig:
 
     @property
     def fits_factors(self) -> bool:
-        """Whether E and D can be fitted to inputs: trained, one a layer, and without the zeros of causal tiles."""
+        """Whether E and D can be fitted to inputs: trained, and without the zeros of causal tiles."""
         causal = self.mixing == "causal" and self.mixes_in_tiles
-        return self.train_encoder and self.train_decoder and self.encoder_scope == "layer" and not causal
+        return self.train_encoder and self.train_decoder and not causal
 
     def _default_rank(self) -> int:
         if self.basis in DRAWN:

@@ -85,7 +85,7 @@ class STLLinear(TileLayer):
         Args:
             weight: fitted if the config says so (`STLConfig.fits`), else only its variance is taken.
             inputs: calibration activations (…, N, K) for the fit.
-            rounds: of fitting E and D to them as well (`nn.alternate`), where they are trained, one a layer, and not causal.
+            rounds: of fitting E and D to them as well (`nn.alternate`), where they are trained and not causal.
         """
         if self.encoded_weight.is_meta:
             return
