@@ -112,6 +112,13 @@ def test_gradients_flow() -> None:
     assert float(w.grad.abs().sum()) > 0
 
 
+@pytest.mark.parametrize("x,w", [((0, 4), (4, 4)), ((4, 0), (0, 4)), ((4, 4), (4, 0)), ((0, 3, 4), (4, 5))])
+def test_nothing_to_multiply(x: tuple[int, ...], w: tuple[int, int]) -> None:
+    for options in ({}, {"unbiased": True}, {"flop_ratio": 0.9}):
+        found = st.amm(torch.zeros(x), torch.zeros(w), **options)
+        assert torch.equal(found.value, torch.zeros(x) @ torch.zeros(w))
+
+
 @pytest.mark.parametrize(
     "x,w,options,kind,said",
     [
@@ -125,6 +132,9 @@ def test_gradients_flow() -> None:
         (torch.ones(2, 3), torch.ones(3, 5), {"flop_ratio": float("nan")}, ConfigError, "positive"),
         (torch.ones(2, 3), torch.ones(3, 5), {"flop_ratio": "half"}, ConfigError, "positive"),
         (torch.ones(2, 3), torch.ones(3, 5), {"seed": 0.5}, ConfigError, "seed"),
+        (torch.ones(2, 3), torch.ones(3, 5), {"seed": 2**70, "unbiased": True}, ConfigError, "seed"),
+        (torch.ones(2, 3), torch.ones(3, 5), {"basis": "strassen"}, ConfigError, "basis must be"),
+        (torch.ones(2, 3).to(torch.float8_e4m3fn), torch.ones(3, 5), {}, ShapeError, "16 bits"),
     ],
 )
 def test_bad_input(x: object, w: object, options: dict, kind: type, said: str) -> None:

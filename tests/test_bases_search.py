@@ -163,7 +163,17 @@ def test_a_file_that_is_not_gone_on_with(tmp_path: Path) -> None:
         search(2, 7, file=file)
     assert file.read_bytes() == before
     search(2, 5, seed=2, file=tmp_path / "other.json")
-    with pytest.raises(BasisError, match="its seed is 2"):
+    with pytest.raises(BasisError, match="seed 2, not 3"):
         search(2, 5, seed=3, file=tmp_path / "other.json")
+    with pytest.raises(BasisError, match="of a search with bounds"):
+        search(2, 5, seed=2, file=tmp_path / "other.json", bounds=Bounds(kappa=10.0))
+    with pytest.raises(BasisError, match="of a search with starts"):
+        search(2, 5, seed=2, file=tmp_path / "other.json", starts=[bases.random(2, 5)])
     with pytest.raises(BasisMismatchError, match="rank 5"):
         search(2, 6, seed=2, file=tmp_path / "other.json")
+    record = json.loads((tmp_path / "other.json").read_text())
+    for rounds in ("Infinity", "-5", "1e30", '"1"', "null"):
+        text = json.dumps({**record, "provenance": {**record["provenance"], "rounds": "ROUNDS"}})
+        (tmp_path / "far.json").write_text(text.replace('"ROUNDS"', rounds))
+        with pytest.raises(BasisError, match="how far"):
+            search(2, 5, seed=2, file=tmp_path / "far.json")

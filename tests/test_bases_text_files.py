@@ -83,11 +83,23 @@ def test_what_is_no_exact_algorithm_is_not_written_as_one(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_half_written(tmp_path: Path) -> None:
-    (tmp_path / "one_P.sms").mkdir()  # the third of the files cannot be
+@pytest.mark.parametrize("part", "LRP")
+def test_nothing_is_half_written(tmp_path: Path, part: str) -> None:
+    bases.save(bases.strassen(), tmp_path / "one.sms")
+    (tmp_path / f"one_{part}.sms").unlink()
+    (tmp_path / f"one_{part}.sms").mkdir()  # one of the files cannot be
+    before = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
     with pytest.raises(BasisError, match="cannot write"):
-        bases.save(bases.strassen(), tmp_path / "one.sms")
-    assert [path.name for path in tmp_path.iterdir()] == ["one_P.sms"]
+        bases.save(bases.naive(2, 2, 2), tmp_path / "one.sms")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_coefficients_that_are_no_simple_fractions(tmp_path: Path) -> None:
+    """Doubles whose exact fractions have more digits than a 64-bit number."""
+    basis = bases.strassen().conditioned()
+    for suffix in (".sms", ".txt"):
+        bases.save(basis, tmp_path / f"one{suffix}")
+        assert torch.equal(bases.load(tmp_path / f"one{suffix}").encoder, basis.encoder)
 
 
 def changed(part: str, at: int, to: str | None) -> dict[str, list[str]]:

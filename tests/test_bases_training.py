@@ -71,6 +71,31 @@ def test_bad_arguments(options: dict, said: str) -> None:
         training.train(bases.random(2, 4), **options)
 
 
+def test_the_state_of_the_caller_does_not_matter() -> None:
+    """Gradients off, other defaults, batches of a layer's own weight: as without; and nothing of the caller's changes."""
+    start, layer = bases.random(2, 4), torch.nn.Linear(8, 8)
+    x = torch.randn(16, 8)
+
+    def trained(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        batches = training.drawn(start, x.to(dtype), layer.weight.mT.to(dtype))
+        return training.train(start, batches, steps=3).basis.encoder
+
+    expected = trained()
+    assert layer.weight.grad is None
+    assert torch.equal(trained(torch.float64), expected)
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.device("meta")):
+        with mode:
+            assert torch.equal(trained(), expected)
+            assert training.train(start, steps=2).basis.rank == 4
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(trained(torch.float32), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with pytest.raises(BasisError, match="batches end after 1"):
+        training.train(start, iter([(torch.ones(4, 4), torch.ones(4, 4))]), steps=2)
+
+
 def test_divergence_and_shapes() -> None:
     with pytest.raises(BasisError, match="diverged at step"):
         training.train(bases.random(2, 4), steps=200, lr=1e3, optimizer="sgd")

@@ -20,7 +20,8 @@ class Approximation(NamedTuple):
 
     Attributes:
         value: (…, N, M).
-        error: the expected ‖value − x w‖²/‖x w‖² where entries of x and w are independent and of mean 0; 0 if it is exact.
+        error: the expected ‖value − x w‖²/‖x w‖² where entries of x and w are independent, of mean 0 and of one variance; 0 if
+            it is exact.
         basis: what was used; None: the dense product.
         flop_ratio: FLOPs of all of it, both operands encoded, as a fraction of the dense product's.
     """
@@ -36,6 +37,9 @@ def amm(
 ) -> Approximation:
     """Multiply x by w, approximately, for that fraction of the FLOPs.
 
+    The error to expect is that of entries of one variance, on whole tiles, without rounding: where columns differ in size or
+    sides are shorter than a tile, it may be more or less; in bf16 the shipped bases add up to 0.02.
+
     Of the shipped bases in every order of their sides, and Strassen's algorithm, the one of least error is taken that
     the budget pays for at these sizes, encoding both operands and decoding included. Of large matrices half of the FLOPs leave
     some 0.3 of the squared norm in error, of small ones, whose encoding weighs more, twice that: too much for a network that is
@@ -45,8 +49,9 @@ def amm(
         x: (…, N, K); each sample is multiplied on its own.
         w: (K, M), of x's dtype and device.
         flop_ratio: the budget, as a fraction of 2NKM.
-        unbiased: draw signs and orders of rows, inner indices and columns, and rescale, so that the expected value is x @ w
-            whatever they are; the error then is err/(1 − err) in place of err.
+        unbiased: draw signs and orders of rows, inner indices and columns with `seed`, and rescale, so that the expected value
+            over seeds is x @ w whatever they are; the error then is err/(1 − err) in place of err. (To draw takes no FLOPs, but
+            copies of x, w and the value.)
         basis: this one instead of the best; `flop_ratio` is then not looked at.
         seed: of what is drawn.
 
@@ -58,9 +63,13 @@ def amm(
     _check(x, w)
     if not isinstance(flop_ratio, int | float) or not flop_ratio > 0:
         raise ConfigError(f"flop_ratio must be a positive number; got {flop_ratio!r}")
-    if as_integer(seed) is None:
-        raise ConfigError(f"seed must be an integer; got {seed!r}")
+    if as_integer(seed) is None or abs(seed) >= 2**63:
+        raise ConfigError(f"seed must be an integer below 2^63; got {seed!r}")
+    if basis is not None and not isinstance(basis, Basis):
+        raise ConfigError(f"basis must be a Basis, such as bases.named(…) gives; got {type(basis)}")
     sizes = _sizes(x, w)
+    if not x.numel() or not w.numel():
+        return Approximation(x @ w, 0.0, None, 1.0)
     chosen = _best(sizes, flop_ratio, unbiased) if basis is None else basis
     if chosen is None:
         return Approximation(x @ w, 0.0, None, 1.0)
@@ -68,7 +77,7 @@ def amm(
         return Approximation(
             stl_matmul(x, w, chosen), expected_error(chosen, False), chosen, total_ratio(chosen, sizes)
         )
-    value = _randomised(x, w, chosen, torch.Generator().manual_seed(int(seed))) / kept(chosen)
+    value = _randomised(x, w, chosen, torch.Generator("cpu").manual_seed(int(seed))) / kept(chosen)
     return Approximation(value, expected_error(chosen, True), chosen, total_ratio(chosen, sizes))
 
 
@@ -133,8 +142,8 @@ def _randomised(x: Tensor, w: Tensor, basis: Basis, generator: torch.Generator) 
 
 def _drawn(size: int, generator: torch.Generator, like: Tensor) -> tuple[Tensor, Tensor]:
     """An order of `size` indices, and a sign for each place in it."""
-    order = torch.randperm(size, generator=generator).to(like.device)
-    signs = torch.randint(2, (size,), generator=generator) * 2 - 1
+    order = torch.randperm(size, generator=generator, device="cpu").to(like.device)
+    signs = torch.randint(2, (size,), generator=generator, device="cpu") * 2 - 1
     return order, signs.to(like)
 
 
@@ -149,10 +158,9 @@ def _sizes(x: Tensor, w: Tensor) -> tuple[int, int, int, int]:
 
 def _check(x: Tensor, w: Tensor) -> None:
     for name, value in (("x", x), ("w", w)):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise ShapeError(
-                f"{name} must be a tensor of real floating-point numbers; got {getattr(value, 'dtype', type(value))}"
-            )
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype.itemsize < 2:
+            kind = getattr(value, "dtype", type(value))
+            raise ShapeError(f"{name} must be a tensor of real floating-point numbers of 16 bits or more; got {kind}")
     if x.ndim < 2 or w.ndim != 2 or x.shape[-1] != w.shape[0]:
         raise ShapeError(f"x must be (…, N, K) and w (K, M); got {shape_text(x.shape)} and {shape_text(w.shape)}")
     if x.dtype != w.dtype or x.device != w.device:

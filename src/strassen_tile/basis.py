@@ -30,7 +30,8 @@ EXACT_BELOW = 1e-24  # relative squared error: 1e-12 in relative error, what flo
 class Basis:
     """Three factors: `encoder` E (r, p, q), `weight_encoder` F (r, q, s), `decoder` D (r, p, s).
 
-    Tensors, arrays and nested lists are accepted; inside they are float64 tensors on the CPU, not to be written to.
+    Tensors, arrays and nested lists are accepted; inside they are float64 tensors on the CPU, not to be written to. Of the name
+    what cannot be printed on a line is replaced.
 
     Raises:
         BasisError: not numbers, shapes that do not fit together, rank 0, complex or non-finite coefficients.
@@ -42,6 +43,9 @@ class Basis:
     name: str = ""
 
     def __post_init__(self) -> None:
+        # It is written into files and onto terminals.
+        name = "".join(letter if letter.isprintable() else "\ufffd" for letter in str(self.name))
+        object.__setattr__(self, "name", name)
         for field in FACTORS:
             value = getattr(self, field)
             try:
@@ -245,7 +249,7 @@ class Basis:
         except BasisError as error:
             raise BasisError(f"{source}: {error}") from error
         basis_record.check_size(sum(getattr(basis, field).numel() for field in FACTORS), source, max_bytes)
-        basis_record.check_claims(found, basis.tile, basis.rank, basis.error, basis.is_exact, source)
+        basis_record.check_claims(found, basis.tile, basis.rank, basis.error, basis.kappa, basis.is_exact, source)
         return basis
 
     def _gram(self, field: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from strassen_tile.tiling import Tile, as_tile
 
 FACTORS = ("encoder", "weight_encoder", "decoder")
 MAX_BYTES = 16 << 20  # of a file, and of its three factors in float64: two million coefficients
+_ROUNDED, _NOTHING = 1e-3, 1e-6  # what a file may be off in what it says: figures are written by hand, too
 _KEYS = {*FACTORS, "name", "tile", "rank", "relative_squared_error", "kappa", "exact", "provenance"}
 
 
@@ -42,8 +44,10 @@ def checked_keys(record: object, source: str) -> dict[str, object]:
     return record
 
 
-def check_claims(record: dict[str, object], tile: Tile, rank: int, error: float, exact: bool, source: str) -> None:
-    """Raise BasisError where a record says another tile or rank than its factors have, or that they are exact."""
+def check_claims(
+    record: dict[str, object], tile: Tile, rank: int, error: float, kappa: float, exact: bool, source: str
+) -> None:
+    """Raise BasisError where a record says another tile, rank, error or kappa than its factors have, or that they are exact."""
     try:
         said = as_tile(record.get("tile", tile))  # type: ignore[arg-type] # judged there
     except STLError as wrong:
@@ -54,6 +58,11 @@ def check_claims(record: dict[str, object], tile: Tile, rank: int, error: float,
         raise BasisError(f"{source} says rank {record['rank']!r}, but its factors have {rank} terms")
     if (record.get("exact") or record.get("relative_squared_error") == 0) and not exact:
         raise BasisError(f"{source} claims to be exact, but its relative squared error is {error:.3g}")
+    for key, found in (("relative_squared_error", error), ("kappa", kappa)):
+        value = record.get(key, found)
+        near = isinstance(value, int | float) and abs(value - found) <= _ROUNDED * abs(found) + _NOTHING
+        if math.isfinite(found) and not near:
+            raise BasisError(f"{source} says {key} {value!r:.40}, but that of its factors is {found:.6g}")
 
 
 def write(record: dict[str, object], path: str | Path) -> None:
@@ -65,5 +74,5 @@ def write(record: dict[str, object], path: str | Path) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise BasisError(f"cannot write a basis to {path}: {error}") from error

@@ -62,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"strassen-tile: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("strassen-tile: interrupted; the same command goes on from here", file=sys.stderr)
+        goes_on = options.module == "commands" or options.run == "run_search"
+        said = "; the same command goes on from here" if goes_on else ""
+        print(f"strassen-tile: interrupted{said}", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:  # torch's allocator has no type of its own for it on a CPU
         if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory", str(error)):

@@ -45,6 +45,13 @@ def test_own_matrices(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "out/rows.json")[0]["n"] == 20  # the other half is fitted to
 
 
+def test_sizes_that_some_products_do_not_take(tmp_path: Path) -> None:
+    """2:4 wants groups of four features: it is left out, and the rest is measured."""
+    assert main(["amm", "--shapes", "10x10x10", *QUICK, "--out", str(tmp_path)]) == 0
+    methods = {row["method"] for row in read_rows(tmp_path / "rows.json")}
+    assert {"svd", "dense"} <= methods and not any(name.startswith("2:4") for name in methods)
+
+
 @pytest.mark.parametrize(
     "arguments,said",
     [
@@ -55,6 +62,13 @@ def test_own_matrices(tmp_path: Path) -> None:
         (["--data", "{}/apart.safetensors"], "x must be"),
         (["--data", "{}/nan.safetensors"], "not finite"),
         (["--data", "{}/objects.npy,{}/objects.npy"], "cannot read"),
+        (["--data", "{}/open.npy,{}/open.npy"], "cannot read"),
+        (["--data", "{}/large.npy,{}/large.npy"], "not finite in float32"),
+        (["--data", "{}/zero.safetensors"], "x is all zeros"),
+        (["--data", "{}/complex.safetensors"], "real numbers"),
+        (["--data", "{}/eight.safetensors"], "16 bits or more"),
+        (["--data", "~nobody-of-this-name/x.safetensors"], "cannot find"),
+        (["--budgets", "nan"], "budgets must be"),
         (["--shapes", "3x4"], "NxKxM"),
         (["--methods", "magic"], "unknown methods"),
         (["--budgets", "0"], "budgets must be"),
@@ -70,6 +84,12 @@ def test_what_is_refused(tmp_path: Path, capsys, arguments: list[str], said: str
     save_file({"a": torch.ones(2)}, folder / "other.safetensors")
     save_file({"x": torch.ones(4, 3), "w": torch.ones(4, 3)}, folder / "apart.safetensors")
     save_file({"x": torch.full((4, 3), float("nan")), "w": torch.ones(3, 3)}, folder / "nan.safetensors")
+    save_file({"x": torch.zeros(4, 3), "w": torch.ones(3, 3)}, folder / "zero.safetensors")
+    for name, dtype in (("complex", torch.complex64), ("eight", torch.float8_e4m3fn)):
+        save_file({"x": torch.ones(3, 3).to(dtype), "w": torch.ones(3, 3).to(dtype)}, folder / f"{name}.safetensors")
+    np.save(folder / "large.npy", np.full((4, 4), 1e300))
+    head = b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 2"  # a bracket that is never closed
+    (folder / "open.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head)
     np.save(folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     out = tmp_path / "out"
     assert main(["amm", *(one.replace("{}", str(folder)) for one in arguments), "--out", str(out)]) == 1

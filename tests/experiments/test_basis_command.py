@@ -1,11 +1,13 @@
 """`strassen-tile basis`: every part of it once as a user would type it, and what it refuses."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from strassen_tile import bases
+from strassen_tile.bases import search
 from strassen_tile.cli import main
 
 
@@ -52,6 +54,26 @@ def test_search_and_condition(tmp_path: Path, capsys) -> None:
     assert bases.load(tmp_path / "better.json").kappa < bases.strassen().kappa
 
 
+def test_a_start_of_its_own_rank(tmp_path: Path, monkeypatch) -> None:
+    for name, value in (("_STARTS", 4), ("_HOPS", 4), ("_SWEEPS", 20), ("_POLISHES", 5), ("_RIDGES", (1e-3,))):
+        monkeypatch.setattr(search, name, value)
+    out = tmp_path / "one.json"
+    assert main(["basis", "search", "--tile", "2", "--rank", "6", "--start", "strassen", "--out", str(out)]) == 0
+    assert "strassen" in json.loads(out.read_text())["provenance"]["starts"][0]
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path, capsys) -> None:
+    """A name with what rich takes for markup, or what a terminal cannot show."""
+    record = {field: getattr(bases.strassen(), field).tolist() for field in ("encoder", "weight_encoder", "decoder")}
+    for name in ("[/x]", "[red]hi", "\ud800", "two\nlines"):
+        (tmp_path / "one.json").write_text(json.dumps({**record, "name": name}))
+        assert main(["basis", "show", str(tmp_path / "one.json")]) == 0
+        if name.isprintable():
+            assert name in capsys.readouterr().out
+        assert main(["basis", "export", str(tmp_path / "one.json"), "--out", str(tmp_path / "one.txt")]) == 0
+        assert main(["basis", "verify", str(tmp_path / "one.txt")]) == 0
+
+
 @pytest.mark.parametrize(
     "arguments,said",
     [
@@ -63,6 +85,9 @@ def test_search_and_condition(tmp_path: Path, capsys) -> None:
         (["search", "--tile", "2", "--rank", "9", "--out", "{}/one.json"], "rank must be"),
         (["search", "--tile", "2", "--rank", "5", "--out", "{}/one.txt"], "must be a .json"),
         (["search", "--tile", "2", "--rank", "5", "--minutes", "-1", "--out", "{}/one.json"], "minutes must be"),
+        (["search", "--tile", "2", "--rank", "5", "--out", "/proc/none/one.json"], "/proc/none"),
+        (["show", "group:Z" + "9" * 5000], "no group"),
+        (["show", "random:" + "9" * 5000], "cannot read"),
         (["import", "{}", "--out", "{}/one.json"], "folder"),
     ],
 )

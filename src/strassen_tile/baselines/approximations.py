@@ -12,6 +12,7 @@ from functools import partial
 from strassen_tile import bases, cost
 from strassen_tile.baselines import fitted, quantised, sketches
 from strassen_tile.baselines.products import Product, dense, low_rank, sparse_24, stl
+from strassen_tile.baselines.sparse24 import Criterion
 from strassen_tile.basis import Basis
 
 Sizes = tuple[int, int, int]
@@ -22,7 +23,8 @@ class Way:
     """A way to spend a budget.
 
     Attributes:
-        make: (fraction of dense's FLOPs, (N, K, M), seed) → the product; None where the budget pays for none.
+        make: (fraction of dense's FLOPs, (N, K, M), seed) → the product; None where the budget pays for none, or sizes do
+            not fit.
         drawn: whether it depends on the seed, so that one trial says little.
         budgets: the fractions that it has, where it cannot be had at any.
     """
@@ -48,6 +50,10 @@ def _sketch(kind: str, flop_ratio: float, sizes: Sizes, seed: int) -> Product | 
     return sketches.sketched(kind, flop_ratio, seed=seed)
 
 
+def _sparse(criterion: Criterion, flop_ratio: float, sizes: Sizes, seed: int) -> Product | None:
+    return None if sizes[1] % 4 else sparse_24(criterion)
+
+
 def _always(product: Callable[[], Product]) -> Callable[[float, Sizes, int], Product | None]:
     return lambda flop_ratio, sizes, seed: product()
 
@@ -71,8 +77,8 @@ APPROXIMATIONS: Mapping[str, Way] = {
         kind: Way(partial(lambda name, flop_ratio, sizes, seed: quantised.quantised(name, flop_ratio, seed=seed), kind))
         for kind in ("pq", "hash-tree")
     },
-    "2:4": Way(_always(sparse_24), budgets=(0.5,)),
-    "2:4-wanda": Way(_always(partial(sparse_24, "wanda")), budgets=(0.5,)),
-    "2:4-refit": Way(_always(partial(sparse_24, "refit")), budgets=(0.5,)),
+    "2:4": Way(partial(_sparse, "magnitude"), budgets=(0.5,)),
+    "2:4-wanda": Way(partial(_sparse, "wanda"), budgets=(0.5,)),
+    "2:4-refit": Way(partial(_sparse, "refit"), budgets=(0.5,)),
     "int8": Way(_always(quantised.int8), budgets=(1.0,)),
 }

@@ -19,6 +19,7 @@ from strassen_tile.baselines.products import Prepared, Product
 from strassen_tile.cost import Cost
 from strassen_tile.errors import ConfigError
 
+_LEAST = 1e-2  # of the mean size of a feature: what the smallest counts for
 _OSNAP = 4  # entries of a row of S
 
 
@@ -66,7 +67,8 @@ def sketched(kind: str, flop_ratio: float, *, seed: int = 0) -> Product:
         k, m = w.shape
         weights = w.detach().double().norm(dim=1)
         if rows is not None:
-            weights = weights * rows.detach().double().reshape(-1, k).norm(dim=0)
+            seen = rows.detach().double().reshape(-1, k).norm(dim=0)
+            weights = weights * seen.clamp_min(_LEAST * seen.mean())  # what was never seen may come yet
         generator = torch.Generator().manual_seed(seed)
         drawn = sketch.draw(k, inner(sketch, flop_ratio, k, m), generator, weights.cpu())
         matrix = drawn.matrix.to(w)

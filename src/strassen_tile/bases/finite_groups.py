@@ -22,7 +22,7 @@ from strassen_tile.errors import BasisError
 
 MOST_ELEMENTS = 256  # of a group: a check of associativity is cubic in them, a decomposition too
 _SAME = 1e-8  # eigenvalues and characters closer than this are one
-_FACTOR = re.compile(r"(Z|D|Q|S|A)(\d+)(?:\^(\d+))?", re.IGNORECASE)
+_FACTOR = re.compile(r"(Z|D|Q|S|A)(\d{1,9})(?:\^(\d{1,9}))?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,9 @@ def as_group(group: str | Sequence[Sequence[int]] | Tensor | Group) -> Group:
         table = torch.as_tensor(group, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise BasisError(f"a group is a name or a square table of element numbers: {error}") from error
-    return Group(f"group of {len(table) if table.ndim else 0}", table if table.is_floating_point() else table.long())
+    return Group(
+        f"group of {len(table) if table.ndim else 0}", table if table.is_floating_point() else table.long().clone()
+    )
 
 
 @cache

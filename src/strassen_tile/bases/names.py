@@ -16,6 +16,7 @@ from strassen_tile.basis import Basis
 from strassen_tile.errors import BasisMismatchError
 from strassen_tile.tiling import Tile, as_integer, as_tile
 
+_MOST_DIGITS = 18  # of a seed
 NAMES = ("naive", "strassen", "approximate", "truncated", "random", "group:NAME")
 
 
@@ -39,7 +40,7 @@ def named(spec: str, tile: int | Sequence[int] | None = None, rank: int | None =
         raise BasisMismatchError(f"basis {spec!r} has rank {own}; {rank!r} is asked for")
     kind, _, rest = spec.partition(":")
     wanted = usual_rank(sides) if rank is None else rank
-    if kind == "random" and (not rest or rest.isdecimal()):
+    if _is_drawn(kind, rest):
         return random(sides, wanted, seed=int(rest or 0))
     if kind == "group":
         name, _, decoder = rest.partition(":")
@@ -69,7 +70,7 @@ def own_rank(spec: str, tile: Tile) -> int | None:
     """The rank of the basis that `spec` names, where it has but one; None where it is chosen. Raises BasisError as `named`."""
     p, q, s = tile
     kind, _, rest = spec.partition(":")
-    if spec in ("approximate", "truncated") or (kind == "random" and (not rest or rest.isdecimal())):
+    if spec in ("approximate", "truncated") or _is_drawn(kind, rest):
         return None
     if spec == "naive":
         return p * q * s
@@ -84,6 +85,10 @@ def usual_rank(tile: Tile) -> int:
     """⅜ of the pqs products of a dense tile, and at least one: 24 of 4×4×4, 6 of 1×4×4."""
     p, q, s = tile
     return max(1, round(3 / 8 * p * q * s))
+
+
+def _is_drawn(kind: str, seed: str) -> bool:
+    return kind == "random" and (not seed or (seed.isdecimal() and len(seed) <= _MOST_DIGITS))
 
 
 def _levels(spec: str, tile: Tile) -> int:

@@ -10,20 +10,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from strassen_tile import basis_record
-from strassen_tile._version import __version__
 from strassen_tile.algebra import Factors
 from strassen_tile.bases import descent
+from strassen_tile.bases.search_file import Asked, Bounds, Found
 from strassen_tile.basis import Basis
 from strassen_tile.errors import BasisError, BasisMismatchError
 from strassen_tile.tiling import Tile, as_integer, as_tile
+
+__all__ = ["Bounds", "Found", "search"]
 
 FRESH_EVERY = 4  # rounds: the others hop
 _STARTS, _HOPS = 48, 24
@@ -36,30 +36,8 @@ _SWEEPS, _POLISHES = 200, 60
 _EARLY, _RIDGE = 1e-4, 1e-3  # of alternating least squares: a larger one at the start parks at saddles
 _RIDGES = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
 _NOISE = (0.03, 0.1, 0.2, 0.3)
+_BOUNDS = Bounds()
 _BETTER = 1e-9  # in error: less is no improvement
-_KIND = "strassen_tile.bases.search"
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What a basis may have at most: its largest coefficient after `Basis.balance`, and kappa."""
-
-    coefficient: float = 4.0
-    kappa: float = 2000.0
-
-    def hold(self, basis: Basis) -> bool:
-        """Whether a basis that is balanced is within them."""
-        largest = max(float(getattr(basis, field).abs().max()) for field in basis_record.FACTORS)
-        return largest <= self.coefficient and basis.kappa <= self.kappa
-
-
-@dataclass(frozen=True)
-class Found:
-    """Where a search stands: the best basis within bounds, if any yet; rounds done; where the error fell: (round, error)."""
-
-    basis: Basis | None
-    rounds: int
-    history: tuple[tuple[int, float], ...]
 
 
 def search(
@@ -70,7 +48,7 @@ def search(
     minutes: float | None = None,
     seed: int = 0,
     starts: Sequence[Basis] = (),
-    bounds: Bounds = Bounds(),
+    bounds: Bounds = _BOUNDS,
     file: str | Path | None = None,
     progress: Callable[[Found], object] | None = None,
 ) -> Found:
@@ -89,8 +67,8 @@ def search(
         progress: called after each round.
 
     Raises:
-        BasisError: a file that is none of a search for this tile, rank and seed, or cannot be written; a start of another
-            tile or rank; rank, rounds, minutes or seed that make no sense.
+        BasisError: a file that is none of a search for the same (tile, rank, seed, starts, bounds), or cannot be written; a
+            start of another tile or rank; rank, rounds, minutes or seed that make no sense.
     """
     wanted = as_tile(tile)
     _check(wanted, rank, rounds, minutes, seed)
@@ -99,28 +77,28 @@ def search(
             raise BasisMismatchError(f"a start must be of tile {wanted} and rank {rank} ± 1; got {start}")
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
     most = rounds if rounds is not None else (math.inf if minutes is not None else 1)
-    found = Found(None, 0, ()) if file is None or not Path(file).exists() else _resumed(Path(file), wanted, rank, seed)
+    asked = Asked(wanted, rank, int(seed), tuple(starts), bounds)
+    found = Found(None, 0, ()) if file is None or not Path(file).exists() else asked.resumed(Path(file))
     anchor: Factors | None = None  # the best basis, brought to the minimum that rounds are held against and hop from
     while found.rounds < most and time.monotonic() < end:
         if anchor is None and found.basis is not None:
             anchor = descent.polish(_level(found.basis), _RIDGE, _POLISHES)
         before = found.basis
-        found = _after_round(found, anchor, wanted, rank, seed, starts, bounds)
+        found = _after_round(found, anchor, asked)
         anchor = anchor if found.basis is before else None
         if file is not None and found.basis is not None:
-            _write(found, Path(file), seed, starts, bounds)
+            asked.write(found, Path(file))
         if progress is not None:
             progress(found)
     return found
 
 
-def _after_round(
-    found: Found, anchor: Factors | None, tile: Tile, rank: int, seed: int, starts: Sequence[Basis], bounds: Bounds
-) -> Found:
-    generator = torch.Generator().manual_seed((1_000_003 * seed + found.rounds) % 2**63)
+def _after_round(found: Found, anchor: Factors | None, asked: Asked) -> Found:
+    tile, rank = asked.tile, asked.rank
+    generator = torch.Generator("cpu").manual_seed((1_000_003 * asked.seed + found.rounds) % 2**63)
     best = found.basis
-    if found.rounds == 0 and starts:
-        batch = _from_neighbours(starts, tile, rank, generator)
+    if found.rounds == 0 and asked.starts:
+        batch = _from_neighbours(asked.starts, tile, rank, generator)
     elif anchor is None or found.rounds % FRESH_EVERY == 0:
         batch = descent.alternate(_noise(_STARTS, tile, rank, generator), _EARLY, _SWEEPS)
     else:
@@ -128,7 +106,7 @@ def _after_round(
     batch = descent.alternate(batch, _RIDGE, _SWEEPS)
     rounds = found.rounds + 1
     for one in _promising(batch, anchor):
-        for basis in _falling(one, bounds):
+        for basis in _falling(one, asked.bounds):
             if best is None or basis.error < best.error - _BETTER:
                 best = replace(basis, name=f"{'x'.join(map(str, tile))}_r{rank}")
     history = found.history
@@ -177,7 +155,7 @@ def _hops(factors: Factors, generator: torch.Generator) -> Factors:
     rank, tile = len(factors[0]), (*factors[0].shape[1:], factors[1].shape[2])
     noise = _noise(_HOPS, tile, rank, generator)
     level = torch.tensor(_NOISE, dtype=torch.float64, device="cpu").repeat(_HOPS)[: _HOPS // 2, None, None, None]
-    drawn = torch.rand(_HOPS - _HOPS // 2, rank, generator=generator, device="cpu").argsort(dim=1)
+    drawn = torch.rand(_HOPS - _HOPS // 2, rank, generator=generator, device="cpu", dtype=torch.float32).argsort(dim=1)
     most = torch.randint(1, max(2, rank // 3 + 1), (len(drawn), 1), generator=generator, device="cpu")
     anew = (drawn < most)[:, :, None, None]
     parts = []
@@ -218,29 +196,3 @@ def _check(tile: Tile, rank: object, rounds: object, minutes: float | None, seed
         raise BasisError(f"minutes must be a positive number, or None; got {minutes!r}")
     if as_integer(seed) is None:
         raise BasisError(f"seed must be an integer; got {seed!r}")
-
-
-def _write(found: Found, file: Path, seed: int, starts: Sequence[Basis], bounds: Bounds) -> None:
-    assert found.basis is not None
-    provenance = {"by": _KIND, "version": __version__, "seed": seed, "rounds": found.rounds, "bounds": asdict(bounds)}
-    provenance["starts"] = [start.name for start in starts]
-    found.basis.save(file, provenance={**provenance, "history": [list(step) for step in found.history]})
-
-
-def _resumed(file: Path, tile: Tile, rank: int, seed: int) -> Found:
-    record: Any = basis_record.read_json(file)
-    basis = Basis.from_record(record, source=str(file))
-    said = record.get("provenance")
-    try:
-        if said["by"] != _KIND or said["seed"] != seed:
-            raise ValueError(f"its seed is {said['seed']!r}" if said["by"] == _KIND else "another program's")
-        rounds, history = int(said["rounds"]), tuple((int(at), float(to)) for at, to in said["history"])
-    except (TypeError, KeyError, ValueError) as error:
-        raise BasisError(
-            f"{file} is not of a search with seed {seed} that could go on ({error}); take another file"
-        ) from error
-    if basis.tile != tile or basis.rank != rank:
-        raise BasisMismatchError(
-            f"{file} is of tile {basis.tile} and rank {basis.rank}; {tile} and {rank} are searched for"
-        )
-    return Found(basis, rounds, history)

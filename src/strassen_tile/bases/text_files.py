@@ -9,7 +9,9 @@ SMS is a sparse matrix: a line "rows columns R", lines "i j value" counted from 
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
 from collections.abc import Iterator
 from fractions import Fraction
@@ -24,7 +26,9 @@ from strassen_tile.basis_record import check_size
 from strassen_tile.errors import BasisError
 from strassen_tile.tiling import Tile
 
-_NUMBER = re.compile(r"[+-]?(\d{1,18}(\.\d{0,18})?|\.\d{1,18})([eE][+-]?\d{1,2})?(/\d{1,18})?")
+_NUMBER = re.compile(
+    r"[+-]?(\d{1,400}(\.\d{0,400})?|\.\d{1,400})([eE][+-]?\d{1,2})?(/\d{1,400})?"
+)  # 2**-1074 has 324 digits
 _SIMPLE = 1000  # denominators up to this are written as fractions
 _PARTS = "LRP"
 
@@ -72,6 +76,9 @@ def write_sms(basis: Basis, path: Path) -> None:
         entries = [f"{i + 1} {j + 1} {_written(float(matrix[i, j]))}" for i, j in matrix.nonzero().tolist()]
         texts.append("\n".join([f"{matrix.shape[0]} {matrix.shape[1]} R", *entries, "0 0 0", ""]))
     first, second, third = sms_paths(path)
+    for where in (first, second, third):
+        if where.is_dir():  # a file that is replaced goes there last, and can fail: then others would be new already
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(where))
     with files.written_first(first, texts[0].encode()), files.written_first(second, texts[1].encode()):
         files.write_text(third, texts[2])
 
@@ -101,7 +108,10 @@ def number(word: str, source: object) -> float:
     """A number or fraction in a text. Raises BasisError for anything else, such as the x of a family of algorithms."""
     if _NUMBER.fullmatch(word):
         over, _, under = word.partition("/")
-        value = float(over) / float(under or 1) if float(under or 1) else math.inf
+        try:  # a fraction: of two whole numbers that no float could hold it may be one
+            value = float(Fraction(over) / Fraction(under or 1))
+        except (ZeroDivisionError, OverflowError):
+            value = math.inf
         if math.isfinite(value):
             return value
     raise BasisError(f"{source} holds {word[:40]!r}, which is not a real number or a fraction")

@@ -34,11 +34,11 @@ class Trained(NamedTuple):
 def gaussian(basis: Basis, seed: int = 0) -> Batches:
     """Independent normal matrices of 8 × 8 tiles, for ever."""
     p, q, s = basis.tile
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     while True:
         yield (
-            torch.randn(_TILES * p, _TILES * q, generator=generator),
-            torch.randn(_TILES * q, _TILES * s, generator=generator),
+            torch.randn(_TILES * p, _TILES * q, generator=generator, device="cpu", dtype=torch.float32),
+            torch.randn(_TILES * q, _TILES * s, generator=generator, device="cpu", dtype=torch.float32),
         )
 
 
@@ -54,14 +54,17 @@ def drawn(basis: Basis, x: Tensor, w: Tensor, *, tiles: int = 64, seed: int = 0)
             f"x must be (N, K) and w (K, M), of at least {p} rows and {s} columns; got {shape_text(x.shape)} and "
             f"{shape_text(w.shape)}"
         )
-    return _parts(x, w, p, s, tiles, torch.Generator().manual_seed(seed))
+    return _parts(x, w, p, s, tiles, torch.Generator("cpu").manual_seed(seed))
 
 
 def _parts(x: Tensor, w: Tensor, p: int, s: int, tiles: int, generator: torch.Generator) -> Batches:
     while True:
-        rows = torch.randint(len(x) // p, (tiles,), generator=generator)[:, None] * p + torch.arange(p)
-        columns = torch.randint(w.shape[1] // s, (tiles,), generator=generator)[:, None] * s + torch.arange(s)
-        yield x[rows.flatten()], w[:, columns.flatten()]
+        rows, columns = (
+            torch.randint(size // side, (tiles, 1), generator=generator, device="cpu") * side
+            + torch.arange(side, device="cpu")
+            for size, side in ((len(x), p), (w.shape[1], s))
+        )
+        yield x[rows.flatten().to(x.device)], w[:, columns.flatten().to(w.device)]
 
 
 def train(
@@ -79,7 +82,7 @@ def train(
 
     Args:
         start: where they begin: random, Strassen's truncated, a searched one, a group's.
-        batches: pairs of matrices; None: `gaussian` of `seed`.
+        batches: pairs of matrices, as many as steps, taken as float32; None: `gaussian` of `seed`.
         steps: one batch each.
         lr: the first rate.
         optimizer: "adam", or "sgd" with momentum 0.9.
@@ -88,22 +91,40 @@ def train(
         progress: called with each entry.
 
     Raises:
-        BasisError: steps, every or lr that make no sense, another optimizer, or training that diverged.
+        BasisError: steps, every or lr that make no sense, another optimizer, too few batches, or training that diverged.
     """
     if min(as_integer(steps) or 0, as_integer(every) or 0) < 1 or not 0 < lr < math.inf:
         raise BasisError(f"steps, every and lr must be positive; got {steps!r}, {every!r}, {lr!r}")
     if optimizer not in get_args(Optimizer):
         raise BasisError(f"optimizer must be one of {', '.join(get_args(Optimizer))}; got {optimizer!r}")
+    pairs = gaussian(start, seed) if batches is None else batches
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's modes
+        return _trained(start, pairs, steps, lr, optimizer, every, progress)
+
+
+def _trained(
+    start: Basis,
+    pairs: Batches,
+    steps: int,
+    lr: float,
+    optimizer: Optimizer,
+    every: int,
+    progress: Callable[[int, float], object] | None,
+) -> Trained:
     even = start.balance()
     factors = [getattr(even, field).float().requires_grad_() for field in ("encoder", "weight_encoder", "decoder")]
     chosen = (
         torch.optim.Adam(factors, lr=lr) if optimizer == "adam" else torch.optim.SGD(factors, lr=lr, momentum=_MOMENTUM)
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(chosen, steps)
-    pairs, since = gaussian(start, seed) if batches is None else batches, 0.0
+    since = 0.0
     history: list[tuple[int, float]] = []
     for step in range(1, steps + 1):
-        loss = _loss(factors, *next(pairs))
+        try:
+            x, w = (matrix.detach().float() for matrix in next(pairs))
+        except StopIteration:
+            raise BasisError(f"batches end after {step - 1}, before all {steps} steps") from None
+        loss = _loss(factors, x, w)
         chosen.zero_grad()
         loss.backward()
         chosen.step()

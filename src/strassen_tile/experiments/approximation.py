@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tokenize import TokenError
 
 import torch
 from torch import Tensor
@@ -60,8 +61,12 @@ def pair(x: Tensor, w: Tensor, name: str, seed: int = 0) -> Problem:
             f"{name}: x must be (N, K) with two rows or more, w (K, M); got {shape_text(x.shape)}, {shape_text(w.shape)}"
         )
     for which, matrix in (("x", x), ("w", w)):
-        if not bool(torch.isfinite(matrix).all()):
-            raise ShapeError(f"{name}: {which} holds numbers that are not finite")
+        if matrix.is_complex() or matrix.dtype.itemsize < 2:
+            raise ShapeError(f"{name}: {which} must hold real numbers of 16 bits or more; got {matrix.dtype}")
+        if not bool(torch.isfinite(matrix.float()).all()):
+            raise ShapeError(f"{name}: {which} holds numbers that are not finite in float32")
+        if not bool(matrix.any()):
+            raise ShapeError(f"{name}: {which} is all zeros: there is nothing to approximate")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     half = len(x) // 2
     return Problem(name, x[order[half:]].float(), w.float(), x[order[:half]].float())
@@ -74,7 +79,10 @@ def read_pair(text: str) -> Problem:
         DataError: a file that is missing, damaged, too large or of another kind.
         ShapeError: as `pair`.
     """
-    paths = [Path(part).expanduser() for part in text.split(",")]
+    try:
+        paths = [Path(part).expanduser() for part in text.split(",")]
+    except RuntimeError as error:  # no such user
+        raise DataError(f"cannot find {text!r}: {error}") from error
     if len(paths) == 2 and all(path.suffix == ".npy" for path in paths):
         return pair(_npy(paths[0]), _npy(paths[1]), text)
     if len(paths) != 1 or paths[0].suffix != ".safetensors":
@@ -87,7 +95,7 @@ def read_pair(text: str) -> Problem:
     try:
         with files.opened(paths[0], MAX_BYTES) as file:
             found = load(file.read())
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise DataError(f"cannot read {paths[0]}: {error}") from error
     if not {"x", "w"} <= set(found):
         raise DataError(f"{paths[0]} must have tensors x and w; it has {', '.join(sorted(found)) or 'none'}")
@@ -100,11 +108,18 @@ def _npy(path: Path) -> Tensor:
     try:
         with files.opened(path, MAX_BYTES) as file:
             array = np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        SyntaxError,
+        OverflowError,
+        TokenError,
+    ) as error:  # a header is Python's text
         raise DataError(f"cannot read {path}: {error}") from error
     if array.dtype.kind not in "fiu":
         raise DataError(f"{path} must hold real numbers; got {array.dtype}")
-    return torch.from_numpy(array.astype("float32"))
+    return torch.from_numpy(array.astype("float64"))
 
 
 def measure(
@@ -125,7 +140,7 @@ def measure(
     """
     if unknown := [name for name in methods if name not in APPROXIMATIONS]:
         raise ConfigError(f"unknown methods {', '.join(unknown)}; there are {', '.join(APPROXIMATIONS)}")
-    if not budgets or min(budgets) <= 0 or max(budgets) > 1:
+    if not budgets or not all(0 < budget <= 1 for budget in budgets):
         raise ConfigError(f"budgets must be fractions of dense's FLOPs, above 0 and up to 1; got {budgets}")
     if trials < 1 or not seconds > 0:
         raise ConfigError(f"trials and seconds must be positive; got {trials} and {seconds}")

@@ -9,12 +9,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from strassen_tile import bases
+from strassen_tile.bases.names import own_rank
 from strassen_tile.bases.search import Found, search
 from strassen_tile.basis import Basis
 from strassen_tile.basis_record import FACTORS
 from strassen_tile.errors import BasisError
+from strassen_tile.experiments.measuring import make_writable
 
 _HEADS = ("tile", "rank", "error", "products fewer", "parameters", "kappa", "growth", "name")
 
@@ -25,8 +28,8 @@ def run_list(options: argparse.Namespace) -> int:
     table = Table(*_HEADS, title="Bases that ship with the package")
     for tile, rank in bases.shipped():
         if wanted is None or sorted(tile) == wanted:
-            table.add_row(*_facts(bases.approximate(tile, rank)))
-    Console().print(table)
+            table.add_row(*map(Text, _facts(bases.approximate(tile, rank))))
+    Console(markup=False, emoji=False).print(table)
     print(
         "error: expected relative squared error on Gaussian matrices. A tile serves every order of its sides.\n"
         "Exact ones for any tile and cubes of 2, 4, 8, …: naive, strassen. Of finite groups: group:NAME, such as group:D4xZ2^2."
@@ -38,8 +41,8 @@ def run_show(options: argparse.Namespace) -> int:
     """`strassen-tile basis show`; its exit status."""
     basis = bases.named(options.basis, options.tile, options.rank)
     table = Table(*_HEADS)
-    table.add_row(*_facts(basis))
-    Console().print(table)
+    table.add_row(*map(Text, _facts(basis)))
+    Console(markup=False, emoji=False).print(table)
     if options.factors:
         for field in FACTORS:
             print(f"{field} {tuple(getattr(basis, field).shape)}")
@@ -88,6 +91,7 @@ def run_search(options: argparse.Namespace) -> int:
     """`strassen-tile basis search`; its exit status, 1 where nothing was found within bounds."""
     out = _as_json(options.out)
     starts = [_start(spec, options) for spec in options.start]
+    make_writable(out.parent)
     with Live(console=Console(), auto_refresh=False, transient=True) as live:
 
         def progress(found: Found) -> None:
@@ -113,10 +117,11 @@ def run_search(options: argparse.Namespace) -> int:
 
 
 def _start(spec: str, options: argparse.Namespace) -> Basis:
-    """A start by name at the rank that is searched for, or from a file as it is."""
+    """A start by name, at the rank that is searched for where it has none of its own, or from a file as it is."""
     if Path(spec).is_file():
         return bases.load(spec)
-    return bases.named(spec, options.tile, None if spec in ("naive", "strassen") else options.rank)
+    own = own_rank(spec, options.tile)
+    return bases.named(spec, options.tile, options.rank if own is None else own)
 
 
 def _course(found: Found) -> Table:
