@@ -45,7 +45,7 @@ def test_a_file_has_its_own_tile(tmp_path: Path) -> None:
         ("group:Z2^2", 2, 5, "has rank 4"),
         ("group:", 2, None, "no group"),
         ("group:Z2:best", 2, None, "decoder"),
-        ("approximate", 4, 17, "no approximate basis"),
+        ("approximate", 4, 7, "no approximate basis"),
         ("nothing", 4, None, "cannot read"),
         ("random:x", 4, None, "cannot read"),
     ],

@@ -238,7 +238,7 @@ def test_roster_is_by_rank_and_those_without_once():
     with pytest.raises(ConfigError, match="unknown methods junk; there are dense, stl"):
         products.roster(("stl", "junk"), [CONFIG])
     with pytest.raises(BasisError, match="no approximate basis"):
-        products.roster(("stl",), [STLConfig(rank=23)], fitted=True)
+        products.roster(("stl",), [STLConfig(rank=50)], fitted=True)
 
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, math.nan, math.inf])

@@ -237,7 +237,7 @@ def test_a_recipe_that_makes_no_sense_is_refused(change) -> None:
     [
         (["--data", "nowhere"], "nowhere"),
         (["--model", "t2t_vit_99"], "t2t_vit_99"),
-        (["--init", "approximate", "--ranks", "17"], "no approximate basis"),
+        (["--init", "approximate", "--ranks", "7"], "no approximate basis"),
         (["--methods", "stl[encoder_scope=tile],stl[encoder_scope=row]"], "one of layer, tile is wanted; got 'row'"),
     ],
 )

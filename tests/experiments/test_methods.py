@@ -111,7 +111,7 @@ def test_low_rank_has_the_products_of_the_smallest_rank_and_needs_one() -> None:
 
 def test_a_basis_that_is_not_there_is_said_before_anything_runs() -> None:
     with pytest.raises(BasisError, match="no approximate basis"):
-        names("dense,stl[init=approximate,rank=17]")
+        names("dense,stl[init=approximate,rank=7]")
 
 
 def test_low_rank_has_the_flops_of_the_smallest_rank_where_rows_are_apart() -> None:

@@ -286,7 +286,7 @@ def test_named_bases():
         (STLConfig(tile=1, rank=1, basis="strassen"), ConfigError),
         (STLConfig(tile=2, rank=7, basis="strassen", mixing="none"), ConfigError),
         (STLConfig(tile=4, rank=24, basis="naive"), ConfigError),
-        (STLConfig(tile=4, rank=25, basis="approximate"), BasisError),
+        (STLConfig(tile=4, rank=50, basis="approximate"), BasisError),
         (STLConfig(tile=4, rank=50, basis="truncated"), BasisError),
         (STLConfig(tile=(2, 4, 4), rank=7, basis="truncated"), ConfigError),
         (STLConfig(tile=4, rank=24, basis="no/such/file.json"), BasisError),

@@ -21,6 +21,7 @@ from strassen_tile.errors import ConfigError
 
 _PROTOTYPES, _LEVELS = 16, 4
 _STEPS = 20  # of Lloyd's
+_TOGETHER = 32  # subspaces at a time: their distances are kept
 _RIDGE = 1e-3  # of the mean square of a column, for prototypes of a hash tree
 _ROWS = 4096  # Gaussian ones that stand in where there are no rows to learn from
 
@@ -109,27 +110,42 @@ Encode = Callable[[Tensor], Tensor]
 def _nearest(rows: Tensor, parts: list[Tensor], generator: torch.Generator) -> tuple[Encode, Tensor]:
     """Lloyd's prototypes in each subspace: codes of rows (…, subspaces), and prototypes (subspaces, 16, K), zero elsewhere."""
     found = torch.zeros(len(parts), _PROTOTYPES, rows.shape[1], dtype=torch.float64)
-    centres = []
-    for at, part in enumerate(parts):
-        piece = rows[:, part]
-        start = torch.randint(len(piece), (_PROTOTYPES,), generator=generator)
-        centre = piece[start].clone()
-        for _ in range(_STEPS):
-            code = torch.cdist(piece, centre).argmin(dim=1)
-            sums = torch.zeros_like(centre).index_add_(0, code, piece)
-            count = torch.bincount(code, minlength=_PROTOTYPES)[:, None]
-            centre = torch.where(count > 0, sums / count.clamp_min(1), centre)
-        found[at, :, part] = centre
-        centres.append(centre)
+    groups = []  # of subspaces that are worked on together: of one size, and not too many
+    for first in range(0, len(parts), _TOGETHER):
+        some = range(first, min(first + _TOGETHER, len(parts)))
+        for size in sorted({len(parts[at]) for at in some}):
+            which = torch.tensor([at for at in some if len(parts[at]) == size])
+            entries = torch.stack([parts[at] for at in which.tolist()])  # (C, d)
+            centres = _lloyd(rows[:, entries].transpose(0, 1), generator)
+            found[which[:, None, None], torch.arange(_PROTOTYPES)[:, None], entries[:, None]] = centres
+            groups.append((which, entries, centres))
 
     def encode(x: Tensor) -> Tensor:
-        codes = [
-            (centre.square().sum(dim=1).to(x) - 2 * x[:, part.to(x.device)] @ centre.to(x).mT).argmin(dim=1)
-            for centre, part in zip(centres, parts, strict=True)
-        ]
-        return torch.stack(codes, dim=1)
+        codes = torch.empty(len(x), len(parts), dtype=torch.int64, device=x.device)
+        for which, entries, centres in groups:
+            near = centres.to(x)
+            pieces = x[:, entries.to(x.device)].transpose(0, 1)  # (C, N, d)
+            codes[:, which.to(x.device)] = torch.baddbmm(
+                near.square().sum(dim=2)[:, None], pieces, near.mT, alpha=-2
+            ).argmin(dim=2).mT  # fmt: skip
+        return codes
 
     return encode, found
+
+
+def _lloyd(pieces: Tensor, generator: torch.Generator) -> Tensor:
+    """Prototypes (C, 16, d) of points (C, R, d), each of the C sets by itself."""
+    sets, points, size = pieces.shape
+    start = torch.randint(points, (sets, _PROTOTYPES, 1), generator=generator)
+    centres = pieces.gather(1, start.expand(-1, -1, size))
+    for _ in range(_STEPS):
+        code = torch.cdist(pieces, centres).argmin(dim=2, keepdim=True)
+        sums = torch.zeros_like(centres).scatter_add_(1, code.expand(-1, -1, size), pieces)
+        count = torch.zeros(sets, _PROTOTYPES, 1, dtype=pieces.dtype).scatter_add_(
+            1, code, torch.ones_like(pieces[..., :1])
+        )
+        centres = torch.where(count > 0, sums / count.clamp_min(1), centres)
+    return centres
 
 
 def _tree(rows: Tensor, parts: list[Tensor], generator: torch.Generator) -> tuple[Encode, Tensor]:
@@ -142,9 +158,12 @@ def _tree(rows: Tensor, parts: list[Tensor], generator: torch.Generator) -> tupl
         codes.append(code)
     chosen = torch.stack(codes, dim=1) + torch.arange(len(parts)) * _PROTOTYPES
     ones = torch.zeros(len(rows), len(parts) * _PROTOTYPES, dtype=torch.float64).scatter_(1, chosen, 1.0)
-    gram = ones.mT @ ones
-    gram.diagonal().add_(_RIDGE * len(rows) / _PROTOTYPES)
-    fitted = torch.linalg.solve(gram, ones.mT @ rows)
+    ridge = _RIDGE * len(rows) / _PROTOTYPES
+    few = len(rows) < ones.shape[1]  # then (O Oᵀ + λ)⁻¹ is the smaller one, of the same fit
+    gram = ones @ ones.mT if few else ones.mT @ ones
+    gram.diagonal().add_(ridge)
+    factor = torch.linalg.cholesky(gram)
+    fitted = ones.mT @ torch.cholesky_solve(rows, factor) if few else torch.cholesky_solve(ones.mT @ rows, factor)
     at, cut = torch.stack(splits), torch.stack(thresholds)  # (subspaces, levels), (subspaces, levels, 8)
 
     def encode(x: Tensor) -> Tensor:
