@@ -22,7 +22,7 @@ from strassen_tile.errors import BasisError
 
 MOST_ELEMENTS = 256  # of a group: a check of associativity is cubic in them, a decomposition too
 _SAME = 1e-8  # eigenvalues and characters closer than this are one
-_FACTOR = re.compile(r"(Z|D|Q|S|A)(\d{1,9})(?:\^(\d{1,9}))?", re.IGNORECASE)
+_FACTOR = re.compile(r"(Z|D|Q|S|A)(\d{1,400})(?:\^(\d{1,400}))?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
