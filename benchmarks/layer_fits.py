@@ -7,6 +7,8 @@ Every row of the result is one way to spend about half of the dense product's FL
 """
 
 import argparse
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -135,7 +137,7 @@ def main():
     parser.add_argument("--pieces", type=int, default=640, help="of text to read")
     parser.add_argument("--rounds", type=int, default=8, help="of fitting Ŵ, E and D in turn")
     options = parser.parse_args()
-    rows, where = [], environment()
+    rows, where = [], environment(shlex.join(["python", "benchmarks/layer_fits.py", *sys.argv[1:]]))
     for problem in minilm(LAYERS, options.rows, options.pieces):
         layer = Layer(problem)
         for name, ratio, make in ways(layer, options.rounds):

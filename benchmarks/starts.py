@@ -9,7 +9,9 @@ Writes OUT.json and OUT.png.
 """
 
 import argparse
+import shlex
 import statistics
+import sys
 from pathlib import Path
 
 from strassen_tile import bases, reference
@@ -82,7 +84,7 @@ def main():
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
-    rows, where = [], environment()
+    rows, where = [], environment(shlex.join(["python", "benchmarks/starts.py", *sys.argv[1:]]))
     layer = minilm(("0.attention.self.query",), 8192, 320)[0]
     for problem, rank, steps in ((None, 22, options.steps), (None, 44, options.steps), (layer, 44, options.steps // 4)):
         for start in STARTS:
