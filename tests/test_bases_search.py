@@ -76,6 +76,17 @@ def test_levelling_and_polishing() -> None:
     assert max(float(g.abs().max()) for g in gradients) < 1e-6
 
 
+def test_polishing_where_newton_would_take_too_much(monkeypatch) -> None:
+    """Sweeps in its place, of factors without a batch: what is no larger than before, and near where Newton comes to."""
+    start = descent.level(factors((2, 2, 2), 4))
+    newton = float(descent.objective(descent.polish(start, 1e-2, 60), 1e-2))
+    monkeypatch.setattr(descent, "_MOST_UNKNOWNS", 47)  # 4 · (4 + 4 + 4) are too many
+    monkeypatch.setattr(descent, "_second_order", None)
+    found = descent.polish(start, 1e-2, 60)
+    assert [part.shape for part in found] == [part.shape for part in start]
+    assert float(descent.objective(found, 1e-2)) == pytest.approx(newton, rel=0.05)
+
+
 def test_strassen_is_found() -> None:
     """Seven products of 2×2 matrices do, and six do not: what is left is an eighth (MATH §2)."""
     seven = search(2, 7, rounds=1, seed=1)

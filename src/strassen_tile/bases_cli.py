@@ -69,6 +69,7 @@ def add_basis(commands: Commands) -> None:
     searched = part(
         "search", "search for the basis of least error; a search that was stopped goes on when it is repeated"
     )
+    searched.set_defaults(goes_on=True)
     searched.add_argument("--tile", type=tile, default=(4, 4, 4), help="side, or p,q,s (default: 4)")
     searched.add_argument("--rank", type=integer, required=True, help="number of products")
     searched.add_argument("--minutes", type=real, default=None, help="how long at most")

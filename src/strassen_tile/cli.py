@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = Parser(prog="strassen-tile", description="Strassen-Tile: cheaper products for deep networks.")
     parser.add_argument("--version", action="version", version=__version__)
+    parser.set_defaults(goes_on=False)  # where it was interrupted, if it is repeated
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_comparisons(commands)
     _add_bench(commands)
@@ -62,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"strassen-tile: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        goes_on = options.module == "commands" or options.run == "run_search"
-        said = "; the same command goes on from here" if goes_on else ""
+        said = "; the same command goes on from here" if options.goes_on else ""
         print(f"strassen-tile: interrupted{said}", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:  # torch's allocator has no type of its own for it on a CPU
@@ -101,7 +101,7 @@ def _add_comparison(
     add("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
     add_settings(command, record)
     add("--out", type=folder, default=Path("out", name), help=f"{OUT} (default: out/{name})")
-    command.set_defaults(module="commands", run=f"run_{name}", extra=extra)
+    command.set_defaults(module="commands", run=f"run_{name}", extra=extra, goes_on=True)
 
 
 def _add_comparisons(commands: Commands) -> None:

@@ -45,6 +45,20 @@ def test_own_matrices(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "out/rows.json")[0]["n"] == 20  # the other half is fitted to
 
 
+def test_what_an_interrupt_says(tmp_path: Path, capsys, monkeypatch) -> None:
+    """Only commands that go on where they were say so."""
+
+    def interrupted(*given: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(approximation, "measure", interrupted)
+    assert main(["amm", "--out", str(tmp_path)]) == 130
+    assert "goes on" not in capsys.readouterr().err
+    monkeypatch.setattr("strassen_tile.experiments.basis.search", interrupted)
+    assert main(["basis", "search", "--rank", "5", "--tile", "2", "--out", str(tmp_path / "one.json")]) == 130
+    assert "goes on from here" in capsys.readouterr().err
+
+
 def test_sizes_that_some_products_do_not_take(tmp_path: Path) -> None:
     """2:4 wants groups of four features: it is left out, and the rest is measured."""
     assert main(["amm", "--shapes", "10x10x10", *QUICK, "--out", str(tmp_path)]) == 0
