@@ -38,7 +38,7 @@ def amm(
     """Multiply x by w, approximately, for that fraction of the FLOPs.
 
     The error to expect is that of entries of one variance, on whole tiles, without rounding: where columns differ in size or
-    sides are shorter than a tile, it may be more or less; in bf16 the shipped bases add up to 0.02.
+    sides are shorter than a tile, it may be more or less, and rounding in bf16 adds to it.
 
     Of the shipped bases in every order of their sides, and Strassen's algorithm, the one of least error is taken that
     the budget pays for at these sizes, encoding both operands and decoding included. Of large matrices half of the FLOPs leave

@@ -50,8 +50,8 @@ def refit(weight: Tensor, mask: Tensor, inputs: Tensor, *, damping: float = 0.1)
     Args:
         weight, mask: (M, K); as many weights are kept in each row.
         inputs: calibration rows.
-        damping: added to their second moments, as a fraction of the mean of its diagonal. (Of 400 rows of MiniLM 0.1 leaves an
-            error of 0.09 on others, 1e-4 one of 0.59; of 24 000 rows they are alike.)
+        damping: added to their second moments, as a fraction of the mean of its diagonal.
+            It keeps a fit to few rows from learning them by heart.
     """
     m, k = weight.shape
     rows = inputs.detach().reshape(-1, k).double()

@@ -38,7 +38,7 @@ def approximate(tile: int | Sequence[int], rank: int) -> Basis:
     replacement for a product in a network that is already trained.
 
     Tiles of twice the sides have what ships with Strassen's algorithm in each product: 8×8×8 at rank 7·r the error of 4×4×4 at
-    r, for ⅞ of the products, but four times the encoding.
+    r, for ⅞ of the products, but seven times the encoding.
 
     Args:
         tile: p, q, s in any order, or one side for a cube.
