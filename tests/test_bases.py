@@ -136,6 +136,17 @@ def test_a_tile_twice_as_large_has_the_error_of_the_half() -> None:
         bases.approximate((8, 8, 6), 168)
 
 
+def test_a_tile_with_a_side_of_one_has_what_no_basis_can_beat() -> None:
+    """A product taken twice, one of another tile's order, or all of them from the same rows of W."""
+    for tile in ((1, 4, 4), (4, 1, 4), (4, 4, 1), (1, 3, 4), (5, 1, 2), (1, 4, 1)):
+        for rank in range(1, math.prod(tile)):
+            basis = bases.approximate(tile, rank)
+            assert (basis.tile, basis.rank) == (tile, rank)
+            assert basis.error == pytest.approx(1 - rank / math.prod(tile), abs=1e-12)
+    used = bases.approximate((1, 4, 4), 9).weight_encoder.sum(dim=0)
+    assert {*used.sum(dim=0).tolist(), *used.sum(dim=1).tolist()} == {2.0, 3.0}
+
+
 @pytest.mark.parametrize(("tile", "rank"), SHIPPED)
 def test_every_order_of_the_sides_is_served(tile: tuple[int, int, int], rank: int) -> None:
     """The wrong symmetry applied: tile and rank would fit, and the products be wrong."""

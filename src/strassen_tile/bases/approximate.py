@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -11,7 +12,7 @@ from types import MappingProxyType
 
 import torch
 
-from strassen_tile.bases.exact import strassen
+from strassen_tile.bases.exact import naive, strassen
 from strassen_tile.basis import Basis
 from strassen_tile.errors import BasisError
 from strassen_tile.tiling import Tile, as_integer, as_tile
@@ -38,7 +39,8 @@ def approximate(tile: int | Sequence[int], rank: int) -> Basis:
     replacement for a product in a network that is already trained.
 
     Tiles of twice the sides have what ships with Strassen's algorithm in each product: 8×8×8 at rank 7·r the error of 4×4×4 at
-    r, for ⅞ of the products, but seven times the encoding.
+    r, for ⅞ of the products, but seven times the encoding. A tile with a side of 1 has r of the naive algorithm's products: there
+    every term's encoder, weight encoder or decoder is of rank one, so that no basis errs less than 1 − r/pqs.
 
     Args:
         tile: p, q, s in any order, or one side for a cube.
@@ -58,6 +60,8 @@ def _approximate(wanted: Tile, rank: int) -> Basis:
         if stored_rank == rank and sorted(stored) == sorted(wanted):
             basis = Basis.from_record(json.loads((_DATA / name).read_text(encoding="utf-8")), source=name)
             return replace(basis, name=name.removesuffix(".json")).oriented(wanted)
+    if 1 in wanted and 0 < rank < math.prod(wanted):
+        return _kept(wanted, rank)
     half = tuple(side // 2 for side in wanted)
     if not any(side % 2 for side in wanted) and any(
         7 * stored_rank == rank and sorted(stored) == sorted(half) for stored, stored_rank in shipped()
@@ -71,6 +75,16 @@ def _approximate(wanted: Tile, rank: int) -> Basis:
         f"no approximate basis ships for tile {wanted} at rank {rank}. Shipped (tile: ranks): {listing}. "
         "Take one of these, bases.random(tile, rank), or bases.load(path)"
     )
+
+
+def _kept(tile: Tile, rank: int) -> Basis:
+    """As many of the naive algorithm's products as `rank`, of a tile with a side of 1: as many from each row and column of W."""
+    rows, columns = (side for side in tile if side > 1) if tile.count(1) == 1 else (max(tile), 1)
+    k = torch.arange(rank, device="cpu")
+    kept = k % rows * columns + (k % rows + k // rows) % columns
+    whole = naive(*tile)
+    name = f"{'x'.join(map(str, tile))}_r{rank}"
+    return Basis(whole.encoder[kept], whole.weight_encoder[kept], whole.decoder[kept], name=name)
 
 
 def truncated(levels: int, rank: int) -> Basis:
