@@ -105,6 +105,25 @@ def test_prototypes_are_near_what_they_stand_for() -> None:
     assert loss(quantised.int8().prepare(w).call(x), x, w) < 3e-4
 
 
+def test_a_tree_learns_no_noise_by_heart() -> None:
+    """Of independent entries, prototypes that reach over all K can be learnt from few rows only; then more budget did harm."""
+    generator = torch.Generator().manual_seed(2)
+    x, w, rows = (torch.randn(*size, generator=generator) for size in ((50, 64), (64, 96), (300, 64)))
+    lost = [loss(quantised.quantised("hash-tree", part).prepare(w, rows).call(x), x, w) for part in (0.15, 0.3, 0.52)]
+    assert lost[0] > 2 * lost[1] > 4 * lost[2] and lost[2] < 0.05
+
+
+def test_a_tree_takes_in_what_other_subspaces_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every entry is there twice, in two subspaces, prototypes fitted together know it from both."""
+    generator = torch.Generator().manual_seed(3)
+    half, w = torch.randn(3000, 8, generator=generator), torch.randn(16, 40, generator=generator)
+    rows = torch.cat([half, half + 0.5 * torch.randn(3000, 8, generator=generator)], dim=1)
+    tree = quantised.quantised("hash-tree", 4 * 44 / (2 * 16 * 40) + 1e-6)
+    together = loss(tree.prepare(w, rows[200:]).call(rows[:200]), rows[:200], w)
+    monkeypatch.setattr(quantised, "_RIDGES", ())
+    assert together < 0.92 * loss(tree.prepare(w, rows[200:]).call(rows[:200]), rows[:200], w)
+
+
 def test_a_budget_that_pays_for_no_basis() -> None:
     assert APPROXIMATIONS["stl"].make(0.05, (N, K, M), 0) is None
     assert approximations.best_basis(1.0, (512, 512, 512)).is_exact

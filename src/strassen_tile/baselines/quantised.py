@@ -8,6 +8,7 @@ comparisons instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,7 +23,8 @@ from strassen_tile.errors import ConfigError
 _PROTOTYPES, _LEVELS = 16, 4
 _STEPS = 20  # of Lloyd's
 _TOGETHER = 32  # subspaces at a time: their distances are kept
-_RIDGE = 1e-3  # of the mean square of a column, for prototypes of a hash tree
+_RIDGES = (1e-2, 1e-1, 1.0, 10.0)  # of the mean square of a column, for what a hash tree's prototypes add to means
+_FITTED = 8192  # rows at most for that: the work is cubic in them
 _ROWS = 4096  # Gaussian ones that stand in where there are no rows to learn from
 
 
@@ -157,13 +159,7 @@ def _tree(rows: Tensor, parts: list[Tensor], generator: torch.Generator) -> tupl
         thresholds.append(cuts)
         codes.append(code)
     chosen = torch.stack(codes, dim=1) + torch.arange(len(parts)) * _PROTOTYPES
-    ones = torch.zeros(len(rows), len(parts) * _PROTOTYPES, dtype=torch.float64).scatter_(1, chosen, 1.0)
-    ridge = _RIDGE * len(rows) / _PROTOTYPES
-    few = len(rows) < ones.shape[1]  # then (O Oᵀ + λ)⁻¹ is the smaller one, of the same fit
-    gram = ones @ ones.mT if few else ones.mT @ ones
-    gram.diagonal().add_(ridge)
-    factor = torch.linalg.cholesky(gram)
-    fitted = ones.mT @ torch.cholesky_solve(rows, factor) if few else torch.cholesky_solve(ones.mT @ rows, factor)
+    fitted = _together(chosen, rows, parts)
     at, cut = torch.stack(splits), torch.stack(thresholds)  # (subspaces, levels), (subspaces, levels, 8)
 
     def encode(x: Tensor) -> Tensor:
@@ -175,6 +171,41 @@ def _tree(rows: Tensor, parts: list[Tensor], generator: torch.Generator) -> tupl
         return code
 
     return encode, fitted.view(len(parts), _PROTOTYPES, -1)
+
+
+def _together(chosen: Tensor, rows: Tensor, parts: list[Tensor]) -> Tensor:
+    """Prototypes (subspaces · 16, K): means of buckets in their own subspace, and over all K what ridge regression adds.
+
+    The ridge is the one that a quarter of the rows, fitted without them, is best served by; none of them may be, and then means
+    are all: of few rows a joint fit learns their noise.
+    """
+    means = torch.zeros(len(parts) * _PROTOTYPES, rows.shape[1], dtype=torch.float64)
+    count = torch.bincount(chosen.flatten(), minlength=len(means)).clamp_min(1)[:, None]
+    for at, part in enumerate(parts):
+        own = means.new_zeros(len(means), len(part)).index_add_(0, chosen[:, at], rows[:, part])
+        means[:, part] += own / count
+    chosen, rows = chosen[:_FITTED], rows[:_FITTED]
+    left = rows - torch.nn.functional.embedding_bag(chosen, means, mode="sum")
+    ones = torch.zeros(len(rows), len(means)).scatter_(1, chosen, 1.0)
+    alike = (ones @ ones.mT).double()  # in how many subspaces two rows have one code
+    held = len(rows) // 4
+    best, ridge = left[:held].square().sum(), math.inf
+    for one in _RIDGES:
+        weights = _solved(alike[held:, held:], left[held:], one)
+        lost = (left[:held] - alike[:held, held:] @ weights).square().sum()
+        best, ridge = (lost, one) if lost < best else (best, ridge)
+    if ridge == math.inf:
+        return means
+    weights = _solved(alike, left, ridge)
+    for at in range(len(parts)):
+        means.index_add_(0, chosen[:, at], weights)
+    return means
+
+
+def _solved(alike: Tensor, left: Tensor, ridge: float) -> Tensor:
+    """How much of every row is to be added to the prototypes of its codes: (O Oᵀ + λ)⁻¹ left."""
+    damping = ridge * len(left) / _PROTOTYPES * torch.eye(len(left), dtype=alike.dtype)
+    return torch.cholesky_solve(left, torch.linalg.cholesky(alike + damping))
 
 
 def _grown(piece: Tensor) -> tuple[Tensor, Tensor, Tensor]:
