@@ -39,8 +39,8 @@ def approximate(tile: int | Sequence[int], rank: int) -> Basis:
     replacement for a product in a network that is already trained.
 
     Tiles of twice the sides have what ships with Strassen's algorithm in each product: 8×8×8 at rank 7·r the error of 4×4×4 at
-    r, for ⅞ of the products, but seven times the encoding. A tile with a side of 1 has r of the naive algorithm's products: there
-    every term's encoder, weight encoder or decoder is of rank one, so that no basis errs less than 1 − r/pqs.
+    r, for ⅞ of the products, but seven times the encoding. A tile with a side of 1 has r of the naive algorithm's products:
+    there every term has a factor of rank one, so that no basis errs less than 1 − r/pqs.
 
     Args:
         tile: p, q, s in any order, or one side for a cube.
@@ -78,7 +78,7 @@ def _approximate(wanted: Tile, rank: int) -> Basis:
 
 
 def _kept(tile: Tile, rank: int) -> Basis:
-    """As many of the naive algorithm's products as `rank`, of a tile with a side of 1: as many from each row and column of W."""
+    """So many of the naive algorithm's products, of a tile with a side of 1, evenly from its other sides."""
     rows, columns = (side for side in tile if side > 1) if tile.count(1) == 1 else (max(tile), 1)
     k = torch.arange(rank, device="cpu")
     kept = k % rows * columns + (k % rows + k // rows) % columns
