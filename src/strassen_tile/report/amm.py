@@ -61,6 +61,7 @@ def figure(rows: Sequence[Mapping[str, Value]]) -> Figure:
                 )
             panel.set(title=product, xlabel=label, ylabel="relative squared error", yscale="log", xscale="log")
             panel.axvline(1.0, color="0.3", linewidth=1)
+            _plain_ticks(panel.xaxis)
     add_legend(made)
     return made
 
@@ -90,6 +91,15 @@ def _line(axes: Any, rows: Sequence[Mapping[str, Value]], cost: str, index: int,
         axes.plot(
             *zip(*points, strict=True), label=label, linewidth=2.5 if stl else 1, linestyle=dashes, markersize=4, **look
         )
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Ratios as people write them, 0.2 and 5, and no more of them than a panel has room for."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _error(row: Mapping[str, Value]) -> str:
