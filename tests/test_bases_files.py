@@ -86,6 +86,7 @@ BROKEN = {
     "n missing a side": ({"n": [2, 2]}, "three sizes"), "n zero": ({"n": [0, 2, 2]}, "three sizes"),
     "n text": ({"n": "222"}, "three sizes"), "n null": ({"n": None}, "three sizes"), "m text": ({"m": "7"}, "m the rank"),
     "n floats": ({"n": [2.0, 2, 2]}, "three sizes"), "m wrong": ({"m": 6}, "u must be a list of m = 6"),
+    "m huge": ({"m": 10**400}, r"more than 10\^15 coefficients"), "n huge": ({"n": [10**300] * 3}, "more than 10"),
     "m zero": ({"m": 0, "u": [], "v": [], "w": []}, "non-empty"), "u null": ({"u": None}, "u must be a list"),
     "row short": ({"v": [*V[:-1], [1, 0, 0]]}, "row of v must hold 4"), "row a number": ({"w": [1] * 7}, "row of w"),
     "nested": ({"u": [[[1]] * 4] * 7}, "not a real number"), "null": ({"u": [[None] * 4] * 7}, "not a real number"),

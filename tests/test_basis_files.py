@@ -93,7 +93,7 @@ def test_saved_files_are_readable_by_others(tmp_path: Path) -> None:
     assert modes[0] == modes[1]
 
 
-@pytest.mark.parametrize("where", ["", "missing/b.json", "x" * 300, "nul\0byte"])
+@pytest.mark.parametrize("where", ["", "x" * 300, "nul\0byte"])
 def test_unwritable_paths_are_our_errors(where: str, tmp_path: Path) -> None:
     """A raw OSError reaches the command line as a traceback; a failed save into a folder litters its parent."""
     folder = tmp_path / "folder"
@@ -101,6 +101,15 @@ def test_unwritable_paths_are_our_errors(where: str, tmp_path: Path) -> None:
     with pytest.raises(BasisError, match="cannot write"):
         bases.strassen().save(folder / where)
     assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+
+
+def test_a_missing_folder_is_made_and_a_link_followed(tmp_path: Path) -> None:
+    """As with files of other formats; a link that is replaced leaves what it points to as it was."""
+    real, link = tmp_path / "new" / "real.json", tmp_path / "link.json"
+    bases.strassen().save(real)
+    link.symlink_to(real)
+    bases.naive(1, 1, 2).save(link)
+    assert link.is_symlink() and Basis.load(real).rank == 2
 
 
 def lie(**changes: object) -> str:
@@ -122,6 +131,8 @@ DAMAGED = {
     "exact": (lie(encoder=WRONG), "claims to be exact"), "error 0": (lie(encoder=WRONG, exact="drop"), "claims"),
     "error": (lie(encoder=WRONG, exact=False, relative_squared_error=1e-20), "says relative_squared_error 1e-20"),
     "kappa": (lie(kappa=1.0), "says kappa 1.0"), "kappa as text": (lie(kappa="2"), "says kappa '2'"),
+    "huge kappa": (lie(exact=False, relative_squared_error="drop", kappa=10**400), "says kappa 1000"),
+    "overflows": (lie(encoder=[[[1e300] * 2] * 2] * 7, exact=False, relative_squared_error=0.3), "0.3, but .* is inf"),
     "says both": (lie(encoder=WRONG, exact=False), "claims"), "nan": (lie(encoder=[[[float("nan")] * 2] * 2] * 7), "fin"),
     "ragged": (lie(encoder=[[[1]], [[1, 2]]]), "rectangular"), "text": (lie(encoder=[[["1"]]]), "rectangular"),
     "no terms": (lie(encoder=[]), "three non-empty"), "too large": (lie(encoder=[[[10**400]]]), "too large"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
 from pathlib import Path
 
 from strassen_tile import files
@@ -30,9 +29,8 @@ def read_json(path: str | Path, max_bytes: int = MAX_BYTES) -> object:
 def check_size(coefficients: int, source: object, max_bytes: int) -> None:
     """Raise BasisError if that many float64 coefficients take more than `max_bytes`: work on them is quadratic and worse."""
     if 8 * coefficients > max_bytes:
-        raise BasisError(
-            f"{source}: a basis of {coefficients} coefficients {files.too_large(8 * coefficients, max_bytes)}"
-        )
+        count = coefficients if coefficients < 10**15 else "more than 10^15"  # and not hundreds of digits
+        raise BasisError(f"{source}: a basis of {count} coefficients {files.too_large(8 * coefficients, max_bytes)}")
 
 
 def checked_keys(record: object, source: str) -> dict[str, object]:
@@ -60,19 +58,22 @@ def check_claims(
         raise BasisError(f"{source} claims to be exact, but its relative squared error is {error:.3g}")
     for key, found in (("relative_squared_error", error), ("kappa", kappa)):
         value = record.get(key, found)
-        near = isinstance(value, int | float) and abs(value - found) <= _ROUNDED * abs(found) + _NOTHING
-        if math.isfinite(found) and not near:
+        if not _near(value, found):
             raise BasisError(f"{source} says {key} {value!r:.40}, but that of its factors is {found:.6g}")
+
+
+def _near(value: object, found: float) -> bool:
+    if not isinstance(value, int | float):
+        return False
+    if not math.isfinite(found):  # factors that overflow: who says a number of them lies
+        return isinstance(value, float) and not math.isfinite(value)
+    limit = _ROUNDED * abs(found) + _NOTHING
+    return found - limit <= value <= found + limit  # not value − found: an integer may be beyond every float
 
 
 def write(record: dict[str, object], path: str | Path) -> None:
     """Write a record as JSON; the file appears whole or not at all. Raises BasisError: it cannot be."""
-    temporary = Path(path).parent / f".basis-{secrets.token_hex(8)}.tmp"  # tempfile's would be private (0600)
     try:
-        try:
-            temporary.write_text(json.dumps(record), encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        files.write_text(path, json.dumps(record))
     except (OSError, ValueError, TypeError) as error:
         raise BasisError(f"cannot write a basis to {path}: {error}") from error

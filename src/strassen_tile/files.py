@@ -80,6 +80,8 @@ def too_large(size: int, max_bytes: int) -> str:
 
 def amount(size: int) -> str:
     """A number of bytes in the unit that suits it."""
+    if size >= 1 << 80:  # no machine's: somebody wrote a number of hundreds of digits
+        return "more than 2^80 bytes"
     return next((f"{size / (1 << power):.3g} {unit}" for power, unit in _UNITS if size >= 1 << power), f"{size} bytes")
 
 

@@ -79,6 +79,26 @@ def test_directions_find_what_there_is() -> None:
     assert loss(fitted.directions("co-occurring", 0.8).prepare(w).call(x), x, w) < 1e-20
 
 
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_directions_of_few_rows_lose_nothing(n: int) -> None:
+    """With fewer rows than half the sketch has places there is nothing to lower."""
+    x, w, _ = (matrix.double() for matrix in operands())
+    found = fitted.directions("co-occurring", 0.5).prepare(w).call(x[:n])
+    torch.testing.assert_close(found, x[:n] @ w)
+    small = fitted.directions("frequent", 0.5).prepare(w[:, :2]).call(x[:n])
+    torch.testing.assert_close(small, x[:n] @ w[:, :2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k", [1, 2, 48])
+def test_int8_in_every_dtype(k: int, dtype: torch.dtype) -> None:
+    """Largest entries that round to 128 and wrap, sums that overflow 16 bits, a single inner index."""
+    generator = torch.Generator().manual_seed(4)
+    x, w = (torch.randn(*size, generator=generator).to(dtype) for size in ((64, k), (k, 40)))
+    found = quantised.int8().prepare(w).call(x)
+    assert found.dtype == dtype and loss(found.double(), x.double(), w.double()) < 5e-4
+
+
 def test_refit_is_least_squares() -> None:
     """Against a solver, column by column; what was zero stays so."""
     _, w, rows = (matrix.double() for matrix in operands())

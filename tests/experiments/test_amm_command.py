@@ -66,6 +66,18 @@ def test_sizes_that_some_products_do_not_take(tmp_path: Path) -> None:
     assert {"svd", "dense"} <= methods and not any(name.startswith("2:4") for name in methods)
 
 
+def test_what_no_budget_pays_for_is_said(tmp_path: Path, capsys) -> None:
+    """Nothing measured over an earlier run's rows, or a budget in the rows that a method did not keep."""
+    out = ["--out", str(tmp_path), "--shapes", "8x8x8", "--seconds", "0.01", "--trials", "2"]
+    assert main(["amm", *out, "--methods", "stl,pq,svd", "--budgets", "0.3,0.6"]) == 0
+    assert "pq at 0.3 of gaussian 8×8×8" in " ".join(capsys.readouterr().out.split())
+    rows = read_rows(tmp_path / "rows.json")
+    assert rows and all(row["flop_ratio"] <= row["budget"] for row in rows)
+    assert main(["amm", *out, "--methods", "stl,pq", "--budgets", "0.25"]) == 1
+    assert "no budget pays for anything: stl at 0.25" in capsys.readouterr().err
+    assert read_rows(tmp_path / "rows.json") == rows
+
+
 @pytest.mark.parametrize(
     "arguments,said",
     [
@@ -78,7 +90,9 @@ def test_sizes_that_some_products_do_not_take(tmp_path: Path) -> None:
         (["--data", "{}/objects.npy,{}/objects.npy"], "cannot read"),
         (["--data", "{}/open.npy,{}/open.npy"], "cannot read"),
         (["--data", "{}/large.npy,{}/large.npy"], "not finite in float32"),
-        (["--data", "{}/zero.safetensors"], "x is all zeros"),
+        (["--data", "{}/zero.safetensors"], "x w is all zeros"),
+        (["--data", "{}/apart.npy,{}/half.npy"], "x w is all zeros"),
+        (["--data", "{}/huge.npy,{}/huge.npy"], "overflows float32"),
         (["--data", "{}/complex.safetensors"], "real numbers"),
         (["--data", "{}/eight.safetensors"], "16 bits or more"),
         (["--data", "~nobody-of-this-name/x.safetensors"], "cannot find"),
@@ -101,6 +115,9 @@ def test_what_is_refused(tmp_path: Path, capsys, arguments: list[str], said: str
     save_file({"x": torch.zeros(4, 3), "w": torch.ones(3, 3)}, folder / "zero.safetensors")
     for name, dtype in (("complex", torch.complex64), ("eight", torch.float8_e4m3fn)):
         save_file({"x": torch.ones(3, 3).to(dtype), "w": torch.ones(3, 3).to(dtype)}, folder / f"{name}.safetensors")
+    np.save(folder / "apart.npy", np.eye(4) * [0, 0, 1, 1])  # on features that w does not have
+    np.save(folder / "half.npy", np.eye(4) * [1, 1, 0, 0])
+    np.save(folder / "huge.npy", np.full((4, 4), 1e25))
     np.save(folder / "large.npy", np.full((4, 4), 1e300))
     head = b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 2"  # a bracket that is never closed
     (folder / "open.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from strassen_tile import STLConfig, STLLinear, stl_linear
-from strassen_tile.errors import ShapeError
+from strassen_tile.errors import ConfigError, ShapeError
 
 SIZES = [(8, 8), (9, 10), (3, 17), (1, 1), (0, 5), (5, 0)]
 EXACT = {
@@ -196,6 +196,18 @@ def test_calibration_inputs_that_do_not_fit_are_refused():
     for inputs in (torch.randn(2, 5, 9), torch.randn(8)):
         with pytest.raises(ShapeError, match="inputs must be"):
             STLLinear.from_linear(linear, STLConfig(rank=6), inputs=inputs)
+    for value in (float("nan"), float("inf"), 1e200):
+        inputs = torch.randn(2, 5, 8, dtype=torch.float64)
+        inputs[1, 2, 3] = value
+        for rounds in (0, 2):
+            with pytest.raises(ShapeError, match="NaN, infinity"):
+                STLLinear.from_linear(linear, STLConfig(rank=6), inputs, rounds=rounds)
+    for inputs in ([[1.0]], torch.ones(2, 5, 8, dtype=torch.int64), torch.ones(2, 5, 8, dtype=torch.complex64)):
+        with pytest.raises(ShapeError, match="real floating-point"):
+            STLLinear.from_linear(linear, STLConfig(rank=6), inputs)
+    for rounds in (-1, 1.5, "3", True):
+        with pytest.raises(ConfigError, match="rounds must be"):
+            STLLinear.from_linear(linear, STLConfig(rank=6), rounds=rounds)
     with pytest.raises(ShapeError, match="batch of rows"):
         STLLinear.from_linear(linear, STLConfig(rank=6), inputs=torch.randn(16, 8))
     STLLinear.from_linear(linear, STLConfig(rank=6, mixing="none"), inputs=torch.randn(16, 8))

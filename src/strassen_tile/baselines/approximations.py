@@ -46,8 +46,14 @@ def _stl(flop_ratio: float, sizes: Sizes, seed: int) -> Product | None:
     return None if basis is None else stl(basis)
 
 
-def _sketch(kind: str, flop_ratio: float, sizes: Sizes, seed: int) -> Product | None:
-    return sketches.sketched(kind, flop_ratio, seed=seed)
+def _affordable(make: Callable[[float, int], Product]) -> Callable[[float, Sizes, int], Product | None]:
+    """What `make` has for a budget and a seed, where that keeps the budget: of short sides one dimension may take more."""
+
+    def way(flop_ratio: float, sizes: Sizes, seed: int) -> Product | None:
+        product = make(flop_ratio, seed)
+        return product if product.cost(*sizes).flop_ratio <= flop_ratio else None
+
+    return way
 
 
 def _sparse(criterion: Criterion, flop_ratio: float, sizes: Sizes, seed: int) -> Product | None:
@@ -61,20 +67,24 @@ def _always(product: Callable[[], Product]) -> Callable[[float, Sizes, int], Pro
 APPROXIMATIONS: Mapping[str, Way] = {
     "dense": Way(_always(dense), budgets=(1.0,)),
     "stl": Way(_stl),
-    "svd": Way(lambda flop_ratio, sizes, seed: replace(low_rank(flop_ratio), name="svd")),
+    "svd": Way(_affordable(lambda budget, seed: replace(low_rank(budget), name="svd"))),
     **{
-        kind: Way(partial(lambda name, flop_ratio, sizes, seed: fitted.low_dimensional(name, flop_ratio), kind))
+        kind: Way(_affordable(partial(lambda name, budget, seed: fitted.low_dimensional(name, budget), kind)))
         for kind in ("aware-svd", "pca", "sparse-pca")
     },
-    **{
-        f"{kind}-directions": Way(
-            partial(lambda name, flop_ratio, sizes, seed: fitted.directions(name, flop_ratio), kind)
-        )
+    **{  # whose sketches take more than any budget
+        f"{kind}-directions": Way(partial(lambda name, budget, sizes, seed: fitted.directions(name, budget), kind))
         for kind in ("frequent", "co-occurring")
     },
-    **{kind: Way(partial(_sketch, kind), drawn=True) for kind in sketches.SKETCHES},
     **{
-        kind: Way(partial(lambda name, flop_ratio, sizes, seed: quantised.quantised(name, flop_ratio, seed=seed), kind))
+        kind: Way(
+            _affordable(partial(lambda name, budget, seed: sketches.sketched(name, budget, seed=seed), kind)),
+            drawn=True,
+        )
+        for kind in sketches.SKETCHES
+    },
+    **{
+        kind: Way(_affordable(partial(lambda name, budget, seed: quantised.quantised(name, budget, seed=seed), kind)))
         for kind in ("pq", "hash-tree")
     },
     "2:4": Way(partial(_sparse, "magnitude"), budgets=(0.5,)),

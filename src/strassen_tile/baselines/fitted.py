@@ -101,7 +101,9 @@ def directions(kind: str, flop_ratio: float) -> Product:
         return max(2, min(int(flop_ratio * k), k) // 2 * 2)
 
     def product(x: Tensor, w: Tensor) -> Tensor:
-        (n, k), d = x.shape, size(len(w))
+        (n, k), d, dtype = x.shape, size(len(w)), x.dtype
+        if dtype.itemsize < 4:  # decompositions are of 32 bits or more
+            x, w = x.float(), w.float()
         left, right = x.new_zeros(d, n), x.new_zeros(d, w.shape[1])
         used = 0
         for at in range(k):
@@ -110,7 +112,7 @@ def directions(kind: str, flop_ratio: float) -> Product:
                 used = d // 2
             left[used], right[used] = x[:, at], w[at]
             used += 1
-        return left.mT @ right
+        return (left.mT @ right).to(dtype)
 
     def prepare(w: Tensor, rows: Tensor | None = None) -> Prepared:
         weight = w.detach()
@@ -118,9 +120,9 @@ def directions(kind: str, flop_ratio: float) -> Product:
 
     def counted(n: int, k: int, m: int) -> Cost:
         d = size(k)
-        # An SVD or two QRs of (N + M) × d for every d/2 inner indices, about 6 (N + M) d² FLOPs each, and the product.
-        shrinks = max(0, math.ceil(2 * (k - d) / d))
-        flops = shrinks * 6 * (n + m) * d**2 + 2 * n * d * m
+        # For every d/2 inner indices an SVD of a×d, or two QRs, at about 6 a d min(a, d) FLOPs; and the product.
+        shrinks, sides = max(0, math.ceil(2 * (k - d) / d)), (n + m,) if kind == "frequent" else (n, m)
+        flops = shrinks * 6 * d * sum(side * min(side, d) for side in sides) + 2 * n * d * m
         return replace(cost.dense(n, k, m), flops=flops, product_flops=2 * n * d * m)
 
     return Product(f"{kind}-directions", "approximate", flop_ratio, counted, prepare)
@@ -130,8 +132,7 @@ def _frequent(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Of [left right] as one matrix the singular values lowered, in squares, by the middle one: half of its rows are then 0."""
     together = torch.cat([left, right], dim=1)
     _, sigma, vt = torch.linalg.svd(together, full_matrices=False)
-    half = len(together) // 2
-    lowered = (sigma.square() - sigma[min(half, len(sigma) - 1)].square()).clamp_min(0).sqrt()
+    lowered = (sigma.square() - _middle(sigma, len(together)).square()).clamp_min(0).sqrt()
     shrunk = torch.zeros_like(together)
     shrunk[: len(sigma)] = lowered[:, None] * vt
     return shrunk[:, : left.shape[1]], shrunk[:, left.shape[1] :]
@@ -142,9 +143,14 @@ def _co_occurring(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     q_left, r_left = torch.linalg.qr(left.mT)
     q_right, r_right = torch.linalg.qr(right.mT)
     u, sigma, vt = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
-    half = len(left) // 2
-    root = (sigma - sigma[min(half, len(sigma) - 1)]).clamp_min(0).sqrt()
+    root = (sigma - _middle(sigma, len(left))).clamp_min(0).sqrt()
     one, other = torch.zeros_like(left), torch.zeros_like(right)
     one[: len(root)] = (q_left @ (u * root)).mT
     other[: len(root)] = (q_right @ (vt.mT * root)).mT
     return one, other
+
+
+def _middle(sigma: Tensor, size: int) -> Tensor:
+    """By how much singular values are lowered so that half of the sketch is free again: not at all where it is already."""
+    half = size // 2
+    return sigma[half] if len(sigma) > half else sigma.new_zeros(())

@@ -35,16 +35,17 @@ def int8() -> Product:
     """
 
     def prepare(w: Tensor, rows: Tensor | None = None) -> Prepared:
-        weight, scale = _rounded(w.detach().mT)
+        wide = (0, max(0, 2 - len(w)))  # of an inner side of 1 torch 2.13 makes wrong sums
+        weight, scale = _rounded(torch.nn.functional.pad(w.detach().mT, wide))
         by_column = weight.mT
 
         def call(x: Tensor) -> Tensor:
-            values, by_row = _rounded(x)
-            return torch._int_mm(values, by_column).to(x.dtype) * by_row * scale.mT
+            values, by_row = _rounded(torch.nn.functional.pad(x, wide))
+            return (torch._int_mm(values, by_column) * by_row * scale.mT).to(x.dtype)
 
         def exact(x: Tensor) -> Tensor:
-            values, by_row = _rounded(x)
-            return values.double() @ by_column.double() * by_row * scale.double().mT
+            values, by_row = _rounded(torch.nn.functional.pad(x, wide))
+            return values.double() @ by_column.double() * by_row.double() * scale.double().mT
 
         return Prepared(call, (), exact)
 
@@ -52,12 +53,14 @@ def int8() -> Product:
 
 
 def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x if x.dtype.itemsize > 2 else x.float()  # 16 bits hold neither 127 steps of a row nor sums of products
     scale = (x.abs().amax(dim=-1, keepdim=True) / 127).clamp_min(torch.finfo(x.dtype).tiny)
     return (x / scale).round().to(torch.int8), scale
 
 
 def quantised(kind: str, flop_ratio: float, *, seed: int = 0) -> Product:
-    """Sums of table rows, as many for each row of x as this fraction of dense's FLOPs pays for, prototypes found included.
+    """Sums of table rows, as many for each row of x as this fraction of dense's FLOPs pays for, prototypes found included; at
+    least one.
 
     Args:
         kind: "pq" (nearest of 16 prototypes in each subspace) or "hash-tree" (four comparisons of single entries, each at a
@@ -66,7 +69,7 @@ def quantised(kind: str, flop_ratio: float, *, seed: int = 0) -> Product:
         seed: of the first prototypes, and of Gaussian rows where no others are given.
 
     Raises:
-        ConfigError: another kind, or a ratio that no subspace can be paid with.
+        ConfigError: another kind, or a ratio that is not positive.
     """
     if kind not in ("pq", "hash-tree"):
         raise ConfigError(f"kind must be pq or hash-tree; got {kind!r}")

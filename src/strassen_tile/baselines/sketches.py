@@ -111,7 +111,21 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def _as_matrix(matrix: Tensor) -> Map:
-    return Map(lambda x: x @ matrix.to(x), matrix)
+    cast = _once(matrix)
+    return Map(lambda x: x @ cast(x), matrix)
+
+
+def _once(matrix: Tensor) -> Callable[[Tensor], Tensor]:
+    """The matrix in the dtype and on the device of x, cast at the first call for them and kept."""
+    kept: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def cast(x: Tensor) -> Tensor:
+        where = x.dtype, x.device
+        if where not in kept:
+            kept[where] = matrix.to(x)
+        return kept[where]
+
+    return cast
 
 
 def _gaussian(k: int, d: int, generator: torch.Generator, weights: Tensor) -> Map:
@@ -156,10 +170,10 @@ def _fast_jl(k: int, d: int, generator: torch.Generator, weights: Tensor) -> Map
     turn, size = _turned(k, generator)
     density = _density(k)
     sparse = torch.randn(size, d, generator=generator, dtype=torch.float64) / math.sqrt(density * d)
-    sparse = sparse * (torch.rand(size, d, generator=generator) < density)
+    cast = _once(sparse * (torch.rand(size, d, generator=generator) < density))
 
     def apply(x: Tensor) -> Tensor:
-        return turn(x) @ sparse.to(x)
+        return turn(x) @ cast(x)
 
     return Map(apply, apply(torch.eye(k, dtype=torch.float64)))
 

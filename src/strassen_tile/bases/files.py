@@ -101,11 +101,13 @@ def _looks_like_json(source: Path, max_bytes: int) -> bool:
 def _load_catalogue(record: dict[str, object], source: Path, max_bytes: int) -> Basis:
     sizes, rank = record["n"], record["m"]
     if not isinstance(sizes, list) or not isinstance(rank, int) or isinstance(rank, bool):
-        raise BasisError(f"{source}: n must be a list of three sizes and m the rank; got n={sizes!r}, m={rank!r}")
+        raise BasisError(
+            f"{source}: n must be a list of three sizes and m the rank; got n={sizes!r:.100}, m={rank!r:.100}"
+        )
     try:
         p, q, s = as_tile(sizes)
     except ShapeError as error:
-        raise BasisError(f"{source}: n must be a list of three sizes; got n={sizes!r}") from error
+        raise BasisError(f"{source}: n must be a list of three sizes; got n={sizes!r:.100}") from error
     check_size(rank * (p * q + q * s + p * s), source, max_bytes)
     factors = []
     for key, size in (("u", p * q), ("v", q * s), ("w", p * s)):

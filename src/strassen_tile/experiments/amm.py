@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import approximation, real_layers
 from strassen_tile.experiments.approximation import Problem
 from strassen_tile.experiments.measuring import make_writable
@@ -36,6 +37,15 @@ def run_amm(options: argparse.Namespace) -> int:
             write_rows(options.out / "rows.json", rows)  # what was measured is kept if the next one fails
             bars.update(task, description=f"{row['data']}: {row['method']} at {row['budget']}, {len(rows)} measured")
         live.update("")
+    missing = approximation.left_out(problems, options.methods, options.budgets, rows)
+    if not rows:
+        raise ConfigError(
+            f"nothing was measured, for no budget pays for anything: {', '.join(missing):.400}; raise --budgets"
+        )
+    if missing:
+        console.print(
+            f"Left out, for the budget pays for nothing at these sizes: {', '.join(missing)}.", soft_wrap=True
+        )
     console.print(rich_table(TITLE, report.columns(), rows))
     page = report.write_report(options.out, rows, TITLE)
     console.print(f"{page}\n{options.out / 'plot.png'}\n{options.out / 'rows.json'}", soft_wrap=True)

@@ -54,7 +54,8 @@ def pair(x: Tensor, w: Tensor, name: str, seed: int = 0) -> Problem:
     """A user's matrices: half of the rows of x, drawn at random, to fit to, and the others to measure on.
 
     Raises:
-        ShapeError: not (N, K) and (K, M) with at least two rows, or numbers that are not finite.
+        ShapeError: not (N, K) and (K, M) with at least two rows, numbers that are not finite in float32, or a product that is
+            not, or is zero.
     """
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0] or len(x) < 2 or not w.numel():
         raise ShapeError(
@@ -65,11 +66,18 @@ def pair(x: Tensor, w: Tensor, name: str, seed: int = 0) -> Problem:
             raise ShapeError(f"{name}: {which} must hold real numbers of 16 bits or more; got {matrix.dtype}")
         if not bool(torch.isfinite(matrix.float()).all()):
             raise ShapeError(f"{name}: {which} holds numbers that are not finite in float32")
-        if not bool(matrix.any()):
-            raise ShapeError(f"{name}: {which} is all zeros: there is nothing to approximate")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     half = len(x) // 2
-    return Problem(name, x[order[half:]].float(), w.float(), x[order[:half]].float())
+    rows, measured, w = x[order[:half]].float(), x[order[half:]].float(), w.float()
+    product = measured @ w
+    if not bool(torch.isfinite(product).all()):
+        raise ShapeError(f"{name}: x w overflows float32; scale x or w down")
+    if not bool(product.any()):
+        raise ShapeError(
+            f"{name}: x w is all zeros on the half of the rows that is measured (drawn at random; the other is fitted to): "
+            "there is nothing to approximate"
+        )
+    return Problem(name, measured, w, rows)
 
 
 def read_pair(text: str) -> Problem:
@@ -126,7 +134,7 @@ def measure(
     problems: Sequence[Problem], methods: Sequence[str], budgets: Sequence[float], *, trials: int = TRIALS,
     seconds: float = 0.2,
 ) -> Iterator[Row]:  # fmt: skip
-    """A row for each problem, method and budget.
+    """A row for each problem, method and budget that pays for something (`left_out` says which do not).
 
     Args:
         problems: what is multiplied.
@@ -145,6 +153,20 @@ def measure(
     if trials < 1 or not seconds > 0:
         raise ConfigError(f"trials and seconds must be positive; got {trials} and {seconds}")
     return _rows(problems, methods, budgets, trials, seconds)
+
+
+def left_out(
+    problems: Sequence[Problem], methods: Sequence[str], budgets: Sequence[float], rows: Sequence[Row]
+) -> list[str]:
+    """What of all that was asked for has no row, since the budget pays for nothing at these sizes: "svd at 0.01 of x"."""
+    there = {(row["data"], row["method"], row["budget"]) for row in rows}
+    asked = [
+        (problem.name, name, budget)
+        for problem in problems
+        for name in methods
+        for budget in APPROXIMATIONS[name].budgets or budgets
+    ]
+    return [f"{name} at {budget:g} of {data}" for data, name, budget in asked if (data, name, budget) not in there]
 
 
 def _rows(

@@ -14,6 +14,7 @@ from rich.text import Text
 from strassen_tile import bases
 from strassen_tile.bases.names import own_rank
 from strassen_tile.bases.search import Found, search
+from strassen_tile.bases.text_files import sms_paths
 from strassen_tile.basis import Basis
 from strassen_tile.basis_record import FACTORS
 from strassen_tile.errors import BasisError
@@ -153,5 +154,5 @@ def _as_json(out: Path) -> Path:
 
 def _saved(basis: Basis, out: Path) -> int:
     bases.save(basis, out)
-    print(out)
+    print(*(sms_paths(out) if out.suffix.lower() == ".sms" else [out]), sep="\n")
     return 0

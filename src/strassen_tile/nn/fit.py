@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from strassen_tile.basis import Basis
+from strassen_tile.errors import ConfigError, ShapeError, shape_text
 from strassen_tile.ops.gradients import decode, encode
-from strassen_tile.tiling import as_samples, to_tiles
+from strassen_tile.tiling import as_integer, as_samples, to_tiles
 
 _RIDGE = 1e-6  # of the mean diagonal: keeps Ŵ bounded where random terms are nearly dependent
 _BLOCK = 2**16  # entries of a weight that are widened to float64 at a time
 _CHUNK = 2**24  # entries of Gram matrices at a time
+
+
+def check_calibration(inputs: object, rounds: object, features: int) -> None:
+    """Refuse inputs that nothing can be fitted to, with a ShapeError, and rounds that cannot be done, with a ConfigError."""
+    count = as_integer(rounds)
+    if count is None or count < 0:
+        raise ConfigError(f"rounds must be an integer of 0 or more; got {rounds!r}")
+    if inputs is None:
+        return
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.is_meta:
+        kind = f"{inputs.dtype} on {inputs.device}" if isinstance(inputs, Tensor) else type(inputs)
+        raise ShapeError(f"inputs must be a tensor of real floating-point numbers; got {kind}")
+    if inputs.ndim < 2 or inputs.shape[-1] != features:
+        raise ShapeError(f"inputs must be (…, N, {features}); got {shape_text(inputs.shape)}")
+    if not math.isfinite(mean_square(inputs.detach().reshape(math.prod(inputs.shape[:-1]), features))):
+        raise ShapeError(
+            "inputs hold NaN, infinity, or numbers whose squares overflow float64: nothing can be fitted to them"
+        )
 
 
 def mean_square(weight: Tensor) -> float:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from strassen_tile.errors import ShapeError, shape_text
+from strassen_tile.errors import ShapeError
 from strassen_tile.nn import fit, init
 from strassen_tile.nn.alternate import fit_factors
 from strassen_tile.nn.base import TileLayer, only
@@ -135,12 +135,12 @@ class STLLinear(TileLayer):
         `init="random"` takes only its scale, "spectral" nothing.
 
         Raises:
-            ShapeError: inputs do not have K features, or are 2-D though rows mix.
+            ShapeError: inputs are not finite real numbers, do not have K features, or are 2-D though rows mix.
+            ConfigError: no number of rounds.
         """
         config = config or STLConfig()
         fitted = config if config.init in ("random", "spectral") else replace(config, init="fit")
-        if inputs is not None and (inputs.ndim < 2 or inputs.shape[-1] != linear.in_features):
-            raise ShapeError(f"inputs must be (…, N, {linear.in_features}); got {shape_text(inputs.shape)}")
+        fit.check_calibration(inputs, rounds, linear.in_features)
         sizes = linear.in_features, linear.out_features, linear.bias is not None
         with torch.device("meta"):
             layer = cls(*sizes, config=fitted, dtype=linear.weight.dtype)

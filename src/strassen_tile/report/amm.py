@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 _NOTE = (
     "Error: ‖x w − approximation‖² / ‖x w‖². FLOPs: of what is done at every call, all in (encoding, maps, products, "
     "decoding; a table row added is an addition a number), as a fraction of dense's; the weight is prepared beforehand. "
-    "int8 has as many operations as dense, of integers. Time: median over alternating pairs, as a fraction of dense's on "
+    "int8 has as many operations as dense, of integers. rademacher is counted as additions and fast-jl as a sparse map, but "
+    "both run as dense products, which take less time here. Time: median over alternating pairs, as a fraction of dense's on "
     "this machine. What is fitted to rows was fitted to others than are measured. Nothing was retrained."
 )
 
