@@ -5,7 +5,8 @@ import torch
 
 import strassen_tile as st
 from strassen_tile.bases import groups
-from strassen_tile.bases.finite_groups import as_group, degrees, products
+from strassen_tile.bases.finite_groups import Group, as_group
+from strassen_tile.bases.group_algebra import degrees, products
 from strassen_tile.errors import BasisError
 
 # Name, products of its algebra: 1, 3 or 8 times those of an n×n product (Strassen's for 2, the naive ones for 3).
@@ -71,7 +72,16 @@ def test_the_same_seed_finds_the_same(monkeypatch) -> None:
 
 def test_a_table_is_taken_as_it_is() -> None:
     table = [[(g + h) % 3 for h in range(3)] for g in range(3)]
-    assert st.bases.group(table, (1, 2, 1)).error == pytest.approx(st.bases.group("Z3", (1, 2, 1)).error)
+    expected = pytest.approx(st.bases.group("Z3", (1, 2, 1)).error)
+    assert st.bases.group(table, (1, 2, 1)).error == expected
+    for dtype in (torch.int8, torch.uint8, torch.int32, torch.int64):
+        given = torch.tensor(table, dtype=dtype)
+        for group in (given, Group("three", given)):
+            assert st.bases.group(group, (1, 2, 1)).error == expected
+    with pytest.raises(BasisError, match="must be a tensor"):
+        Group("three", table)
+    with pytest.raises(BasisError, match="element numbers"):
+        as_group(torch.tensor(table).to(torch.complex64))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_names(spec: str, tile: object, rank: int | None, wanted: Basis) -> None
 
 def test_a_file_has_its_own_tile(tmp_path: Path) -> None:
     bases.strassen().save(tmp_path / "one.json")
-    assert bases.named(str(tmp_path / "one.json")).tile == (2, 2, 2)
+    assert bases.named(str(tmp_path / "one.json")).tile == bases.named(tmp_path / "one.json").tile == (2, 2, 2)
     with pytest.raises(BasisMismatchError, match="has tile"):
         bases.named(str(tmp_path / "one.json"), 4)
 
@@ -48,6 +48,10 @@ def test_a_file_has_its_own_tile(tmp_path: Path) -> None:
         ("approximate", 4, 7, "no approximate basis"),
         ("nothing", 4, None, "cannot read"),
         ("random:x", 4, None, "cannot read"),
+        ("strassen", 32, None, "51631104 coefficients; take a smaller"),
+        ("random", 128, None, "coefficients; take a smaller"),
+        (None, 4, None, "named by a text"),
+        (b"naive", 4, None, "named by a text"),
     ],
 )
 def test_bad_names(spec: str, tile: int, rank: int | None, said: str) -> None:

@@ -92,8 +92,9 @@ def test_the_state_of_the_caller_does_not_matter() -> None:
         assert torch.equal(trained(torch.float32), expected)
     finally:
         torch.set_default_dtype(torch.float32)
-    with pytest.raises(BasisError, match="batches end after 1"):
-        training.train(start, iter([(torch.ones(4, 4), torch.ones(4, 4))]), steps=2)
+    for kind in (iter, list):
+        with pytest.raises(BasisError, match="batches end after 1"):
+            training.train(start, kind([(torch.ones(4, 4), torch.ones(4, 4))]), steps=2)
 
 
 def test_divergence_and_shapes() -> None:
@@ -101,5 +102,18 @@ def test_divergence_and_shapes() -> None:
         training.train(bases.random(2, 4), steps=200, lr=1e3, optimizer="sgd")
     with pytest.raises(ShapeError, match="at least 2 rows"):
         training.drawn(bases.random(2, 4), torch.ones(1, 4), torch.ones(4, 4))
+    for x, w in (
+        (torch.ones(4, 3), torch.ones(4, 4)),
+        (torch.ones(2, 4, 4), torch.ones(4, 4)),
+        (torch.ones(0, 4),) * 2,
+    ):
+        with pytest.raises(ShapeError, match="batch 1: x must be"):
+            training.train(bases.random(2, 4), [(x, w)], steps=1)
+    for wrong in ({"lr": "a"}, {"lr": 1e39}, {"seed": 2**70}, {"seed": None}):
+        with pytest.raises(BasisError, match="must be"):
+            training.train(bases.random(2, 4), steps=1, **wrong)
+    for wrong in ({"tiles": 0}, {"tiles": 1.5}, {"seed": None}):
+        with pytest.raises(BasisError, match="tiles must be"):
+            training.drawn(bases.random(2, 4), torch.ones(4, 4), torch.ones(4, 4), **wrong)
     batches = itertools.repeat((torch.ones(4, 4), torch.zeros(4, 4)))
     assert training.train(bases.random(2, 4), batches, steps=2).basis.rank == 4

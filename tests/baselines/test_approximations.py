@@ -144,6 +144,17 @@ def test_a_tree_takes_in_what_other_subspaces_say(monkeypatch: pytest.MonkeyPatc
     assert together < 0.92 * loss(tree.prepare(w, rows[200:]).call(rows[:200]), rows[:200], w)
 
 
+@pytest.mark.parametrize("name", APPROXIMATIONS)
+def test_the_callers_random_numbers_stay(name: str) -> None:
+    """Whether a rival is measured changes what the next one draws."""
+    way = APPROXIMATIONS[name]
+    state = torch.get_rng_state()
+    made = way.make((way.budgets or (0.9,))[0], (N, K, M), 0)
+    assert made is not None
+    made.prepare(operands()[1])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_budget_that_pays_for_no_basis() -> None:
     assert APPROXIMATIONS["stl"].make(0.05, (N, K, M), 0) is None
     assert approximations.best_basis(1.0, (512, 512, 512)).is_exact

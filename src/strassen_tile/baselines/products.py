@@ -128,8 +128,9 @@ def low_rank(flop_ratio: float, *, fitted: bool = True, rank: int | None = None)
 
     def prepare(w: Tensor, rows: Tensor | None = None) -> Prepared:
         k, m = w.shape
-        made = layer(k, m, device=w.device, dtype=w.dtype)
+        made = layer(k, m, device="meta" if fitted else w.device, dtype=w.dtype)
         if fitted:
+            made = made.to_empty(device=w.device)  # nothing is drawn for what is overwritten
             made.fit(w.mT)
         a, b = made.first.weight, made.second.weight
         return Prepared(lambda x: F.linear(F.linear(x, a), b), (a, b), lambda x: x @ a.double().mT @ b.double().mT)

@@ -15,7 +15,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from strassen_tile.bases.finite_groups import Group, as_group, degrees, products
+from strassen_tile.bases.finite_groups import Group, as_group
+from strassen_tile.bases.group_algebra import degrees, products
 from strassen_tile.basis import Basis
 from strassen_tile.errors import BasisError, shape_text
 from strassen_tile.tiling import Tile, as_integer, as_tile

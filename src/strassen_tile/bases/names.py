@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from itertools import permutations
+from os import PathLike, fspath
 
 from strassen_tile.bases.approximate import approximate, shipped, truncated
 from strassen_tile.bases.exact import naive, strassen
 from strassen_tile.bases.files import load
-from strassen_tile.bases.finite_groups import as_group, products
+from strassen_tile.bases.finite_groups import as_group
+from strassen_tile.bases.group_algebra import products
 from strassen_tile.bases.groups import group
 from strassen_tile.bases.random import random
 from strassen_tile.basis import Basis
-from strassen_tile.errors import BasisMismatchError
+from strassen_tile.errors import BasisError, BasisMismatchError
 from strassen_tile.tiling import Tile, as_integer, as_tile
 
 _MOST_DIGITS = 18  # of a seed
+_MOST_COEFFICIENTS = 8_000_000  # Strassen's algorithm on tiles of 16 has 1.8 million
 NAMES = ("naive", "strassen", "approximate", "truncated", "random", "group:NAME")
 
 
-def named(spec: str, tile: int | Sequence[int] | None = None, rank: int | None = None) -> Basis:
+def named(spec: str | PathLike[str], tile: int | Sequence[int] | None = None, rank: int | None = None) -> Basis:
     """The basis that `spec` names.
 
     Args:
@@ -34,12 +37,18 @@ def named(spec: str, tile: int | Sequence[int] | None = None, rank: int | None =
         BasisMismatchError: it is not for that tile or rank.
         ShapeError: a tile that makes no sense.
     """
-    sides = as_tile(4 if tile is None else tile)
-    own = own_rank(spec, sides)  # first: of a large tile a basis is much work to make
+    if not isinstance(spec, str | PathLike) or isinstance(fspath(spec), bytes):
+        raise BasisError(f"a basis is named by a text ({', '.join(NAMES)}) or a path; got {spec!r}")
+    spec, sides = fspath(spec), as_tile(4 if tile is None else tile)
+    own = own_rank(spec, sides)
     if own is not None and rank is not None and as_integer(rank) != own:
         raise BasisMismatchError(f"basis {spec!r} has rank {own}; {rank!r} is asked for")
     kind, _, rest = spec.partition(":")
     wanted = usual_rank(sides) if rank is None else rank
+    p, q, s = sides
+    count = (as_integer(wanted if own is None else own) or 0) * (p * q + q * s + p * s)
+    if count > _MOST_COEFFICIENTS:  # before it is made: hours of work, with little to be had of it
+        raise BasisError(f"basis {spec!r} on a tile of {p}×{q}×{s} has {count} coefficients; take a smaller tile")
     if _is_drawn(kind, rest):
         return random(sides, wanted, seed=int(rest or 0))
     if kind == "group":

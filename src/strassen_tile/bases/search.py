@@ -73,6 +73,8 @@ def search(
     wanted = as_tile(tile)
     _check(wanted, rank, rounds, minutes, seed)
     for start in starts:
+        if not isinstance(start, Basis):
+            raise BasisError(f"starts must be bases; got {type(start)}")
         if sorted(start.tile) != sorted(wanted) or abs(start.rank - rank) > 1:
             raise BasisMismatchError(f"a start must be of tile {wanted} and rank {rank} ± 1; got {start}")
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes

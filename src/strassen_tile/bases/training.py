@@ -7,7 +7,7 @@ there; real ones may.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Literal, NamedTuple, get_args
 
@@ -19,7 +19,7 @@ from strassen_tile.errors import BasisError, ShapeError, shape_text
 from strassen_tile.tiling import as_integer, from_tiles, to_tiles
 
 Optimizer = Literal["adam", "sgd"]
-Batches = Iterator[tuple[Tensor, Tensor]]
+Batches = Iterable[tuple[Tensor, Tensor]]
 _TILES = 8  # of a side of Gaussian matrices
 _MOMENTUM = 0.9
 
@@ -47,8 +47,11 @@ def drawn(basis: Basis, x: Tensor, w: Tensor, *, tiles: int = 64, seed: int = 0)
 
     Raises:
         ShapeError: not (N, K) and (K, M) with a whole tile of rows and of columns.
+        BasisError: tiles or seed that make no sense.
     """
     p, _, s = basis.tile
+    if (as_integer(tiles) or 0) < 1 or as_integer(seed) is None or abs(seed) >= 2**63:
+        raise BasisError(f"tiles must be a positive integer and seed one below 2^63; got {tiles!r} and {seed!r}")
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0] or len(x) < p or w.shape[1] < s:
         raise ShapeError(
             f"x must be (N, K) and w (K, M), of at least {p} rows and {s} columns; got {shape_text(x.shape)} and "
@@ -91,20 +94,23 @@ def train(
         progress: called with each entry.
 
     Raises:
-        BasisError: steps, every or lr that make no sense, another optimizer, too few batches, or training that diverged.
+        BasisError: steps, every, lr or seed that make no sense, another optimizer, too few batches, or training that diverged.
+        ShapeError: a batch that is no product, or has nothing in it.
     """
-    if min(as_integer(steps) or 0, as_integer(every) or 0) < 1 or not 0 < lr < math.inf:
+    if min(as_integer(steps) or 0, as_integer(every) or 0) < 1 or not isinstance(lr, int | float) or not 0 < lr < 1e6:
         raise BasisError(f"steps, every and lr must be positive; got {steps!r}, {every!r}, {lr!r}")
     if optimizer not in get_args(Optimizer):
         raise BasisError(f"optimizer must be one of {', '.join(get_args(Optimizer))}; got {optimizer!r}")
-    pairs = gaussian(start, seed) if batches is None else batches
+    if as_integer(seed) is None or abs(seed) >= 2**63:
+        raise BasisError(f"seed must be an integer below 2^63; got {seed!r}")
+    pairs = iter(gaussian(start, seed) if batches is None else batches)
     with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's modes
         return _trained(start, pairs, steps, lr, optimizer, every, progress)
 
 
 def _trained(
     start: Basis,
-    pairs: Batches,
+    pairs: Iterator[tuple[Tensor, Tensor]],
     steps: int,
     lr: float,
     optimizer: Optimizer,
@@ -124,6 +130,11 @@ def _trained(
             x, w = (matrix.detach().float() for matrix in next(pairs))
         except StopIteration:
             raise BasisError(f"batches end after {step - 1}, before all {steps} steps") from None
+        if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0] or not x.numel() or not w.numel():
+            raise ShapeError(
+                f"batch {step}: x must be (N, K) and w (K, M), none of them empty; got {shape_text(x.shape)} and "
+                f"{shape_text(w.shape)}"
+            )
         loss = _loss(factors, x, w)
         chosen.zero_grad()
         loss.backward()
