@@ -80,6 +80,40 @@ def test_generation_with_a_cache_is_that_without(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "kind,config",
+    [
+        (hf.MambaForCausalLM, hf.MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, state_size=4)),
+        (hf.RwkvForCausalLM, hf.RwkvConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, context_length=32)),
+    ],
+    ids=["mamba", "rwkv"],
+)
+def test_a_past_that_is_not_followed_is_refused(kind, config):
+    """States stand for rows that a layer was fed, and do not tell what they were: each step would begin anew, unsaid."""
+    model = kind(config).eval()
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+    convert(model, CONFIG, example_inputs={"input_ids": IDS})
+    model(IDS)
+    with pytest.raises(ShapeError, match=r"run whole sequences \(use_cache=False\)"):
+        model.generate(IDS, max_new_tokens=3, do_sample=False)
+    assert model.generate(IDS, max_new_tokens=3, do_sample=False, use_cache=False).shape == (2, 16)
+
+
+@torch.no_grad()
+def test_a_paged_cache_is_refused():
+    with pytest.raises(ShapeError, match="batched continuously"):
+        built()(IDS, write_index=[torch.arange(13)])
+
+
+@torch.no_grad()
+def test_a_static_cache_where_layers_are_told_of_their_kind():
+    """Masks then come in a dict by kind of layer, and None where nothing is hidden."""
+    model, options = built("qwen3"), {"max_new_tokens": 9, "do_sample": False}
+    expected = model.generate(IDS, use_cache=False, **options)
+    assert torch.equal(model.generate(IDS, cache_implementation="static", **options), expected)
+
+
+@torch.no_grad()
 def test_static_caches_and_masks_of_who_sees_whom():
     model, options = built(), {"max_new_tokens": 9, "do_sample": False}
     expected = model.generate(IDS, **options)

@@ -33,6 +33,12 @@ _PATTERN = (
     "follow that. Keep those layers dense (filter_fn)"
 )
 _NAN = "{name} has NaN: it does not say whether those rows are real"
+_FOREIGN = {
+    "cache_params": "its cache is one of states, where rows of the past are not kept: run whole sequences (use_cache=False)",
+    "state": "its state does not hold rows of the past: run whole sequences (use_cache=False)",
+    "write_index": "requests that are batched continuously (generate_batch) go on from a paged cache, which is not followed: "
+    "use generate",
+}  # arguments that hand on a past in a form that is not followed
 _POSITIONS = ("position_ids", "seq_idx")
 _ROWS_GIVEN = ("input_ids", "inputs_embeds", "position_ids")
 _BOUNDARIES = ("cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")
@@ -88,6 +94,15 @@ def real_rows(mask: Tensor, name: str = "attention_mask", *, anywhere: bool = Fa
     return real
 
 
+def check_past(module_name: str, given: Mapping[str, Any]) -> None:
+    """Raise ShapeError if the arguments of a model hand on a past that mixing layers cannot go on from."""
+    for name, why in _FOREIGN.items():
+        if given.get(name) is not None and (
+            name != "state" or "use_cache" in given
+        ):  # RWKV's; others call other things so
+            raise ShapeError(f"{module_name} has layers that mix rows, and {why}")
+
+
 def check_one_sequence(arguments: Mapping[str, Any], real: Tensor | None) -> None:
     """Raise ShapeError if the arguments of a model say that a row of its batch holds several documents.
 
@@ -125,21 +140,29 @@ def documents_of(arguments: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
+def mask_of_layers(mask: object) -> object:
+    """Of a dict of masks for layers of several kinds the one that says what is padding: full attention's, else the first.
+
+    None where that hides nothing.
+    """
+    if not isinstance(mask, Mapping):
+        return mask
+    given = [one for one in mask.values() if isinstance(one, Tensor)]
+    return mask.get("full_attention", given[0] if given else None)
+
+
 def rows_of_pattern(mask: object, past: int) -> Tensor | None:
     """(B, N): the document of each row, from 1 on, and 0 for padding, by a mask (B, 1, N, n) of who sees whom; or None.
 
     A row that does not see itself is padding, and one that does not see the row before it begins a document.
 
     Args:
-        mask: of a causal model, True or 0 where something is seen; or a dict of such, of layers of several kinds.
+        mask: of a causal model, True or 0 where something is seen.
         past: rows that a cache holds, and that come first among the n.
 
     Raises:
         ShapeError: rows see others near them in another way than documents do.
     """
-    if isinstance(mask, Mapping):
-        given = [one for one in mask.values() if isinstance(one, Tensor)]
-        mask = mask.get("full_attention", given[0] if given else None)
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[3] < past + mask.shape[2]:
         return None
     seen = mask[:, 0] != 0

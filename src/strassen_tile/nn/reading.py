@@ -17,8 +17,10 @@ from strassen_tile.nn.masks import (
     Takes,
     check_hides_nothing,
     check_one_sequence,
+    check_past,
     check_pattern,
     documents_of,
+    mask_of_layers,
     numbered,
     real_rows,
     rows_of_pattern,
@@ -50,6 +52,9 @@ def said(
     Raises:
         ShapeError: the arguments do not say it, or what they say cannot be followed.
     """
+    check_past(module_name, given)
+    if isinstance(given.get("attention_mask"), Mapping):
+        given = {**given, "attention_mask": mask_of_layers(given["attention_mask"])}
     if not (tiles or ahead) and (real := rows_of_pattern(given.get("attention_mask"), past)) is not None:
         return real, ""
     real, unclear = _masked(module_name, takes, given, outer, held, anywhere=not tiles)
