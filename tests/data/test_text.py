@@ -72,6 +72,7 @@ def test_parts_named_by_files_are_taken(tmp_path):
     assert splits.train.size == len(splits.train.tokens)
     assert len(load_text(where, limit=8).train.tokens) == 8
     assert load_text(where, limit=8).validation.size == 5
+    assert bytes(load_text(where, limit=11).train.tokens.tolist()) == "Ärger \0li\0".encode()
 
 
 def test_documents_without_a_part_are_parted_by_name(tmp_path):
@@ -80,6 +81,9 @@ def test_documents_without_a_part_are_parted_by_name(tmp_path):
     counts = [bytes(part.tokens.tolist()).count(b"\0") for part in (splits.train, splits.validation, splits.test)]
     assert sum(counts) == 400
     assert all(8 <= count <= 36 for count in counts[1:])
+    little = load_text(str(tmp_path), limit=40)
+    assert torch.equal(little.validation.tokens, splits.validation.tokens)
+    assert torch.equal(little.test.tokens, splits.test.tokens) and len(little.train.tokens) == 40
     more = lines + json.dumps({"text": "one more"}) + "\n"
     (tmp_path / "all.jsonl").write_text(more)
     again = load_text(str(tmp_path))

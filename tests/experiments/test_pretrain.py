@@ -207,6 +207,9 @@ def test_rates_are_chosen_on_the_validation_text(words, tmp_path):
 def test_what_makes_no_sense_is_one_line(words, tiny, tmp_path, capsys):
     for change, message in (
         ({"steps": 0}, "steps, context, held_out, tested_on and limit must be positive"),
+        ({"held_out": 0}, "must be positive"),
+        ({"tested_on": 0}, "must be positive"),
+        ({"data": ""}, "data is empty"),
         ({"model": "llama-9x"}, "there is no model 'llama-9x'; there are llama-1m"),
         ({"init_range": 2}, "init_range must be above 0"),
         ({"methods": "dense[width=48]"}, "width must be a multiple of 32, the width of a head"),
@@ -224,6 +227,29 @@ def test_what_makes_no_sense_is_one_line(words, tiny, tmp_path, capsys):
         text_recipe_of("other")
     with pytest.raises(DataError, match="has no files"):
         load_text(str(tmp_path / "out"))
+
+
+def test_a_folder_is_of_one_text_and_one_architecture(words, tiny, tmp_path, capsys):
+    """Repeated over files that have changed since, a command would take means over different texts."""
+    text, shape = tmp_path / "text", tmp_path / "config.json"
+    text.mkdir()
+    for part in ("train", "validation", "test"):
+        (text / f"{part}.txt").write_text("one and two. " * 40)
+    shape.write_text((Path(tiny) / "config.json" if Path(tiny).is_dir() else Path(tiny)).read_text())
+    first = {"methods": "dense", "model": str(shape), "epochs": 1, "steps": 1}
+    assert main(command(text, tmp_path / "out", **first)) == 0
+    before = rows_of(tmp_path / "out")
+    changed = json.loads(shape.read_text()) | {"initializer_range": 0.3}
+    for path, content, said in (
+        (shape, json.dumps(changed), "runs on another architecture"),
+        (text / "train.txt", "three and four. " * 40, "runs on another text"),
+    ):
+        kept = path.read_text()
+        path.write_text(content)
+        assert main(command(text, tmp_path / "out", **first | {"seeds": "0,1"})) == 1
+        assert said in capsys.readouterr().err and rows_of(tmp_path / "out") == before
+        path.write_text(kept)
+    assert main(command(text, tmp_path / "out", **first | {"seeds": "0,1"})) == 0
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.toml")))

@@ -74,7 +74,8 @@ def load_text(data: str, *, tokenizer: Any = "bytes", limit: int | None = None, 
             ({"text": …} a line) or parquet; or "hub:NAME", streamed. Where files or splits are called train, validation (or
             val) and test, those parts are taken; otherwise a twentieth of the documents each is for validation and test.
         tokenizer: "bytes", what transformers' AutoTokenizer takes, or a tokenizer of transformers.
-        limit: bytes of text to train on; None: all there are, of streams 128 MiB.
+        limit: bytes of text to train on, the last document cut; None: all there are, of streams 128 MiB. What is held out is
+            the same whatever the limit, but of streams, which are left when they have given enough.
         context: tokens a piece; each part has to have more.
 
     Raises:
@@ -118,16 +119,19 @@ def load_documents(data: str, *, limit: int | None = None) -> dict[str, list[str
 
 
 def _parted(data: str, limit: int | None) -> Iterator[tuple[str, str]]:
-    """The side of each document and its text, until there are `limit` bytes to train on."""
-    if limit is None and data.startswith("hub:"):
+    """The side of each document and its text, with `limit` bytes to train on."""
+    streamed = data.startswith("hub:")
+    if limit is None and streamed:
         limit = _STREAMED
     sizes = dict.fromkeys(_PARTS, 0)
     for part, (name, text) in _sources(data):
         side = part or _side(name)
-        if side == "train" and limit is not None and sizes["train"] >= limit:
-            if part is None or all(sizes[one] for one in _PARTS):
-                break
-            continue
+        if side == "train" and limit is not None:
+            if sizes["train"] >= limit:
+                if streamed and all(sizes.values()):
+                    break
+                continue
+            text = text.encode("utf-8", errors="replace")[: limit - sizes["train"] - 1].decode("utf-8", errors="ignore")
         if text:
             sizes[side] += _size(text)
             yield side, text
@@ -154,9 +158,10 @@ def _tokenizer(name: Any) -> tuple[Encode, int, int]:
         raise DataError(f"tokenizer={name}: has no token that ends a text (eos, sep or pad)")
 
     def encode(text: str) -> Sequence[int]:
-        return made(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+        whole = text.encode("utf-8", errors="replace").decode("utf-8")  # without halves of surrogate pairs
+        return made(whole, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
 
-    return encode, len(made), separator
+    return encode, max(len(made), *(index + 1 for index in made.get_vocab().values())), separator  # numbers may have gaps
 
 
 def _side(name: str) -> str:
@@ -172,6 +177,8 @@ def _sources(data: str) -> Iterator[tuple[str | None, Document]]:
         return ((None, document) for document in standard_library_code().items())
     if data.startswith("hub:"):
         return _of_hub(data.removeprefix("hub:"))
+    if not data.strip():
+        raise DataError("data is empty; give a file or folder, python, python-code, or hub:NAME")
     path = Path(data)
     with contextlib.suppress(RuntimeError):  # a home that nobody has
         path = path.expanduser()

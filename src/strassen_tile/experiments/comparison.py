@@ -88,6 +88,7 @@ class Comparison:
         earlier: what a key of the recipe was where an older `recipe.json` does not say.
         may_change: keys of the recipe that only say which runs there are, or that change no result.
         facts: fields of every row: of the data, of the precision.
+        held: those facts that all rows of a folder must share: digests of what the recipe names by a path, which may change.
         notes: paragraphs of the page: how the runs were made.
         remarks: paragraphs that are shown before training as well: what a user may not expect.
     """
@@ -98,6 +99,7 @@ class Comparison:
     earlier: Mapping[str, object] = field(default_factory=dict)
     may_change: frozenset[str] = frozenset()
     facts: Row = field(default_factory=dict)
+    held: frozenset[str] = frozenset()
     notes: Sequence[str] = ()
     remarks: Sequence[str] = ()
 

@@ -77,6 +77,7 @@ def _comparison(recipe: FinetuneRecipe, title: str, runs: Sequence[runner.Run]) 
             **material(recipe).facts,
             "precision": recipe.precision,
         },
+        held=frozenset({"text", "passages"}),
         notes=[
             f"Every method starts from {recipe.model}'s weights, is fitted to the same {recipe.calibration} pieces of the "
             f"training text, and trains with the same recipe, but for what its variant says: {recipe.optimizer}, weight decay "

@@ -112,6 +112,8 @@ def _title(recipe: TextRecipe) -> str:
 
 
 def _comparison(recipe: TextRecipe, splits: TextSplits, title: str, runs: Sequence[runner.Run]) -> runner.Comparison:
+    from strassen_tile.integrations.decoders import architecture  # late: transformers takes seconds
+
     defaults = {
         name: one.default for name, one in settings_of(TextRecipe).items() if one.default not in (None, MISSING)
     }
@@ -130,8 +132,10 @@ def _comparison(recipe: TextRecipe, splits: TextSplits, title: str, runs: Sequen
             "val_bytes": splits.validation.size,
             "test_bytes": splits.test.size,
             "text": splits.digest,
+            "architecture": architecture(recipe.model),
             "precision": recipe.precision,
         },
+        held=frozenset({"text", "architecture"}),
         notes=_notes(recipe, splits),
     )
 

@@ -38,6 +38,16 @@ class RunLog:
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
 
+    def check_facts(self, facts: Row) -> None:
+        """Raise ConfigError where rows that are there say something else: means of the two would be of nothing."""
+        for row in self.rows:
+            for key, now in facts.items():
+                if row.get(key, now) != now:
+                    raise ConfigError(
+                        f"{self.path.parent} holds runs on another {key} ({row[key]} there, {now} now): what it is read from "
+                        "has changed; put it back, or give another --out"
+                    )
+
     def of(self, run: Row) -> list[Row]:
         """The rows of one run, told by method, variant and seed."""
         return [row for row in self.rows if run_of(row) == run_of(run)]

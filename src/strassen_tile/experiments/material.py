@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -115,6 +116,10 @@ def _encoder(
         calibration=given if calibration else None,
         unit={"input_ids": given["input_ids"][:1], "attention_mask": torch.ones_like(given["input_ids"][:1])},
         task=lambda seed: sentence_task(targets, tokens, samples, seed),
-        facts={"train_passages": len(passages.train), "test_passages": len(targets.test[0]) // 2},
+        facts={
+            "train_passages": len(passages.train),
+            "test_passages": len(targets.test[0]) // 2,
+            "passages": hashlib.sha256(repr(passages).encode("utf-8", errors="replace")).hexdigest()[:16],
+        },
         tokenizer=found.tokenizer,
     )

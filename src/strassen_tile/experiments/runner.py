@@ -88,7 +88,9 @@ def _opened(comparison: Comparison, folder: Path, held: contextlib.ExitStack) ->
     held.enter_context(locked(folder))
     remove_unfinished(folder)
     keep_recipe(folder, comparison.recipe, comparison.earlier, comparison.may_change)
-    return RunLog(folder / "rows.json", [one.identity for one in comparison.runs])
+    log = RunLog(folder / "rows.json", [one.identity for one in comparison.runs])
+    log.check_facts({key: value for key, value in comparison.facts.items() if key in comparison.held})
+    return log
 
 
 @dataclass

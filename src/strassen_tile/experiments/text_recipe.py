@@ -44,7 +44,8 @@ class OnText(Tuned, Training):
 
     def __post_init__(self) -> None:
         Training.__post_init__(self)
-        if min(self.steps, self.context, self.held_out or 1, self.tested_on or 1, self.limit or 1) < 1:
+        optional = (1 if one is None else one for one in (self.held_out, self.tested_on, self.limit))
+        if min(self.steps, self.context, *optional) < 1:
             raise ConfigError(
                 f"steps, context, held_out, tested_on and limit must be positive; got {self.steps}, {self.context}, "
                 f"{self.held_out}, {self.tested_on}, {self.limit}"

@@ -5,6 +5,7 @@ Of byte-level models nearly all parameters are in the blocks; with a tokenizer, 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,14 @@ _SIZES: dict[str, _Size] = {
 }
 MODELS = tuple(_SIZES)
 BLOCKS = ("LlamaDecoderLayer", "GPTNeoXLayer", "Qwen3DecoderLayer")
+
+
+def architecture(model: str) -> str:
+    """The model's name, or the digest of the config that the path leads to, of which a `decoder` has been made."""
+    if model in _SIZES:
+        return model
+    path = Path(model)
+    return hashlib.sha256((path / "config.json" if path.is_dir() else path).read_bytes()).hexdigest()[:16]
 
 
 def decoder(
