@@ -2,27 +2,49 @@
 
     python benchmarks/publish_runs.py out/dense out/stl --out results/language-2e14
 
-Rows of several folders make one comparison, if they trained the same model on the same text. Of a method that was trained at
+Rows of several folders make one comparison, if they trained the same model on the same text by the same recipe, but for its
+methods, seeds and rates, and no run is there twice. Of a method that was trained at
 several rates, those that are not its first folder's stand in the variant, as where an entry names one. The folder a run wrote
 to means nothing elsewhere: the recorded command says `--out DIR`.
 """
 
 import argparse
-import re
+import json
+import shlex
 from pathlib import Path
 
 from strassen_tile.experiments.settings import shortest
+from strassen_tile.files import write_text
 from strassen_tile.records import read_rows, write_rows
 from strassen_tile.report import finetune, pretrain
 from strassen_tile.report.groups import without_rate
 
 SECONDS = {"seconds", "train_seconds"}
+TOLD_APART = {"seeds", "methods", "lr", "lr_grid", "save", "jobs", "workers"}  # by what rows say, or of no consequence
 
 
 def rows_of(folder):
     path = folder / "rows.json"
     rows = read_rows(path) if path.exists() else []
-    return [{**row, "command": re.sub(r"--out \S+", "--out DIR", str(row["command"]))} for row in rows]
+    return [{**row, "command": without_folder(str(row["command"]))} for row in rows]
+
+
+def without_folder(command):
+    """The command with DIR for the folder it wrote to."""
+    words, said = shlex.split(command), []
+    for before, word in zip(["", *words], words, strict=False):
+        said.append("--out=DIR" if word.startswith("--out=") else "DIR" if before == "--out" else word)
+    return shlex.join(said)
+
+
+def one_recipe(folders):
+    """What the recipes of these folders have in common. Raises SystemExit where they differ in what rows do not say."""
+    found = [json.loads(path.read_text()) for folder in folders if (path := folder / "recipe.json").exists()]
+    for other in found[1:]:
+        apart = {key for key in {*found[0], *other} - TOLD_APART if found[0].get(key) != other.get(key)}
+        if apart:
+            raise SystemExit(f"these are of recipes with different {', '.join(sorted(apart))}: publish them apart")
+    return {key: value for key, value in found[0].items() if key not in TOLD_APART} if found else None
 
 
 def told_apart(rows):
@@ -43,6 +65,9 @@ def main():
     parser.add_argument("--no-seconds", action="store_true", help="of runs that were stopped, or shared their cores")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    if missing := [folder for folder in options.folders if not (folder / "rows.json").exists()]:
+        parser.error(f"there are no rows in {', '.join(map(str, missing))}")
+    recipe = one_recipe(options.folders)
     rows = told_apart([row for folder in options.folders for row in rows_of(folder)])
     tried = [row for folder in options.folders for row in rows_of(folder / "tuning")]
     if options.no_seconds:
@@ -51,6 +76,11 @@ def main():
     models = {(row["model"], row.get("text"), row["context"]) for row in (*rows, *tried)}
     if len(models) > 1:
         parser.error(f"these are of different models or texts: {sorted(models)}")
+    keys = [tuple(row.get(key) for key in ("method", "variant", "seed", "epoch")) for row in rows]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        parser.error(f"these are there twice: {sorted(twice)[:3]} …")
+    if recipe is not None:
+        write_text(options.out / "recipe.json", json.dumps(recipe, indent=1) + "\n")
     if tried:
         write_rows(options.out / "tuning/rows.json", tried)
     model, _, context = models.pop()

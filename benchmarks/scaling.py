@@ -20,16 +20,23 @@ from strassen_tile.report.pretrain_runs import train_flops
 from strassen_tile.report.table import plus_minus, sample_sd
 
 
-def finished(rows):
-    """Rows of runs that came to their end, of each method and budget those at its best rate."""
+def finished(folders):
+    """Of the rows of each folder those of runs that came to their end, of each method and budget those at its best rate.
+
+    Folder by folder: a variant says nothing of the steps of its recipe.
+    """
     best = {}
-    for group in group_rows([row for row in rows if row.get("bits") is not None]):
-        key = group.method, without_rate(group.variant), train_flops(group, group.epochs[-1])
-        if key not in best or group.mean("val_bits", group.epochs[-1]) < best[key].mean(
-            "val_bits", best[key].epochs[-1]
-        ):
-            best[key] = group
-    return list(best.values())
+    for number, rows in enumerate(folders):
+        for group in group_rows([row for row in rows if row.get("bits") is not None]):
+            spent = {train_flops(group, epoch) for epoch in group.epochs}
+            if len(spent) > 1 or None in spent:
+                raise DataError(f"{group.label}: its runs are of different budgets or models; publish them apart")
+            key, reached = (group.method, without_rate(group.variant), *spent), group.mean("val_bits", group.epochs[-1])
+            if key in best and best[key][0] != number:
+                raise DataError(f"{group.label}: two folders have runs of this budget; publish them into one")
+            if key not in best or reached < best[key][1]:
+                best[key] = number, reached, group
+    return [group for _, _, group in best.values()]
 
 
 def table(groups):
@@ -96,7 +103,7 @@ def main():
     )
     parser.add_argument("--out", type=Path, help="folder for scaling.png")
     options = parser.parse_args()
-    groups = finished([row for folder in options.folders for row in read_rows(folder / "rows.json")])
+    groups = finished([read_rows(folder / "rows.json") for folder in options.folders])
     found = scaling.ends(row for group in groups for run in group.seeds.values() for row in run.values())
     against = {" ".join(filter(None, key)): key for key in found}.get(options.against)
     if against is None:
