@@ -55,6 +55,18 @@ def test_each_is_held_against_dense_with_its_mix():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("chosen", ["0.003", "0.01", None])
+def test_dense_at_several_rates(chosen):
+    """The column was gone when dense stood there twice. A rate that was chosen counts, else that of the lowest loss."""
+    data = [*rows("stl", "r=6", curve=(4.0, 3.0, 2.5))]
+    for lr, curve in (("0.003", (5.0, 4.0, 3.0)), ("0.01", (5.0, 4.0, 2.9))):
+        tuned = {"tuned": "0.003, 0.01"} if lr == chosen else {}
+        data += rows(variant=f"lr {lr}", lr=float(lr), curve=curve, **tuned)
+    groups = group_rows(data)
+    assert dense_of(groups[0], groups).shown == f"lr {chosen or '0.01'}"
+    assert dense_of(groups[1], groups) is None
+
+
 def test_tests_are_paired_and_corrected():
     data = [row for seed in range(3) for row in rows(seed=seed, test=3.0 + seed)]
     data += [row for seed in range(3) for row in rows("stl", seed=seed, test=2.9 + seed + 0.001 * seed)]

@@ -161,7 +161,11 @@ def _tokenizer(name: Any) -> tuple[Encode, int, int]:
         whole = text.encode("utf-8", errors="replace").decode("utf-8")  # without halves of surrogate pairs
         return made(whole, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
 
-    return encode, max(len(made), *(index + 1 for index in made.get_vocab().values())), separator  # numbers may have gaps
+    return (
+        encode,
+        max(len(made), *(index + 1 for index in made.get_vocab().values())),
+        separator,
+    )  # numbers may have gaps
 
 
 def _side(name: str) -> str:

@@ -94,8 +94,8 @@ def before(cache: object, key: Key, x: Tensor, length: int, wanted: int) -> Tens
     if kept is None:
         raise ShapeError(
             f"a cache holds {length} rows that a layer with a causal token mix has not seen: it was filled by another model, "
-            "in training mode, or by a compiled one (torch.compile). Run the whole sequence (use_cache=False), or fill the cache "
-            "with this model, uncompiled, in eval mode"
+            "or in training mode, or under torch.compile. Run the whole sequence (use_cache=False), or fill the cache with "
+            "this model in eval mode"
         )
     rows = kept.rows[:, : max(0, kept.rows.shape[1] - max(0, kept.end - length))]
     if kept.end < length or rows.shape[1] < min(wanted, length) or rows.shape[0] != x.shape[0]:

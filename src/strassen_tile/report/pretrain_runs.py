@@ -6,10 +6,11 @@ Rows are those of `report.groups`, with `bits` and `loss` (nats a token) of the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from strassen_tile.records import Row, Value
-from strassen_tile.report.groups import Group, averaged, furthest_of, group_rows
+from strassen_tile.report.groups import Group, averaged, furthest_of, group_rows, without_rate
 from strassen_tile.report.paired import compare, holm
 from strassen_tile.report.sooner import TRAINING_OF_FORWARD
 from strassen_tile.report.table import number
@@ -49,7 +50,8 @@ def train_flops(group: Group, epoch: float) -> float | None:
 def dense_of(group: Group, groups: Sequence[Group]) -> Group | None:
     """What a group is held against: dense with the same mix ahead of its layers and nothing else; else plain dense.
 
-    Schedules may differ, as they do where FLOPs are the same: of several, that of the same epochs counts, or the longest.
+    Schedules may differ, as they do where FLOPs are the same: of several, that of the same epochs counts, or the longest; of
+    several rates one that was chosen, and of those, or of others, the one with the lowest validation loss.
     """
     if group.method == "dense" and not _said(group):
         return None
@@ -57,12 +59,18 @@ def dense_of(group: Group, groups: Sequence[Group]) -> Group | None:
     others = [one for one in groups if one.method == "dense" and one is not group]
     same, plain = ([one for one in others if _said(one) == wanted] for wanted in (mix, []))
     own = group.epochs[-1]
-    return max(same or plain, key=lambda one: (one.epochs[-1] == own, one.epochs[-1]), default=None)
+
+    def order(one: Group) -> tuple[bool, int, bool, float]:
+        last, tuned = one.epochs[-1], any(row.get("tuned") for run in one.seeds.values() for row in run.values())
+        reached = one.mean("val_bits", last)
+        return last == own, last, tuned, -math.inf if reached is None else -reached
+
+    return max(same or plain, key=order, default=None)
 
 
 def _said(group: Group) -> list[str]:
-    """What a variant says but for its schedule."""
-    return [said for said in group.shown.split(", ") if said and not said.endswith(" epochs")]
+    """What a variant says but for its schedule and its rate."""
+    return [said for said in without_rate(group.shown).split(", ") if said and not said.endswith(" epochs")]
 
 
 def _over(group: Group, furthest: int) -> bool:
