@@ -212,7 +212,7 @@ def _measured(
     predicted = product.error if problem.gaussian else None
     return {
         "data": problem.name, "n": n, "k": k, "m": m, "method": name, "budget": budget,
-        "basis": product.label if name == "stl" else "", "rank": product.rank,
+        "basis": _basis(product) if name == "stl" else "", "rank": product.rank,
         "flop_ratio": product.cost(n, k, m).flop_ratio,
         "error": statistics.fmean(errors),
         "error_sd": statistics.stdev(errors) if len(errors) > 1 else None,
@@ -222,6 +222,10 @@ def _measured(
         "time_ratio": statistics.median(second / first for first, second in pairs),
         "threads": torch.get_num_threads(),
     }  # fmt: skip
+
+
+def _basis(product: Product) -> str:
+    return f"stl {shape_text(product.tile or ())} r={product.rank}"
 
 
 def _run(prepared: Prepared, x: Tensor) -> None:
