@@ -53,7 +53,7 @@ def said(
         ShapeError: the arguments do not say it, or what they say cannot be followed.
     """
     check_past(module_name, given)
-    if isinstance(given.get("attention_mask"), Mapping):
+    if not (tiles or ahead) and isinstance(given.get("attention_mask"), Mapping):
         given = {**given, "attention_mask": mask_of_layers(given["attention_mask"])}
     if not (tiles or ahead) and (real := rows_of_pattern(given.get("attention_mask"), past)) is not None:
         return real, ""
