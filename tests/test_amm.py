@@ -74,7 +74,9 @@ def test_the_best_that_the_budget_pays_for() -> None:
         assert found.flop_ratio <= budget
         errors.append(found.error)
         others = [b for b in bases.known() if total_ratio(b, (1, 256, 256, 256)) <= budget]
-        assert found.error == pytest.approx(min(expected_error(b, False) for b in others))
+        least = min(expected_error(b, False) for b in others)
+        assert found.error == pytest.approx(min(least, 1 - int(256 * budget) / 256))
+        assert (found.basis is None) == (found.error < least - 1e-12)
     assert errors == sorted(errors, reverse=True)
     exact = st.amm(x, w, 1.0)
     assert exact.basis.is_exact
@@ -82,6 +84,38 @@ def test_the_best_that_the_budget_pays_for() -> None:
     small = st.amm(x[:3, :3], w[:3, :3], 1.0)
     assert small.basis is None
     assert torch.equal(small.value, x[:3, :3] @ w[:3, :3])
+
+
+def test_where_leaving_out_inner_indices_errs_less() -> None:
+    """On small matrices, whose encoding takes what it saves; as it is, and right on average."""
+    x, w = operands(60, 100, 40)
+    for unbiased, expected in ((False, 0.3), (True, 3 / 7)):
+        found = st.amm(x, w, 0.7, unbiased=unbiased)
+        assert found.basis is None and found.flop_ratio == pytest.approx(0.7) and found.error == pytest.approx(expected)
+        measured = [
+            error(
+                st.amm(*operands(60, 100, 40, seed), 0.7, unbiased=unbiased, seed=seed).value,
+                *operands(60, 100, 40, seed),
+            )
+            for seed in range(40)
+        ]
+        assert abs(mean(measured) - expected) < 5 * stdev(measured) / 40**0.5
+    draws = [
+        st.amm(torch.ones(2, 9), torch.arange(18.0).reshape(9, 2), 0.4, unbiased=True, seed=s).value for s in range(900)
+    ]
+    spread = torch.stack(draws).std(dim=0) / 30
+    assert ((torch.stack(draws).mean(dim=0) - torch.arange(18.0).reshape(9, 2).sum(dim=0)).abs() < 4.5 * spread).all()
+
+
+@pytest.mark.parametrize(("rank", "least", "most"), [(24, 0.7, 1.35), (32, 0.7, 1.35), (44, 0.7, 1.35), (49, 0.4, 0.8)])
+def test_rounding_in_bf16_is_counted(rank: int, least: float, most: float) -> None:
+    """A basis of large kappa is not what it is in 32 bits: by kappa u², of coefficients that bf16 holds by half of it."""
+    basis = bases.approximate(4, rank)
+    x, w = (matrix.bfloat16() for matrix in operands(128, 256, 128))
+    found = st.amm(x, w, basis=basis)
+    added = error(found.value, x, w) - error(st.amm(x.double(), w.double(), basis=basis).value, x, w)
+    assert least < added / (basis.kappa * 2.0**-16) < most
+    assert found.error == pytest.approx(basis.error + basis.kappa * 2.0**-16, abs=1e-12)
 
 
 def test_flops_of_both_operands() -> None:
@@ -131,7 +165,13 @@ def test_nothing_to_multiply(x: tuple[int, ...], w: tuple[int, int]) -> None:
         (torch.ones(2, 3).long(), torch.ones(3, 5).long(), {}, ShapeError, "floating-point"),
         (torch.ones(2, 3, dtype=torch.cfloat), torch.ones(3, 5), {}, ShapeError, "real"),
         ([[1.0]], torch.ones(3, 5), {}, ShapeError, "x must be a tensor"),
-        (torch.ones(2, 3), torch.ones(3, 5), {"flop_ratio": 0.1}, ConfigError, "the cheapest takes"),
+        (
+            torch.ones(2, 3),
+            torch.ones(3, 5),
+            {"flop_ratio": 0.1},
+            ConfigError,
+            "does not pay for one of 3 inner indices",
+        ),
         (torch.ones(2, 3), torch.ones(3, 5), {"flop_ratio": float("nan")}, ConfigError, "positive"),
         (torch.ones(2, 3), torch.ones(3, 5), {"flop_ratio": "half"}, ConfigError, "positive"),
         (torch.ones(2, 3), torch.ones(3, 5), {"seed": 0.5}, ConfigError, "seed"),

@@ -21,8 +21,8 @@ class Approximation(NamedTuple):
     Attributes:
         value: (…, N, M).
         error: the expected ‖value − x w‖²/‖x w‖² where entries of x and w are independent, of mean 0 and of one variance; 0 if
-            it is exact.
-        basis: what was used; None: the dense product.
+            it is exact, but for rounding in 32 bits or more.
+        basis: what was used; None: the dense product, or that of a part of the inner indices (then error is above 0).
         flop_ratio: FLOPs of all of it, both operands encoded, as a fraction of the dense product's.
     """
 
@@ -37,13 +37,13 @@ def amm(
 ) -> Approximation:
     """Multiply x by w, approximately, for that fraction of the FLOPs.
 
-    The error to expect is that of entries of one variance, on whole tiles, without rounding: where columns differ in size or
-    sides are shorter than a tile, it may be more or less, and rounding in bf16 adds to it.
+    The error to expect is that of entries of one variance, on whole tiles: where columns differ in size or sides are shorter
+    than a tile, it may be more or less. In 16 bits rounding adds about kappa u² (u the unit roundoff), which is counted.
 
-    Of the shipped bases in every order of their sides, and Strassen's algorithm, the one of least error is taken that
-    the budget pays for at these sizes, encoding both operands and decoding included. Of large matrices half of the FLOPs leave
-    some 0.3 of the squared norm in error, of small ones, whose encoding weighs more, twice that: too much for a network that is
-    already trained.
+    Of the shipped bases in every order of their sides, and Strassen's algorithm, the one of least error is taken that the
+    budget pays for at these sizes, encoding both operands and decoding included. Where leaving out inner indices, drawn with
+    `seed`, errs less, it is done: a part f of them leaves 1 − f and has nothing to encode, which few bases beat on small
+    matrices.
 
     Args:
         x: (…, N, K); each sample is multiplied on its own.
@@ -57,7 +57,7 @@ def amm(
 
     Raises:
         ShapeError: shapes, dtypes or devices that do not fit together.
-        ConfigError: a budget that no basis keeps at these sizes (the message has the least there is), or that is no number.
+        ConfigError: a budget that does not pay for one inner index, or that is no number.
         BasisError: a basis that keeps nothing of a product on average, so that it cannot be rescaled.
     """
     _check(x, w)
@@ -70,15 +70,16 @@ def amm(
     sizes = _sizes(x, w)
     if not x.numel() or not w.numel():
         return Approximation(x @ w, 0.0, None, 1.0)
-    chosen = _best(sizes, flop_ratio, unbiased) if basis is None else basis
-    if chosen is None:
+    if basis is None and flop_ratio >= 1 and _cheapest_exact(sizes) is None:
         return Approximation(x @ w, 0.0, None, 1.0)
+    generator = torch.Generator("cpu").manual_seed(int(seed))
+    chosen = _best(sizes, flop_ratio, unbiased, x.dtype) if basis is None else basis
+    if chosen is None:
+        return _dropped(x, w, int(flop_ratio * w.shape[0]), unbiased, generator)
+    error, ratio = expected_error(chosen, unbiased, x.dtype), total_ratio(chosen, sizes)
     if not unbiased or chosen.is_exact:
-        return Approximation(
-            stl_matmul(x, w, chosen), expected_error(chosen, False), chosen, total_ratio(chosen, sizes)
-        )
-    value = _randomised(x, w, chosen, torch.Generator("cpu").manual_seed(int(seed))) / kept(chosen)
-    return Approximation(value, expected_error(chosen, True), chosen, total_ratio(chosen, sizes))
+        return Approximation(stl_matmul(x, w, chosen), error, chosen, ratio)
+    return Approximation(_randomised(x, w, chosen, generator) / kept(chosen), error, chosen, ratio)
 
 
 def kept(basis: Basis) -> float:
@@ -88,19 +89,20 @@ def kept(basis: Basis) -> float:
     return float(inner) / (p * q * s)
 
 
-def expected_error(basis: Basis, unbiased: bool) -> float:
-    """The relative squared error on independent entries, as it is or rescaled to be right on average.
+def expected_error(basis: Basis, unbiased: bool, dtype: torch.dtype = torch.float64) -> float:
+    """The relative squared error on independent entries, as it is or rescaled to be right on average, with rounding in 16 bits.
 
     Raises:
         BasisError: it is to be rescaled, and nothing of a product is left.
     """
-    if not unbiased:
-        return 0.0 if basis.is_exact else basis.error
+    rounding = basis.kappa * (torch.finfo(dtype).eps / 2) ** 2 if dtype.itemsize < 4 else 0.0
+    if not unbiased or basis.is_exact:
+        return rounding + (0.0 if basis.is_exact else basis.error)
     part = kept(basis)
     if not part > 0:
         raise BasisError(f"{basis} keeps {part:.3g} of a product on average, and cannot be rescaled to be unbiased")
     # ‖T̂/part − T‖² = ‖T̂‖²/part² − pqs, and ‖T̂‖² = error·pqs + (2·part − 1)·pqs
-    return (basis.error + 2 * part - 1) / part**2 - 1
+    return (basis.error + 2 * part - 1 + rounding) / part**2 - 1
 
 
 def total_ratio(basis: Basis, sizes: tuple[int, int, int, int]) -> float:
@@ -112,21 +114,32 @@ def total_ratio(basis: Basis, sizes: tuple[int, int, int, int]) -> float:
     return (counted.flops + weight) / counted.dense_flops if counted.dense_flops else 1.0
 
 
-def _best(sizes: tuple[int, int, int, int], budget: float, unbiased: bool) -> Basis | None:
-    """The affordable basis of least error, of equals the cheaper one; None: dense."""
+def _best(sizes: tuple[int, int, int, int], budget: float, unbiased: bool, dtype: torch.dtype) -> Basis | None:
+    """The affordable basis of least error, of equals the cheaper one; None: leaving out inner indices errs less."""
     if budget >= 1:
-        exact = min((b for b in bases.known() if b.is_exact), key=lambda b: total_ratio(b, sizes))
-        return exact if total_ratio(exact, sizes) < 1 else None
+        return _cheapest_exact(sizes)
+    part = int(budget * sizes[2]) / sizes[2]
     priced = [(total_ratio(basis, sizes), basis) for basis in bases.known()]
-    affordable = [(expected_error(basis, unbiased), ratio, basis) for ratio, basis in priced if ratio <= budget]
-    if not affordable:
-        least, basis = min(priced, key=lambda one: one[0])
-        _, n, k, m = sizes
-        raise ConfigError(
-            f"no basis multiplies {n}×{k} by {k}×{m} for {budget:g} of its FLOPs; the cheapest takes {least:.3g} "
-            f"({basis.name}); raise flop_ratio, or give a basis"
-        )
-    return min(affordable, key=lambda one: one[:2])[2]
+    affordable = [(expected_error(basis, unbiased, dtype), ratio, basis) for ratio, basis in priced if ratio <= budget]
+    best = min(affordable, key=lambda one: one[:2], default=None)
+    if part > 0 and (best is None or (1 / part - 1 if unbiased else 1 - part) <= best[0]):
+        return None
+    if best is None:
+        raise ConfigError(f"{budget:g} of the FLOPs does not pay for one of {sizes[2]} inner indices; raise flop_ratio")
+    return best[2]
+
+
+def _cheapest_exact(sizes: tuple[int, int, int, int]) -> Basis | None:
+    exact = min((b for b in bases.known() if b.is_exact), key=lambda b: total_ratio(b, sizes))
+    return exact if total_ratio(exact, sizes) < 1 else None
+
+
+def _dropped(x: Tensor, w: Tensor, count: int, unbiased: bool, generator: torch.Generator) -> Approximation:
+    """The product over `count` of the inner indices, drawn at random; rescaled if it is to be right on average."""
+    k = len(w)
+    drawn = torch.randperm(k, generator=generator, device="cpu")[:count].sort().values.to(x.device)
+    value, part = x[..., drawn] @ w[drawn], count / k
+    return Approximation(value / part if unbiased else value, 1 / part - 1 if unbiased else 1 - part, None, part)
 
 
 def _randomised(x: Tensor, w: Tensor, basis: Basis, generator: torch.Generator) -> Tensor:

@@ -26,7 +26,8 @@ def add_amm(commands: Commands) -> None:
     add(
         "--data",
         default="gaussian",
-        help="gaussian, minilm, a .safetensors file with x (N, K) and w (K, M), or X.npy,W.npy",
+        help="gaussian, minilm, a .safetensors file with x (N, K) and w (K, M), or X.npy,W.npy: half of x's "
+        "rows, drawn at random, are fitted to, and all figures are of the others",
     )
     add("--shapes", default="1024x1024x1024", help="NxKxM,… of Gaussian matrices")
     add("--budgets", type=reals, default=(0.25, 0.375, 0.5, 0.75), help="fractions of dense's FLOPs")
@@ -42,7 +43,9 @@ def add_basis(commands: Commands) -> None:
     """The parsers of `strassen-tile basis`."""
     command = commands.add_parser("basis", help="list, show, verify, search, condition, import and export bases")
     parts = command.add_subparsers(required=True, metavar="command")
-    spec = "a name (naive, strassen, approximate, truncated, random:SEED, group:NAME), or a file"
+    spec = (
+        "a name (as basis list has them, naive, strassen, approximate, truncated, random:SEED, group:NAME), or a file"
+    )
 
     def part(name: str, said: str) -> Parser:
         one = parts.add_parser(name, help=said, description=said[:1].upper() + said[1:] + ".")

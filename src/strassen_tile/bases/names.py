@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from itertools import permutations
@@ -19,6 +20,7 @@ from strassen_tile.errors import BasisError, BasisMismatchError
 from strassen_tile.tiling import Tile, as_integer, as_tile
 
 _MOST_DIGITS = 18  # of a seed
+_LISTED = re.compile(r"(\d{1,3})x(\d{1,3})x(\d{1,3})_r(\d{1,4})")  # as shipped ones are called
 _MOST_COEFFICIENTS = 8_000_000  # Strassen's algorithm on tiles of 16 has 1.8 million
 NAMES = ("naive", "strassen", "approximate", "truncated", "random", "group:NAME")
 
@@ -27,8 +29,9 @@ def named(spec: str | PathLike[str], tile: int | Sequence[int] | None = None, ra
     """The basis that `spec` names.
 
     Args:
-        spec: "naive" and "strassen" (exact), "approximate" (the shipped one), "truncated" (Strassen's best terms), "random"
-            (or "random:SEED"), "group:NAME" (or "group:NAME:DECODER", as in "group:D4xZ2^2:raw"), or the path of a file.
+        spec: a shipped one as lists call it, "4x4x4_r32"; "naive" and "strassen" (exact), "approximate" (the shipped one),
+            "truncated" (Strassen's best terms), "random" (or "random:SEED"), "group:NAME" (or "group:NAME:DECODER", as in
+            "group:D4xZ2^2:raw"), or the path of a file.
         tile: p, q, s, or one side for a cube; None: 4, and for a file its own.
         rank: None: that of the basis; "approximate", "truncated" and "random" then take ⅜ of the pqs products of a dense tile.
 
@@ -39,7 +42,17 @@ def named(spec: str | PathLike[str], tile: int | Sequence[int] | None = None, ra
     """
     if not isinstance(spec, str | PathLike) or isinstance(fspath(spec), bytes):
         raise BasisError(f"a basis is named by a text ({', '.join(NAMES)}) or a path; got {spec!r}")
-    spec, sides = fspath(spec), as_tile(4 if tile is None else tile)
+    spec = fspath(spec)
+    if listed := _LISTED.fullmatch(spec):
+        *own_sides, own_terms = map(int, listed.groups())
+        if (tile is not None and as_tile(tile) != tuple(own_sides)) or (
+            rank is not None and as_integer(rank) != own_terms
+        ):
+            raise BasisMismatchError(
+                f"basis {spec!r} has its tile and rank in its name; {tile} and {rank} are asked for"
+            )
+        return approximate(own_sides, own_terms)
+    sides = as_tile(4 if tile is None else tile)
     own = own_rank(spec, sides)
     if own is not None and rank is not None and as_integer(rank) != own:
         raise BasisMismatchError(f"basis {spec!r} has rank {own}; {rank!r} is asked for")

@@ -33,6 +33,9 @@ def run_list(options: argparse.Namespace) -> int:
     Console(markup=False, emoji=False).print(table)
     print(
         "error: expected relative squared error on Gaussian matrices. A tile serves every order of its sides.\n"
+        "products fewer: of dense's; parameters: numbers of an encoded weight, as a multiple of dense's. kappa: rounding\n"
+        "adds about kappa u² to the squared error, 1 for the naive algorithm; growth: its bound. A name serves wherever a\n"
+        "basis is wanted.\n"
         "Exact ones for any tile and cubes of 2, 4, 8, …: naive, strassen. Of finite groups: group:NAME, such as group:D4xZ2^2."
     )
     return 0
@@ -137,7 +140,7 @@ def _facts(basis: Basis) -> list[str]:
     return [
         "×".join(map(str, basis.tile)),
         str(basis.rank),
-        "exact" if basis.is_exact else f"{basis.error:.4f}",
+        "exact" if basis.is_exact else f"{basis.error:.4f}" if basis.error >= 1e-3 else f"{basis.error:.1e}",
         f"{1 / basis.flop_ratio:.2f}×",
         f"{basis.param_ratio:.3g}×",
         f"{basis.kappa:.4g}",
