@@ -151,7 +151,7 @@ def test_the_callers_random_numbers_stay(name: str) -> None:
     state = torch.get_rng_state()
     made = way.make((way.budgets or (0.9,))[0], (N, K, M), 0)
     assert made is not None
-    made.prepare(operands()[1])
+    made.prepare(*operands()[1:])
     assert torch.equal(torch.get_rng_state(), state)
 
 

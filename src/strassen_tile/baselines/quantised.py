@@ -25,7 +25,7 @@ _STEPS = 20  # of Lloyd's
 _TOGETHER = 32  # subspaces at a time: their distances are kept
 _RIDGES = (1e-2, 1e-1, 1.0, 10.0)  # of the mean square of a column, for what a hash tree's prototypes add to means
 _FITTED = 8192  # rows at most for that: the work is cubic in them
-_ROWS = 4096  # Gaussian ones that stand in where there are no rows to learn from
+_ROWS = 2048  # Gaussian ones that stand in where there are no rows to learn from
 
 
 def int8() -> Product:
