@@ -70,12 +70,10 @@ def amm(
     sizes = _sizes(x, w)
     if not x.numel() or not w.numel():
         return Approximation(x @ w, 0.0, None, 1.0)
-    if basis is None and flop_ratio >= 1 and _cheapest_exact(sizes) is None:
-        return Approximation(x @ w, 0.0, None, 1.0)
     generator = torch.Generator("cpu").manual_seed(int(seed))
     chosen = _best(sizes, flop_ratio, unbiased, x.dtype) if basis is None else basis
     if chosen is None:
-        return _dropped(x, w, int(flop_ratio * w.shape[0]), unbiased, generator)
+        return _dropped(x, w, min(1.0, flop_ratio), unbiased, generator)
     error, ratio = expected_error(chosen, unbiased, x.dtype), total_ratio(chosen, sizes)
     if not unbiased or chosen.is_exact:
         return Approximation(stl_matmul(x, w, chosen), error, chosen, ratio)
@@ -115,9 +113,10 @@ def total_ratio(basis: Basis, sizes: tuple[int, int, int, int]) -> float:
 
 
 def _best(sizes: tuple[int, int, int, int], budget: float, unbiased: bool, dtype: torch.dtype) -> Basis | None:
-    """The affordable basis of least error, of equals the cheaper one; None: leaving out inner indices errs less."""
+    """The affordable basis of least error, of equals the cheaper one; None: leaving out inner indices, or none, errs less."""
     if budget >= 1:
-        return _cheapest_exact(sizes)
+        exact = min((b for b in bases.known() if b.is_exact), key=lambda b: total_ratio(b, sizes))
+        return exact if total_ratio(exact, sizes) < 1 else None
     part = int(budget * sizes[2]) / sizes[2]
     priced = [(total_ratio(basis, sizes), basis) for basis in bases.known()]
     affordable = [(expected_error(basis, unbiased, dtype), ratio, basis) for ratio, basis in priced if ratio <= budget]
@@ -129,14 +128,11 @@ def _best(sizes: tuple[int, int, int, int], budget: float, unbiased: bool, dtype
     return best[2]
 
 
-def _cheapest_exact(sizes: tuple[int, int, int, int]) -> Basis | None:
-    exact = min((b for b in bases.known() if b.is_exact), key=lambda b: total_ratio(b, sizes))
-    return exact if total_ratio(exact, sizes) < 1 else None
-
-
-def _dropped(x: Tensor, w: Tensor, count: int, unbiased: bool, generator: torch.Generator) -> Approximation:
-    """The product over `count` of the inner indices, drawn at random; rescaled if it is to be right on average."""
+def _dropped(x: Tensor, w: Tensor, part: float, unbiased: bool, generator: torch.Generator) -> Approximation:
+    """The product over that part of the inner indices, drawn at random; rescaled if it is to be right on average."""
     k = len(w)
+    if (count := int(part * k)) == k:
+        return Approximation(x @ w, 0.0, None, 1.0)
     drawn = torch.randperm(k, generator=generator, device="cpu")[:count].sort().values.to(x.device)
     value, part = x[..., drawn] @ w[drawn], count / k
     return Approximation(value / part if unbiased else value, 1 / part - 1 if unbiased else 1 - part, None, part)

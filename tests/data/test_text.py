@@ -158,13 +158,13 @@ def test_pieces_follow_each_other_and_windows_are_the_seeds():
 
 def test_a_stream_of_the_hub_ends_with_the_limit(monkeypatch):
     class Stream:
-        def __init__(self, rows):
-            self.rows, self.read = rows, 0
+        def __init__(self, rows, document="document {}"):
+            self.rows, self.read, self.document = rows, 0, document
 
         def __iter__(self):
             for i in range(self.rows):
                 self.read += 1
-                yield {"text": f"document {i}"}
+                yield {"text": self.document.format(i)}
 
     class Datasets:
         parts = {}  # noqa: RUF012
@@ -184,6 +184,11 @@ def test_a_stream_of_the_hub_ends_with_the_limit(monkeypatch):
     splits = load_text("hub:some/text:en", limit=10_000)
     assert Datasets.parts["train"].read < 1200
     assert splits.validation.size and splits.test.size
+    for limit in range(200, 212):  # a letter of three bytes that does not fit leaves some that no document fills
+        Datasets.parts = {"train": Stream(100_000, "\u6f22\u5b57"), "validation": Stream(30), "test": Stream(20)}
+        splits = load_text("hub:some/text:en", limit=limit)
+        assert limit - 3 <= len(splits.train.tokens) <= limit
+        assert Datasets.parts["train"].read < 60
     Datasets.parts = {"train": [{"body": "x"}]}
     with pytest.raises(DataError, match=r'cannot be loaded .ValueError: train, row 0 has no "text"'):
         load_text("hub:some/text:en")

@@ -65,6 +65,10 @@ def test_dense_at_several_rates(chosen):
     groups = group_rows(data)
     assert dense_of(groups[0], groups).shown == f"lr {chosen or '0.01'}"
     assert dense_of(groups[1], groups) is None
+    mixed = group_rows(
+        [*rows(variant="mix causal"), *rows(variant="mix causal, lr 0.01", lr=1e-2, curve=(5.0, 4.0, 2.9))]
+    )
+    assert [dense_of(group, mixed) for group in mixed] == [None, None]
 
 
 def test_tests_are_paired_and_corrected():

@@ -127,11 +127,14 @@ def _parted(data: str, limit: int | None) -> Iterator[tuple[str, str]]:
     for part, (name, text) in _sources(data):
         side = part or _side(name)
         if side == "train" and limit is not None:
-            if sizes["train"] >= limit:
+            left = limit - sizes["train"]  # of which one is the separator's
+            if left <= 1:
                 if streamed and all(sizes.values()):
                     break
                 continue
-            text = text.encode("utf-8", errors="replace")[: limit - sizes["train"] - 1].decode("utf-8", errors="ignore")
+            if _size(text) > left:
+                text = text.encode("utf-8", errors="replace")[: left - 1].decode("utf-8", errors="ignore")
+                sizes["train"] = limit  # full, though of a letter that does not fit some bytes be left
         if text:
             sizes[side] += _size(text)
             yield side, text
@@ -161,11 +164,8 @@ def _tokenizer(name: Any) -> tuple[Encode, int, int]:
         whole = text.encode("utf-8", errors="replace").decode("utf-8")  # without halves of surrogate pairs
         return made(whole, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
 
-    return (
-        encode,
-        max(len(made), *(index + 1 for index in made.get_vocab().values())),
-        separator,
-    )  # numbers may have gaps
+    vocabulary = max([len(made), *(index + 1 for index in made.get_vocab().values())])  # numbers may have gaps
+    return encode, vocabulary, separator
 
 
 def _side(name: str) -> str:

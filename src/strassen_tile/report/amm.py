@@ -23,7 +23,7 @@ _NOTE = (
     "Error: ‖x w − approximation‖² / ‖x w‖². FLOPs: of what is done at every call, all in (encoding, maps, products, "
     "decoding; a table row added is an addition a number), as a fraction of dense's; the weight is prepared beforehand. "
     "int8 has as many operations as dense, of integers. rademacher is counted as additions and fast-jl as a sparse map, but "
-    "both run as dense products, which take less time here. Time: median over alternating pairs, as a fraction of dense's on "
+    "both run as dense products. Time: median over alternating pairs, as a fraction of dense's on "
     "this machine. What is fitted to rows was fitted to others than are measured. Nothing was retrained."
 )
 

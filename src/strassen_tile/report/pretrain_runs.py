@@ -56,7 +56,8 @@ def dense_of(group: Group, groups: Sequence[Group]) -> Group | None:
     if group.method == "dense" and not _said(group):
         return None
     mix = [said for said in _said(group) if said.startswith("mix ")]
-    others = [one for one in groups if one.method == "dense" and one is not group]
+    own_kind = (group.method, without_rate(group.shown))  # dense at another rate is no measure of itself
+    others = [one for one in groups if one.method == "dense" and ("dense", without_rate(one.shown)) != own_kind]
     same, plain = ([one for one in others if _said(one) == wanted] for wanted in (mix, []))
     own = group.epochs[-1]
 
