@@ -63,6 +63,17 @@ def test_unbiased_on_operands_with_structure() -> None:
     assert ((plain - exact).abs() > 4.5 * spread).any()
 
 
+def test_signs_are_fresh_for_every_column_tile() -> None:
+    """Inner index 0 of every tile against 1: nothing is to be summed, and what errs adds up as the root of the tiles."""
+    basis, squares = bases.approximate(2, 5), []
+    for k in (4, 64):
+        x, w = torch.ones(8, k), torch.ones(k, 8)
+        x[:, 1::2], w[0::2] = 0, 0
+        draws = [st.amm(x, w, basis=basis, unbiased=True, seed=seed).value for seed in range(600)]
+        squares.append(float(torch.stack(draws).square().mean()))
+    assert squares[1] / squares[0] == pytest.approx(16, rel=0.5)  # 256 with the same ones for all
+
+
 def test_what_is_kept() -> None:
     """Against the tensors written out."""
     basis = bases.approximate((2, 2, 4), 6)

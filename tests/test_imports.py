@@ -39,7 +39,7 @@ OPTIONAL = {"transformers", "accelerate", "datasets", "sklearn", "matplotlib"}
 OPTIONAL_IN = {"integrations", "experiments", "data", "report"}
 OPS_MAY_IMPORT = {"errors", "files", "tiling", "basis", "ops"}  # its oracle, `reference`, stands on bases and cost
 TRITON = {
-    f"ops/cuda/{name}.py" for name in ("kernels", "launch", "taps", "tiles", "tune")
+    f"ops/cuda/{name}.py" for name in ("kernels", "launch", "tap_kernels", "taps", "tiles", "tune")
 }  # loaded when CUDA tensors come
 HEAVY = {*OPTIONAL, "PIL", "rich", "scipy", "triton", "pandas"}
 

@@ -50,6 +50,11 @@ def kernels(device, p, q, r, dtype, n, k):
     yield f"decode {label}", relative(passes.decode(z, e, 2, n, k), expected), ALLOWED[dtype]
     expected = eager.correlate(x.double(), z.double(), (p, q), False)
     yield f"correlate {label}", relative(passes.correlate(x, z, (p, q), False), expected), ALLOWED[dtype]
+    each = torch.randn(encoded.shape[2], r, p, q, device=device).to(dtype)
+    encoded = eager.encode(x.double(), each.double())
+    yield f"encode, a factor a tile {label}", relative(passes.encode(x, each), encoded), ALLOWED[dtype]
+    expected = eager.decode(z.double(), each.double(), 2, n, k)
+    yield f"decode, a factor a tile {label}", relative(passes.decode(z, each, 2, n, k), expected), ALLOWED[dtype]
 
 
 def convolution(device, dtype, n, k):

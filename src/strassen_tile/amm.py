@@ -11,7 +11,8 @@ from torch import Tensor
 from strassen_tile import bases, cost
 from strassen_tile.basis import Basis
 from strassen_tile.errors import BasisError, ConfigError, ShapeError, shape_text
-from strassen_tile.ops import stl_matmul
+from strassen_tile.ops import stl_linear, stl_matmul
+from strassen_tile.ops.gradients import encode
 from strassen_tile.tiling import as_integer, tile_count
 
 
@@ -49,9 +50,9 @@ def amm(
         x: (…, N, K); each sample is multiplied on its own.
         w: (K, M), of x's dtype and device.
         flop_ratio: the budget, as a fraction of 2NKM.
-        unbiased: draw signs and orders of rows, inner indices and columns with `seed`, and rescale, so that the expected value
-            over seeds is x @ w whatever they are; the error then is err/(1 − err) in place of err. (To draw takes no FLOPs, but
-            copies of x, w and the value.)
+        unbiased: draw signs and orders of rows, inner indices and columns within a tile with `seed`, fresh ones for each column
+            tile and output tile, and rescale, so that the expected value over seeds is x @ w whatever they are; the error then
+            is err/(1 − err) in place of err. (To draw takes no FLOPs, but a copy of w.)
         basis: this one instead of the best; `flop_ratio` is then not looked at.
         seed: of what is drawn.
 
@@ -77,7 +78,7 @@ def amm(
     error, ratio = expected_error(chosen, unbiased, x.dtype), total_ratio(chosen, sizes)
     if not unbiased or chosen.is_exact:
         return Approximation(stl_matmul(x, w, chosen), error, chosen, ratio)
-    return Approximation(_randomised(x, w, chosen, generator) / kept(chosen), error, chosen, ratio)
+    return Approximation(_randomised(x, w, chosen, generator), error, chosen, ratio)
 
 
 def kept(basis: Basis) -> float:
@@ -139,26 +140,28 @@ def _dropped(x: Tensor, w: Tensor, part: float, unbiased: bool, generator: torch
 
 
 def _randomised(x: Tensor, w: Tensor, basis: Basis, generator: torch.Generator) -> Tensor:
-    """The product of x and w with signs and orders of rows, inner indices and columns drawn at random, and taken back."""
-    (p, q, s), (n, m) = basis.tile, (x.shape[-2], w.shape[1])
-    x, w = _padded(x, p, q), _padded(w, q, s)  # first: zeros take any place as well
-    rows, inner, columns = (_drawn(size, generator, x) for size in (x.shape[-2], x.shape[-1], w.shape[1]))
-    mixed = x[..., rows[0], :][..., inner[0]] * (rows[1][:, None] * inner[1])
-    other = w[inner[0]][:, columns[0]] * (inner[1][:, None] * columns[1])
-    y = stl_matmul(mixed, other, basis) * (rows[1][:, None] * columns[1])
-    return y[..., rows[0].argsort(), :][..., columns[0].argsort()][..., :n, :m]
+    """The product under signed permutations within tiles, right on average: of rows one P, of each column tile and output tile
+    its own Q_J and S_L.
+
+    P X_IJ Q_Jᵀ and Q_J W_JL S_Lᵀ are multiplied, and the result is turned back. All of it but Q_J W_JL, a copy of w, is in the
+    factors: ⟨E_k, P X Q_Jᵀ⟩ is ⟨Pᵀ E_k Q_J, X⟩, ⟨F_k, W S_Lᵀ⟩ is ⟨F_k S_L, W⟩, and Pᵀ Y' S_L has Pᵀ D_k S_L for D_k.
+    """
+    (p, q, s), (k, m) = basis.tile, w.shape
+    columns, outputs = tile_count(k, q), tile_count(m, s)
+    (rows,), inner, across = (_drawn(*size, generator) for size in ((1, p), (columns, q), (outputs, s)))
+    encoder = torch.einsum("ap,kab,jbq->jkpq", rows, basis.encoder, inner).to(x)
+    weight_encoder = torch.einsum("kbc,lcs->lkbs", basis.weight_encoder, across).to(x)
+    decoder = (torch.einsum("ap,kac,lcs->lkps", rows, basis.decoder, across) / kept(basis)).to(x)
+    order = (inner.abs().argmax(dim=2) + torch.arange(0, columns * q, q)[:, None]).flatten()
+    turned = F.pad(w, (0, 0, 0, columns * q - k))[order.to(w.device)] * inner.sum(dim=2).view(-1, 1).to(w)
+    return stl_linear(x, encode(turned.unsqueeze(0), weight_encoder), encoder, decoder, out_features=m)
 
 
-def _drawn(size: int, generator: torch.Generator, like: Tensor) -> tuple[Tensor, Tensor]:
-    """An order of `size` indices, and a sign for each place in it."""
-    order = torch.randperm(size, generator=generator, device="cpu").to(like.device)
-    signs = torch.randint(2, (size,), generator=generator, device="cpu") * 2 - 1
-    return order, signs.to(like)
-
-
-def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    n, k = matrix.shape[-2:]
-    return F.pad(matrix, (0, tile_count(k, columns) * columns - k, 0, tile_count(n, rows) * rows - n))
+def _drawn(count: int, side: int, generator: torch.Generator) -> Tensor:
+    """Signed permutation matrices (count, side, side), float64 on the CPU, as bases are."""
+    order = torch.rand(count, side, generator=generator).argsort(dim=1)
+    signs = torch.randint(2, (count, side), generator=generator) * 2 - 1
+    return torch.eye(side, dtype=torch.float64)[order] * signs[:, :, None]
 
 
 def _sizes(x: Tensor, w: Tensor) -> tuple[int, int, int, int]:

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from strassen_tile.ops.cuda import kernels, launch, taps
+from strassen_tile.ops.cuda import kernels, launch, tap_kernels, taps
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {
@@ -72,13 +72,25 @@ def variants(capability: int):
                 return {**launch.compile_time(step, p, q, rank, torch.empty(0, dtype=dtype)), "UPCAST": False}
 
             dense = {"stride_k": 1}
-            yield f"encode {label}", kernels.encode_kernel, element, {**sizes("encode"), **dense, "SCALED": False}
+            for per_tile in (False, True):
+                scope, plain = " per tile" * per_tile, {"SCALED": False}
+                yield (
+                    f"encode{scope} {label}",
+                    kernels.encode_kernel,
+                    element,
+                    {**launch.blocks(sizes("encode"), per_tile), **dense, **plain},
+                )
+                for activation in ("none", "gelu_tanh") if rank == 24 and not per_tile else ("none",):
+                    extra = {"BIAS": True, "ACTIVATION": activation, **plain}
+                    yield (
+                        f"decode{scope} {label} {activation}",
+                        kernels.decode_kernel,
+                        element,
+                        {**launch.blocks(sizes("decode"), per_tile), **extra},
+                    )
             if element == "bf16" and capability >= 90:  # fp8 is from 8.9 on
-                scaled = {**sizes("encode", torch.float8_e4m3fn), **dense, "SCALED": True}
+                scaled = {**launch.blocks(sizes("encode", torch.float8_e4m3fn), False), **dense, "SCALED": True}
                 yield f"encode to fp8 {label}", kernels.encode_kernel, element, scaled
-            for activation in ("none", "gelu_tanh") if rank == 24 else ("none",):
-                extra = {"BIAS": True, "ACTIVATION": activation, "SCALED": False}
-                yield f"decode {label} {activation}", kernels.decode_kernel, element, {**sizes("decode"), **extra}
             between = sizes("decode_act_encode")
             between |= {"UP_RANKS": between["RANKS"], "NEXT_RANKS": between["RANKS"], "BIAS": True, "UP_BIAS": True}
             del between["FAST"]
@@ -96,8 +108,8 @@ def variants(capability: int):
             yield f"norm {label}", kernels.norm_encode_kernel, element, normed
     block = {"TAPS": 4, "BN": taps._ROWS, "BK": taps._COLUMNS, "num_warps": taps._WARPS}
     for element in TYPES:
-        yield f"taps {element}", kernels.taps_kernel, element, {**block, "RESIDUAL": True}
-        yield f"taps correlate {element}", kernels.taps_correlate_kernel, element, {**block, "PADDED": 4}
+        yield f"taps {element}", tap_kernels.taps_kernel, element, {**block, "RESIDUAL": True}
+        yield f"taps correlate {element}", tap_kernels.taps_correlate_kernel, element, {**block, "PADDED": 4}
 
 
 if __name__ == "__main__":

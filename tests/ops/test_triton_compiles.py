@@ -32,7 +32,7 @@ def check(capability: int, wanted: str, least: int) -> None:
         if "fp32" not in name and not name.startswith("taps"):
             assert row["tensor_core"] > 0, (name, row)
             assert row["registers"] <= 128, (name, row)
-        if "correlate" not in name:
+        if "correlate" not in name and not name.startswith("encode per tile 8x8"):  # two tiles side by side: 4 bytes
             assert row["wide_stores"] > 0, (name, row)
 
 

@@ -62,7 +62,7 @@ def test_a_far_matrix(tile: tuple[int, int], dimension: int) -> None:
 
 def arguments(matrix: torch.Tensor, encoded: torch.Tensor, tile: tuple[int, int]):
     total, tiles = encoded.shape[1:]
-    shape = launch.compile_time("decode", *tile, RANK, matrix)
+    shape = launch.blocks(launch.compile_time("decode", *tile, RANK, matrix), False)
     return launch._sizes(matrix, tile[0], total, tiles, RANK), launch._grid(total, tiles, shape), shape
 
 

@@ -69,6 +69,18 @@ def test_encode_decode_correlate(p: int, q: int, r: int, dtype: torch.dtype, siz
         assert relative(launch.correlate(x, z, (p, q)), c) < STORED[dtype] + rounding, (n, k)
 
 
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+@pytest.mark.parametrize("p,q,r", TILES)
+def test_a_factor_for_every_tile(p: int, q: int, r: int, dtype: torch.dtype) -> None:
+    for n, k in SIZES[:4] if dtype == torch.float32 else SIZES[2:3]:
+        x, factors = torch.randn(2, n, k).to(dtype), torch.randn(-(-k // q), r, p, q).to(dtype)
+        encoded = eager.encode(x.double(), factors.double())
+        assert relative(launch.encode(x, factors), encoded) < STORED[dtype], (n, k)
+        z, bias = torch.randn(encoded.shape).to(dtype), torch.randn(k).to(dtype)
+        y = eager.decode(z.double(), factors.double(), 2, n, k) + bias.double()
+        assert relative(launch.decode(z, factors, 2, n, k, bias), y) < STORED[dtype], (n, k)
+
+
 @pytest.mark.parametrize("activation", ACTIVATE)
 @pytest.mark.parametrize("biased", [False, True])
 def test_decode_with_bias_and_activation(activation: str, biased: bool) -> None:

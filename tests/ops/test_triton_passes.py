@@ -135,12 +135,30 @@ def test_a_norm_before_tiles_that_are_gathered(monkeypatch: pytest.MonkeyPatch) 
     assert taken == ["encode", "decode"]
 
 
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)], ids=["encoders", "decoders", "both"])
+def test_factors_one_a_tile(which: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer and a norm before it run in the kernels of `encode` and `decode`; an MLP is composed."""
+    x, taken, layer = torch.randn(2, 7, 30), steps_taken(monkeypatch), list(weights(30, 30, 6))
+    for factor in which:
+        layer[1 + factor] = torch.randn(8, 6, 4, 4)
+    expected = whole.composed(x.double(), *wide(Weights(*layer)), 30, "gelu")
+    assert relative(passes.forward(x, *layer, 30, "gelu"), expected) < 2e-6
+    assert taken == ["encode", "decode"]
+    taken.clear()
+    expected = fused.composed_norm_linear(x.double(), *wide_norm(NORMS["layer"]), *wide(Weights(*layer)), 30, "none")
+    assert relative(passes.norm_linear(x, *NORMS["layer"], *layer, 30, "none"), expected) < 3e-6
+    assert taken == ["encode" if 0 in which else "norm_encode", "decode"]
+    taken.clear()
+    expected = fused.composed_mlp(x.double(), *Norm(), wide(Weights(*layer)), [], wide(Weights(*layer)), 30, 30, "relu")
+    assert relative(passes.mlp(x, *Norm(), layer, [], layer, 30, 30, "relu"), expected) < 3e-6
+    assert "decode_act_encode" not in taken
+
+
 def test_what_the_kernels_do_not_take_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """float64, a rank beyond registers, an encoder a column tile, and no triton at all."""
-    x = torch.randn(2, 9, 14)
-    for wide in (torch.randn(200, 4, 4), torch.randn(4, 3, 4, 4)):
-        assert torch.equal(passes.encode(x, wide), eager.encode(x, wide))
-        assert not launch.supports(x, wide.shape)
+    """float64, a rank beyond registers, and no triton at all."""
+    x, wide = torch.randn(2, 9, 14), torch.randn(200, 4, 4)
+    assert torch.equal(passes.encode(x, wide), eager.encode(x, wide))
+    assert not launch.supports(x, wide.shape)
     e = torch.randn(3, 4, 4)
     assert torch.equal(passes.encode(x.double(), e.double()), eager.encode(x.double(), e.double()))
     monkeypatch.setattr(passes, "launcher", lambda: None)

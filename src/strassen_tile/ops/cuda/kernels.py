@@ -1,7 +1,8 @@
-"""Encode, decode, decode-activate-encode, norm-encode, correlate: one program a block of tiles. And a convolution over rows.
+"""Encode, decode, decode-activate-encode, norm-encode, correlate: one program a block of tiles.
 
 Arguments: matrices with their strides, encoded tensors (r, total, tiles) with strides of channel and tile row, factors
-dense. `total` counts the tile rows of all samples, `tile_rows` those of one.
+dense. `total` counts the tile rows of all samples, `tile_rows` those of one. PER_TILE: a factor for every tile of a row,
+(tiles, r, p, q), and not one for all.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from strassen_tile.ops.cuda.tiles import (
     entry_positions,
     from_channels,
     load_factor,
+    load_factors,
     load_row_scale,
     load_rows,
     load_tiles,
     product,
+    product_by_tile,
     row_positions,
     split_program,
     store_tiles,
@@ -50,18 +53,21 @@ def power_of(positive):
 def encode_kernel(x, factor, scale, row_scale, encoded, total, tile_rows, rows, columns, tiles, rank,
                   stride_b, stride_n, stride_k, stride_r, stride_i,
                   P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
-                  BI: tl.constexpr, BJ: tl.constexpr, FAST: tl.constexpr, SCALED: tl.constexpr,
+                  BI: tl.constexpr, BJ: tl.constexpr, FAST: tl.constexpr, PER_TILE: tl.constexpr, SCALED: tl.constexpr,
                   UPCAST: tl.constexpr):  # fmt: skip
     """X̂[k, I, J] = ⟨E_k, X_IJ⟩, over scale[k]·row_scale[I] if SCALED: over a power of two before, so that none overflows."""
     block_i, block_j = split_program(tiles, BJ)
     v = load_tiles(x, block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n, stride_k,
                    P, Q, ENTRIES, BI, BJ // G, FAST)  # fmt: skip
-    e = load_factor(factor, rank, RANKS, P, Q, G, ENTRIES)
     if SCALED:
         v = (v.to(tl.float32) / power_of(load_row_scale(row_scale, block_i, block_j, total, BI, BJ // G))).to(
             x.dtype.element_ty
         )
-    z = to_channels(product(e, v, UPCAST), RANKS, G)
+    if PER_TILE:
+        z = product_by_tile(load_factors(factor, block_j, tiles, rank, RANKS, P, Q, G, ENTRIES, BJ // G), v, UPCAST)
+    else:
+        z = product(load_factor(factor, rank, RANKS, P, Q, G, ENTRIES), v, UPCAST)
+    z = to_channels(z, RANKS, G)
     if SCALED:
         k = tl.arange(0, RANKS)
         by_row = load_row_scale(row_scale, block_i, block_j, total, BI, BJ)
@@ -117,13 +123,16 @@ def norm_encode_kernel(x, scale, shift, factor, encoded, total, tile_rows, rows,
 def decoded_block(encoded, factor, bias, row_scale, block_i, block_j, total, tile_rows, rows, columns, tiles, rank,
                   stride_r, stride_i,
                   P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
-                  BI: tl.constexpr, BJ: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
+                  BI: tl.constexpr, BJ: tl.constexpr, PER_TILE: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
                   UPCAST: tl.constexpr):  # fmt: skip
     """(ENTRIES, BI·BJ) of Y·row_scale[I]² + bias in float32."""
-    d = load_factor(factor, rank, RANKS, P, Q, G, ENTRIES)
     where, there = channel_positions(block_i, block_j, total, tiles, rank, stride_r, stride_i, RANKS, BI, BJ)
     z = from_channels(tl.load(encoded + where, mask=there, other=0.0), RANKS, G)
-    y = product(tl.trans(d).to(z.dtype), z, UPCAST)
+    if PER_TILE:
+        d = load_factors(factor, block_j, tiles, rank, RANKS, P, Q, G, ENTRIES, BJ // G)
+        y = product_by_tile(tl.permute(d, (0, 2, 1)), z, UPCAST)
+    else:
+        y = product(tl.trans(load_factor(factor, rank, RANKS, P, Q, G, ENTRIES)).to(z.dtype), z, UPCAST)
     if SCALED:
         by_row = load_row_scale(row_scale, block_i, block_j, total, BI, BJ // G)
         y = y * by_row * by_row  # one after the other: the square may be beyond float32
@@ -139,12 +148,12 @@ def decoded_block(encoded, factor, bias, row_scale, block_i, block_j, total, til
 def decode_kernel(encoded, factor, bias, row_scale, y, total, tile_rows, rows, columns, tiles, rank,
                   stride_r, stride_i, stride_b, stride_n,
                   P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, ENTRIES: tl.constexpr, RANKS: tl.constexpr,
-                  BI: tl.constexpr, BJ: tl.constexpr, FAST: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
-                  ACTIVATION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+                  BI: tl.constexpr, BJ: tl.constexpr, FAST: tl.constexpr, PER_TILE: tl.constexpr, BIAS: tl.constexpr,
+                  SCALED: tl.constexpr, ACTIVATION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Y_IL = activation(Σ_k Ŷ[k, I, L] D_k + bias), the sum times row_scale[I]² if SCALED."""
     block_i, block_j = split_program(tiles, BJ)
     v = decoded_block(encoded, factor, bias, row_scale, block_i, block_j, total, tile_rows, rows, columns, tiles, rank,
-                      stride_r, stride_i, P, Q, G, ENTRIES, RANKS, BI, BJ, BIAS, SCALED, UPCAST)  # fmt: skip
+                      stride_r, stride_i, P, Q, G, ENTRIES, RANKS, BI, BJ, PER_TILE, BIAS, SCALED, UPCAST)  # fmt: skip
     store_tiles(y, activate(v, ACTIVATION), block_i, block_j, total, tile_rows, rows, columns, stride_b, stride_n,
                 P, Q, ENTRIES, BI, BJ // G, FAST)  # fmt: skip
 
@@ -162,11 +171,12 @@ def decode_act_encode_kernel(encoded, decoder, bias, up, up_decoder, up_bias, en
     """
     block_i, block_j = split_program(tiles, BJ)
     v = decoded_block(encoded, decoder, bias, None, block_i, block_j, total, tile_rows, rows, columns, tiles, rank,
-                      stride_r, stride_i, P, Q, G, ENTRIES, RANKS, BI, BJ, BIAS, False, UPCAST)  # fmt: skip
+                      stride_r, stride_i, P, Q, G, ENTRIES, RANKS, BI, BJ, False, BIAS, False, UPCAST)  # fmt: skip
     v = activate(v, ACTIVATION)
     if GATED:
         v *= decoded_block(up, up_decoder, up_bias, None, block_i, block_j, total, tile_rows, rows, columns, tiles, up_rank,
-                           up_stride_r, up_stride_i, P, Q, G, ENTRIES, UP_RANKS, BI, BJ, UP_BIAS, False, UPCAST)  # fmt: skip
+                           up_stride_r, up_stride_i, P, Q, G, ENTRIES, UP_RANKS, BI, BJ, False, UP_BIAS, False,
+                           UPCAST)  # fmt: skip
     _sample, _row, _column, inside = entry_positions(
         block_i, block_j, total, tile_rows, rows, columns, P, Q, ENTRIES, BI, BJ // G
     )
@@ -196,47 +206,3 @@ def correlate_kernel(x, encoded, sums, total, tile_rows, rows, columns, tiles, r
         acc += product(z, tl.trans(v), UPCAST)
     k, e = tl.arange(0, RANKS * G)[:, None], tl.arange(0, ENTRIES)[None, :]
     tl.store(sums + (tl.program_id(0) * RANKS * G + k) * ENTRIES + e, acc)
-
-
-@triton.jit
-def load_tap(x, n, i, k, shift, total, rows, columns):
-    """Rows i + shift of x (total, columns), where they are of i's sample: n = i % rows is its place there; else zero."""
-    there = (i < total) & (n + shift >= 0) & (n + shift < rows)
-    where = (i + shift).to(tl.int64)[:, None] * columns + k[None, :]
-    return tl.load(x + where, mask=there[:, None] & (k < columns)[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def taps_kernel(x, weight, y, total, rows, columns, before,
-                TAPS: tl.constexpr, RESIDUAL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Y[n, k] = Σ_t W[t, k] X[n + t − before, k], and X[n, k] if RESIDUAL; W is (TAPS, K) float32."""
-    across = tl.cdiv(columns, BK)
-    i = tl.program_id(0) // across * BN + tl.arange(0, BN)
-    k = tl.program_id(0) % across * BK + tl.arange(0, BK)
-    acc = tl.zeros((BN, BK), tl.float32)
-    for tap in tl.static_range(TAPS):
-        factor = tl.load(weight + tap * columns + k, mask=k < columns, other=0.0)
-        acc += factor[None, :] * load_tap(x, i % rows, i, k, tap - before, total, rows, columns)
-    if RESIDUAL:
-        acc += load_tap(x, i % rows, i, k, 0, total, rows, columns)
-    where = i.to(tl.int64)[:, None] * columns + k[None, :]
-    tl.store(y + where, acc.to(y.dtype.element_ty), mask=(i < total)[:, None] & (k < columns)[None, :])
-
-
-@triton.jit
-def taps_correlate_kernel(grad, x, sums, total, rows, columns, before, blocks,
-                          TAPS: tl.constexpr, PADDED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Σ_n G[n, k] X[n + t − before, k] over every n-th block of rows, n programs: (n, TAPS, K), to be summed over n."""
-    across = tl.cdiv(columns, BK)
-    first, count = tl.program_id(0) // across, tl.num_programs(0) // across
-    k = tl.program_id(0) % across * BK + tl.arange(0, BK)
-    t = tl.arange(0, PADDED)
-    acc = tl.zeros((PADDED, BK), tl.float32)
-    for block in range(first, blocks, count):
-        i = block * BN + tl.arange(0, BN)
-        g = load_tap(grad, i % rows, i, k, 0, total, rows, columns)
-        for tap in tl.static_range(TAPS):
-            seen = tl.sum(g * load_tap(x, i % rows, i, k, tap - before, total, rows, columns), axis=0)
-            acc += tl.where((t == tap)[:, None], seen[None, :], 0.0)
-    where = (first * TAPS + t)[:, None] * columns + k[None, :]
-    tl.store(sums + where, acc, mask=(t < TAPS)[:, None] & (k < columns)[None, :])

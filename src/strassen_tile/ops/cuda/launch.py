@@ -1,7 +1,8 @@
 """The kernels as functions of tensors: sizes, strides and padding worked out here, once a call.
 
-Requires: tensors on one CUDA device, current or not (any device under Triton's interpreter), factors one a layer (3-D), ranks
-and tiles with r ≤ 128 and p·q ≤ 64. Triton launches on the current device, so each launch makes that of its tensors current.
+Requires: tensors on one CUDA device, current or not (any device under Triton's interpreter), ranks and tiles with r ≤ 128
+and p·q ≤ 64; factors one a layer (3-D), to `encode` and `decode` also one a tile (4-D).
+Triton launches on the current device, so each launch makes that of its tensors current.
 Results have 16-byte aligned rows where `aligned` asks for it: their last dimension is then a view.
 """
 
@@ -25,9 +26,9 @@ _MOST_RANKS, _MOST_ENTRIES = 128, 64
 
 def supports(matrix: Tensor, factor: Sequence[int]) -> bool:
     """Whether the kernels take a matrix of this dtype with a factor of this shape."""
-    if len(factor) != 3 or matrix.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if len(factor) not in (3, 4) or matrix.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    return 0 < factor[0] <= _MOST_RANKS and 0 < factor[1] * factor[2] <= _MOST_ENTRIES
+    return 0 < factor[-3] <= _MOST_RANKS and 0 < factor[-2] * factor[-1] <= _MOST_ENTRIES
 
 
 def encode(
@@ -38,12 +39,15 @@ def encode(
     out: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """X̂ (r, B·I, J) of x (B, N, K); into `out` (r, B·I, J or more), and divided by `scales` (r,) and (B·I,), if given."""
-    r, p, q = encoder.shape
+    """X̂ (r, B·I, J) of x (B, N, K) and an encoder (r, p, q) or (J, r, p, q).
+
+    Into `out` (r, B·I, J or more), and divided by `scales` (r,) and (B·I,), if given.
+    """
+    r, p, q = encoder.shape[-3:]
     total, tiles = x.shape[0] * tile_count(x.shape[1], p), tile_count(x.shape[2], q)
     encoded = empty_encoded(r, total, tiles, x, aligned) if out is None else out
     if encoded.numel():
-        shape = compile_time("encode", p, q, r, encoded)
+        shape = blocks(compile_time("encode", p, q, r, encoded), encoder.ndim == 4)
         with torch.cuda.device_of(encoded):
             kernels.encode_kernel[_grid(total, tiles, shape)](
                 x,
@@ -97,16 +101,16 @@ def decode(
     row_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """activation(Y + bias) (batch, rows, columns) of Ŷ (r, B·I, L), into `out` if given.
+    """activation(Y + bias) (batch, rows, columns) of Ŷ (r, B·I, L) and a decoder (r, p, s) or (L, r, p, s).
 
-    Tile row I of Y is multiplied by row_scale[I] twice, if those are given.
+    Into `out` if given. Tile row I of Y is multiplied by row_scale[I] twice, if those are given.
     """
-    r, p, s = decoder.shape
+    r, p, s = decoder.shape[-3:]
     y = encoded.new_empty(batch, rows, columns) if out is None else out
     if y.numel():
         encoded = _dense_last(encoded)
         total, tiles = encoded.shape[1:]
-        shape = compile_time("decode", p, s, r, encoded)
+        shape = blocks(compile_time("decode", p, s, r, encoded), decoder.ndim == 4)
         with torch.cuda.device_of(y):
             kernels.decode_kernel[_grid(total, tiles, shape)](
                 encoded, decoder.contiguous(), _dense(bias), row_scale, y, *_sizes(y, p, total, tiles, r),
@@ -208,6 +212,20 @@ def compile_time(step: str, p: int, q: int, rank: int, like: Tensor) -> dict[str
         "P": p, "Q": q * g, "G": g, "ENTRIES": entries, "RANKS": ranks, "BI": tile_rows, "BJ": tiles * g, "FAST": beside > 0,
         "UPCAST": INTERPRETED, "num_warps": warps,
     }  # fmt: skip
+
+
+def blocks(shape: dict[str, Any], per_tile: bool) -> dict[str, Any]:
+    """Those sizes for `encode` or `decode`.
+
+    Of factors one a tile, each multiplies 16 tiles of a column, as tensor cores want; eight tiles side by side are stored
+    16 bytes at a time, if registers hold them.
+    """
+    if not per_tile:
+        return {**shape, "PER_TILE": False}
+    g, small = shape["G"], shape["ENTRIES"] <= 16
+    groups = max(shape["BI"] * shape["BJ"] // g // 16, 8 // g if small else 1, 1)
+    warps = shape["num_warps"] if small and shape["RANKS"] <= 32 else 8
+    return {**shape, "BI": 16, "BJ": groups * g, "num_warps": warps, "PER_TILE": True}
 
 
 def padded(size: int, together: int = 1) -> int:

@@ -7,6 +7,9 @@ Requires: tensors on one CUDA device. triton is imported when the first of them 
     mlp           (norm and) encode, for gate and up at once → products → decode, activate and encode again in one kernel →
                   product → decode
     fp8_linear    encode and round to fp8 → products channel by channel → decode with bias
+
+Factors one a tile (4-D) are taken by `linear` and by the decoding of `norm_linear`; `mlp`, `fp8_linear` and gradients of such
+factors are composed.
 """
 
 from __future__ import annotations
@@ -155,7 +158,11 @@ def fp8_linear(
 ) -> Tensor:
     """As `fp8.linear`; X̂ is rounded to fp8 as it is encoded."""
     launch, weight = launcher(), fp8.Rounded(values, scale, largest, encoder_scale)
-    if launch is None or not (launch.supports(x, encoder.shape) and launch.supports(x, decoder.shape)):
+    if (
+        launch is None
+        or encoder.ndim == 4
+        or not (launch.supports(x, encoder.shape) and launch.supports(x, decoder.shape))
+    ):
         return fp8.linear(x, *weight, encoder, decoder, bias, columns)
     (r, p, q), (batch, rows, k), s = encoder.shape, x.shape, decoder.shape[2]
     row_scale = fp8.scale_of_rows(x, p)
@@ -168,7 +175,7 @@ def fp8_linear(
 
 
 def _normed_and_encoded(launch: ModuleType, x: Tensor, norm: Norm, encoder: Tensor) -> Tensor:
-    if norm.kind == "none" or not launch.tiles_together(*encoder.shape[1:], encoder.shape[0]):
+    if norm.kind == "none" or encoder.ndim == 4 or not launch.tiles_together(*encoder.shape[1:], encoder.shape[0]):
         return launch.encode(norm(x), encoder, aligned=True)  # type: ignore[no-any-return]
     return launch.norm_encode(  # type: ignore[no-any-return]
         x, norm.scale, norm.shift, norm.eps, encoder, centre=norm.kind == "layer", aligned=True
@@ -179,7 +186,7 @@ def _one_grid(launch: ModuleType, x: Tensor, layers: Sequence[Weights]) -> bool:
     """Whether the kernels take these layers, and the last one reads the tiles that the others write."""
     *first, last = layers
     factors = [factor for layer in layers for factor in (layer.encoder, layer.decoder)]
-    if not all(launch.supports(x, factor.shape) for factor in factors):
+    if not all(factor.ndim == 3 and launch.supports(x, factor.shape) for factor in factors):
         return False
     together = (sum(layer.encoder.shape[0] for layer in first), *first[0].encoder.shape[1:])
     return (

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from strassen_tile.ops.cuda import kernels
+from strassen_tile.ops.cuda import tap_kernels as kernels
 
 _ROWS, _COLUMNS, _WARPS = 32, 64, 4  # of a program's block; not yet tuned on a GPU
 _PROGRAMS = 64  # of a correlation, for each block of columns: as many partial sums to add

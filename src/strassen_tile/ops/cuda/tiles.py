@@ -118,6 +118,18 @@ def load_factor(
 
 
 @triton.jit
+def load_factors(factor, block_j, tiles, rank, RANKS: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr,
+                 ENTRIES: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
+    """Of factors one a tile those of a block's GROUPS times G tiles, as (GROUPS, RANKS·G, ENTRIES); zero beyond the last."""
+    group, row = tl.arange(0, GROUPS)[:, None, None], tl.arange(0, RANKS * G)[None, :, None]
+    e = tl.arange(0, ENTRIES)[None, None, :]
+    tile, k, b = (block_j * GROUPS + group) * G + row % G, row // G, e % Q
+    own = (e < P * Q) & (b // (Q // G) == row % G)
+    where = (tile.to(tl.int64) * rank + k) * (P * Q // G) + e // Q * (Q // G) + b % (Q // G)
+    return tl.load(factor + where, mask=(tile < tiles) & (k < rank) & own, other=0.0)
+
+
+@triton.jit
 def to_channels(z, RANKS: tl.constexpr, G: tl.constexpr):
     """(RANKS·G, T) of tiles taken G side by side → (RANKS, T·G), tile by tile."""
     if G == 1:
@@ -150,6 +162,18 @@ def load_row_scale(row_scale, block_i, block_j, total, BI: tl.constexpr, BJ: tl.
     """A number a tile row, (1, BI·BJ): that of each tile's."""
     i, _j = tile_positions(block_i, block_j, BI, BJ)
     return tl.load(row_scale + i, mask=i < total, other=1.0)[None, :]
+
+
+@triton.jit
+def product_by_tile(factors, v, UPCAST: tl.constexpr):
+    """(GROUPS, A, B) and (B, BI·GROUPS) → (A, BI·GROUPS): each of the tiles side by side by a factor of its own."""
+    groups: tl.constexpr = factors.shape[0]
+    a: tl.constexpr = factors.shape[1]
+    b: tl.constexpr = factors.shape[2]
+    below: tl.constexpr = v.shape[1] // groups
+    by_tile = tl.permute(tl.reshape(v, (b, below, groups)), (2, 0, 1))
+    z = product(factors.to(v.dtype), by_tile, UPCAST)
+    return tl.reshape(tl.permute(z, (1, 2, 0)), (a, below * groups))
 
 
 @triton.jit
