@@ -13,6 +13,7 @@ import strassen_tile as stl
 from gpu.timing import best_of
 from strassen_tile import models
 from strassen_tile.experiments import speed
+from strassen_tile.experiments.pairs import interleave
 
 RANKS = (16, 24, 32)
 
@@ -116,7 +117,7 @@ def measure(device, dtype, seconds, tiny, where):
             x, run, how = kept[name]
             other = make_stl().to(device, dtype).eval()
             assert other(x).shape == run().shape
-            pairs = speed.interleave(run, lambda other=other, x=x: other(x), seconds, device)
+            pairs = interleave(run, lambda other=other, x=x: other(x), seconds, device)
         yield {
             "block": name, "device": device, "dtype": str(dtype).removeprefix("torch."), "pass": "forward", "method": "stl",
             "rank": rank, "shape": "x".join(map(str, shape)), "dense": how,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from strassen_tile.arguments import Parser, folder, integer, names, real, reals, tile
-from strassen_tile.baselines.approximations import APPROXIMATIONS
+from strassen_tile.baselines.roster import APPROXIMATIONS
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 OUT = "folder for rows.json, report.html and plot.png"
@@ -31,7 +31,7 @@ def add_amm(commands: Commands) -> None:
     )
     add("--shapes", default="1024x1024x1024", help="NxKxM,… of Gaussian matrices")
     add("--budgets", type=reals, default=(0.25, 0.375, 0.5, 0.75), help="fractions of dense's FLOPs")
-    add("--methods", type=names, default=tuple(APPROXIMATIONS), help="what is compared")
+    add("--methods", type=names, default=APPROXIMATIONS, help="what is compared")
     add("--trials", type=integer, default=10, help="of what is drawn at random")
     add("--seconds", type=real, default=0.2, help="for each time beside dense's")
     add("--seed", type=integer, default=0, help="of Gaussian matrices")

@@ -150,7 +150,12 @@ def _add_bench(commands: Commands) -> None:
     add("--shapes", default="squares", help="NxKxM,… or squares, small, vit-b, llama-7b, mlp")
     add("--ranks", type=integers, default=(16, 24, 32), help="of the STL runs")
     add("--pass", dest="passes", type=names, default=("forward", "step"), help="forward, step (forward and backward)")
-    add("--methods", type=names, default=("stl", "low-rank"), help="besides dense: of stl, low-rank, 2:4 (GPU)")
+    add(
+        "--methods",
+        type=names,
+        default=("stl", "low-rank"),
+        help="besides dense: of stl, low-rank, 2:4 (GPU) and all of amm",
+    )
     add("--tile", type=tile, default=(4, 4, 4), help="side, or p,q,s")
     add("--seconds", type=real, default=4.0, help="for each pair")
     add("--threads", type=integer, default=None, help="(default: torch's)")

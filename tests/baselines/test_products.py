@@ -10,18 +10,20 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from strassen_tile import STLConfig, baselines, bases, reference
-from strassen_tile.baselines import products
+from strassen_tile.baselines import products, roster
 from strassen_tile.basis import Basis
-from strassen_tile.errors import BasisError, ConfigError, ShapeError
+from strassen_tile.errors import ConfigError, ShapeError
 from strassen_tile.experiments.verification import VerificationError, verify
 
 N, K, M = 21, 36, 23  # whole groups of four along K, nothing else whole
-CONFIG = STLConfig(rank=24)
+CONFIG, SIZES = STLConfig(rank=24), (256, 256, 256)
 EXACT = [bases.naive(4, 4, 4), bases.naive(1, 3, 2), bases.strassen(2), bases.approximate(4, 49)]
-OWN = [products.PRODUCTS[name](CONFIG, False) for name in products.PRODUCTS]
+LAYERS = [name for name, way in roster.ROSTER.items() if way.start]
+OWN = [products.dense(), *(roster.ROSTER[name].start(CONFIG) for name in LAYERS), products.sparse_24()]
 ALL = [
     *OWN,
-    *(products.PRODUCTS[name](CONFIG, True) for name in ("stl", "low-rank", "monarch")),
+    products.stl(bases.approximate(4, 24)),
+    *(roster.ROSTER[name].nearest(24 / 64, (10**4, 10**4, 10**4)) for name in ("low-rank", "monarch")),
     *map(products.stl, EXACT),
 ]
 
@@ -148,9 +150,10 @@ def test_an_exact_product_is_compared_with_the_weight_it_was_given():
 def test_approximations_have_the_error_that_is_known():
     """What `amm` will ask: |y − x w|² over |x w|², beside FLOPs and kappa."""
     x, w = operands(torch.float64, 512, 512, 512)
-    configs = [STLConfig(rank=rank) for rank in (16, 24, 32, 48)]
-    found = {}
-    for product in products.roster(tuple(products.PRODUCTS), configs, fitted=True):
+    ranks, found = (16, 24, 32, 48), {}
+    near = [products.stl(bases.approximate(4, rank)) for rank in ranks]
+    near += [products.low_rank(rank / 64, rank=rank) for rank in ranks]
+    for product in (*near, products.sparse_24(), products.dense()):
         error = (product.prepare(w).call(x).detach() - x @ w).square().sum() / (x @ w).square().sum()
         found[product.label] = (float(error), product.flop_ratio, product.kappa)
     for rank in (16, 24, 32, 48):
@@ -222,23 +225,11 @@ def test_a_method_costs_what_its_product_costs(method):
     assert found.params == method.cost(N, K, M).params * (2 if method.name == "2:4" else 1)  # those of zeros are kept
 
 
-@pytest.mark.parametrize("name", products.PRODUCTS)
+@pytest.mark.parametrize("name", ["dense", "2:4", *LAYERS])
 def test_method_and_product_of_a_name_are_one(name):
-    method, (product,) = METHODS[name], products.roster([name], [CONFIG])
+    method, (product,) = METHODS[name], roster.at_ranks([name], [CONFIG], SIZES)
     assert (method.name, method.flop_ratio, method.cost(N, K, M)) == (name, product.flop_ratio, product.cost(N, K, M))
     assert (method.rank, method.label) == ((24, "stl r=24") if name == "stl" else (None, name))
-
-
-def test_roster_is_by_rank_and_those_without_once():
-    found = products.roster(("2:4", "stl", "low-rank"), [STLConfig(rank=16), STLConfig(rank=24)])
-    assert [product.label for product in found] == ["stl r=16", "low-rank r=16", "stl r=24", "low-rank r=24", "2:4"]
-    assert [product.flop_ratio for product in found] == [0.25, 0.25, 0.375, 0.375, 0.5]
-    flat = products.roster(("stl",), [STLConfig(rank=6, mixing="none"), STLConfig(rank=6)])
-    assert [product.tile for product in flat] == [(1, 4, 4), (4, 4, 4)]  # of one rank, and not one product
-    with pytest.raises(ConfigError, match="unknown methods junk; there are dense, stl"):
-        products.roster(("stl", "junk"), [CONFIG])
-    with pytest.raises(BasisError, match="no approximate basis"):
-        products.roster(("stl",), [STLConfig(rank=50)], fitted=True)
 
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, math.nan, math.inf])
@@ -266,6 +257,6 @@ def test_from_rank_pqs_on_nothing_is_saved(rank):
 def test_large_tiles_are_ready_at_once(monkeypatch):
     """The error of thousands of terms takes gigabytes; what times a random start has no use for it."""
     monkeypatch.setattr(Basis, "error", property(lambda basis: pytest.fail("the error was computed")))
-    (product,) = products.roster(("stl",), [STLConfig(tile=16, rank=1536)])
+    (product,) = roster.at_ranks(("stl",), [STLConfig(tile=16, rank=1536)], SIZES)
     x, w = operands(torch.float32, 32, 1024, 32)
     verify(product, product.prepare(w), x, w)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from strassen_tile.baselines import roster
 from strassen_tile.cli import main
 from strassen_tile.experiments import approximation
 from strassen_tile.records import read_rows
@@ -19,11 +20,11 @@ def test_gaussian(tmp_path: Path, capsys) -> None:
     assert main(["amm", "--shapes", "32x48x32", *QUICK, "--out", str(out)]) == 0
     rows = read_rows(out / "rows.json")
     by_name = {row["method"]: row for row in rows}
-    assert set(by_name) == set(approximation.APPROXIMATIONS)
+    assert set(by_name) == set(roster.APPROXIMATIONS)
     assert by_name["stl"]["predicted"] == pytest.approx(by_name["stl"]["error"], rel=0.15)
     assert by_name["dense"]["error"] < 1e-10
     assert by_name["gaussian"]["trials"] == 2
-    assert by_name["svd"]["trials"] == 1
+    assert by_name["low-rank"]["trials"] == 1
     assert all(row["flop_ratio"] > 0 for row in rows)
     page = (out / "report.html").read_text()
     assert "co-occurring-directions" in page
@@ -39,7 +40,7 @@ def test_own_matrices(tmp_path: Path) -> None:
     found = []
     for data in (f"{tmp_path}/pair.safetensors", f"{tmp_path}/x.npy,{tmp_path}/w.npy"):
         out = str(tmp_path / "out")
-        assert main(["amm", "--data", data, "--methods", "svd,2:4,pca", *QUICK, "--out", out]) == 0
+        assert main(["amm", "--data", data, "--methods", "low-rank,2:4,pca", *QUICK, "--out", out]) == 0
         found.append([row["error"] for row in read_rows(tmp_path / "out/rows.json")])
     assert found[0] == pytest.approx(found[1])
     assert read_rows(tmp_path / "out/rows.json")[0]["n"] == 20  # the other half is fitted to
@@ -63,13 +64,13 @@ def test_sizes_that_some_products_do_not_take(tmp_path: Path) -> None:
     """2:4 wants groups of four features: it is left out, and the rest is measured."""
     assert main(["amm", "--shapes", "10x10x10", *QUICK, "--out", str(tmp_path)]) == 0
     methods = {row["method"] for row in read_rows(tmp_path / "rows.json")}
-    assert {"svd", "dense"} <= methods and not any(name.startswith("2:4") for name in methods)
+    assert {"low-rank", "dense"} <= methods and not any(name.startswith("2:4") for name in methods)
 
 
 def test_what_no_budget_pays_for_is_said(tmp_path: Path, capsys) -> None:
     """Nothing measured over an earlier run's rows, or a budget in the rows that a method did not keep."""
     out = ["--out", str(tmp_path), "--shapes", "8x8x8", "--seconds", "0.01", "--trials", "2"]
-    assert main(["amm", *out, "--methods", "stl,pq,svd", "--budgets", "0.3,0.6"]) == 0
+    assert main(["amm", *out, "--methods", "stl,pq,low-rank", "--budgets", "0.3,0.6"]) == 0
     assert "pq at 0.3 of gaussian 8×8×8" in " ".join(capsys.readouterr().out.split())
     rows = read_rows(tmp_path / "rows.json")
     assert rows and all(row["flop_ratio"] <= row["budget"] for row in rows)
@@ -126,3 +127,8 @@ def test_what_is_refused(tmp_path: Path, capsys, arguments: list[str], said: str
     assert main(["amm", *(one.replace("{}", str(folder)) for one in arguments), "--out", str(out)]) == 1
     assert said in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_layer_that_is_near_no_product_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["amm", "--methods", "stl,dense+mix", *QUICK, "--out", str(tmp_path)]) == 1
+    assert "dense+mix is a layer of its own" in capsys.readouterr().err

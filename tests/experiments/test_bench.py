@@ -13,6 +13,7 @@ from strassen_tile.cli import main
 from strassen_tile.cost import rates
 from strassen_tile.errors import ConfigError
 from strassen_tile.experiments import speed, verification
+from strassen_tile.experiments.pairs import interleave
 from strassen_tile.ops.cpu import panels
 from strassen_tile.report import bench as bench_report
 
@@ -94,7 +95,7 @@ def test_gradients_of_what_is_too_large_are_seen_at_both_ends(monkeypatch) -> No
 
 def test_runs_alternate() -> None:
     order: list[str] = []
-    pairs = speed.interleave(lambda: order.append("a"), lambda: order.append("b"), 0.0, "cpu")
+    pairs = interleave(lambda: order.append("a"), lambda: order.append("b"), 0.0, "cpu")
     assert len(pairs) == 5
     assert order == ["a", "b"] * 7  # two pairs of warm-up
 
@@ -153,14 +154,28 @@ def test_machine_is_measured_once(monkeypatch) -> None:
     assert len(calls) == 1
 
 
-def test_two_of_four_has_no_step() -> None:
+def test_what_has_no_step() -> None:
     """A step that differentiates x alone, beside a dense one that differentiates W too, flatters 2:4 by a third."""
-    (said,) = speed.left_out(("forward", "step"), ("stl", "2:4"))
+    shapes = [(64, 64, 64)]
+    (said,) = speed.left_out(shapes, [8], ("forward", "step"), ("stl", "2:4"))
     assert "no gradient of the sparse weight" in said
-    assert not speed.left_out(("forward",), ("2:4",)) + speed.left_out(("step",), ("stl",))
-    with pytest.raises(ConfigError, match="no gradient of the sparse weight"):
-        speed.bench([(64, 64, 64)], [8], methods=("2:4",), passes=("step",))
-    assert [speed.row_count(name, ("stl", "2:4"), [8, 9]) for name in ("forward", "step")] == [4, 3]
+    assert not speed.left_out(shapes, [8], ("forward",), ("2:4",)) + speed.left_out(shapes, [8], ("step",), ("stl",))
+    for name, why in (("2:4", "no gradient of the sparse weight"), ("pca", "finished weight")):
+        with pytest.raises(ConfigError, match=why):
+            speed.bench(shapes, [8], methods=(name,), passes=("step",))
+    assert [speed.row_count(shapes, [8, 9], (name,), ("stl", "2:4")) for name in ("forward", "step")] == [4, 3]
+
+
+def test_what_amm_compares_is_timed() -> None:
+    """At the FLOPs of each rank's products, and what those do not pay for is said."""
+    shapes, ranks, methods = [(32, 64, 48), (32, 48, 64), (32, 64, 48)], [32, 24], ("pca", "int8", "hadamard")
+    rows = list(speed.bench(shapes, ranks, methods=methods, passes=("forward", "step"), seconds=0.0))
+    each = [("pca", 32), ("hadamard", 32), ("pca", 24), ("hadamard", 24), ("int8", None), ("dense", None)]
+    assert [(row["method"], row["rank"]) for row in rows if row["k"] == 64] == each
+    assert speed.row_count(shapes, ranks, ("forward", "step"), methods) == len(rows)
+    assert {row["pass"] for row in rows} == {"forward"}
+    small = speed.left_out([(16, 16, 16)], [8], ("forward",), ("hadamard", "stl"))
+    assert small == ["hadamard is not timed at 16x16x16: the FLOPs pay for nothing, or the sides do not fit."]
 
 
 def test_two_of_four_is_not_timed_where_it_means_nothing() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from strassen_tile import cost
 from strassen_tile.baselines.aware import aware_svd, second_moment
 from strassen_tile.baselines.layers import inner_rank
-from strassen_tile.baselines.products import Prepared, Product
+from strassen_tile.baselines.products import FINISHED, Prepared, Product
 from strassen_tile.cost import Cost
 from strassen_tile.errors import ConfigError
 
@@ -56,7 +56,7 @@ def low_dimensional(kind: str, flop_ratio: float) -> Product:
         dense = cost.dense(n, k, m)
         return replace(dense, flops=int(flops), product_flops=int(flops), bytes=traffic, params=int(params))
 
-    return Product(kind, "approximate", flop_ratio, counted, prepare)
+    return Product(kind, "approximate", flop_ratio, counted, prepare, forward_only=FINISHED)
 
 
 def _inner(flop_ratio: float, k: int, m: int, density: float) -> int:
@@ -125,7 +125,10 @@ def directions(kind: str, flop_ratio: float) -> Product:
         flops = shrinks * 6 * d * sum(side * min(side, d) for side in sides) + 2 * n * d * m
         return replace(cost.dense(n, k, m), flops=flops, product_flops=2 * n * d * m)
 
-    return Product(f"{kind}-directions", "approximate", flop_ratio, counted, prepare)
+    return Product(
+        f"{kind}-directions", "approximate", flop_ratio, counted, prepare, whole=True, forward_only=FINISHED,
+        kappa=4.0,  # beside its sums, the sketch is rounded by three decompositions every time it shrinks
+    )  # fmt: skip
 
 
 def _frequent(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

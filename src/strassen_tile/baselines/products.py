@@ -1,12 +1,9 @@
-"""The roster of products: every way to multiply by a weight that is timed against x @ w or compared with it.
-
-To add one: a function below that returns a `Product`, and its line in `PRODUCTS`.
-"""
+"""Products: what multiplies by a weight, is timed against x @ w and compared with it. The roster of them is `roster`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -15,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from strassen_tile import bases, cost, reference
+from strassen_tile import cost, reference
 from strassen_tile.baselines.block_diagonal import MonarchLinear, block_products, monarch_width
 from strassen_tile.baselines.layers import LowRankLinear, inner_rank
 from strassen_tile.baselines.mixes import Mix, add_mix, check_mix, mix_shape, mixed_by
@@ -23,12 +20,12 @@ from strassen_tile.baselines.sparse24 import Criterion, Sparse24Linear, mask_24,
 from strassen_tile.basis import Basis
 from strassen_tile.cost import Cost
 from strassen_tile.errors import ConfigError
-from strassen_tile.nn import STLConfig
 from strassen_tile.nn.fit import encode_weight_into
 from strassen_tile.ops import stl_linear
 from strassen_tile.tiling import Tile, tile_count
 
 Exactness = Literal["exact", "approximate", "own"]
+FINISHED = "what is made of a finished weight has no parameters to train"
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,9 @@ class Product:
         tile: (p, q, s), where p rows of y depend on p rows of x.
         kappa: of the basis: how much rounding errors grow.
         error: expected relative squared error on independent normal entries; None where that is not known.
-        forward_on_cuda: why only a forward pass on a GPU can be timed; empty if that is not so.
+        whole: whether a row of y depends on all rows of x.
+        forward_only: why there is no training step; empty if there is one.
+        cuda_only: why it is no faster elsewhere than a GPU; empty if it may be.
     """
 
     name: str
@@ -78,7 +77,9 @@ class Product:
     tile: Tile | None = None
     kappa: float | None = None
     error: float | None = None
-    forward_on_cuda: str = ""
+    whole: bool = False
+    forward_only: str = ""
+    cuda_only: str = ""
 
     @property
     def label(self) -> str:
@@ -157,10 +158,11 @@ def sparse_24(criterion: Criterion = "magnitude") -> Product:
             raise ConfigError(f"2:4 cannot hold a weight of {tuple(pruned.shape)}: {error}") from error
         return Prepared(lambda x: F.linear(x, packed), (), lambda x: x @ pruned.double().mT)
 
-    why = "they need an NVIDIA GPU of the Ampere generation or later, and PyTorch has no gradient of the sparse weight to time"
     name = "2:4" if criterion == "magnitude" else f"2:4-{criterion}"
     return Product(
-        name, "approximate", 0.5, lambda n, k, m: Sparse24Linear(k, m, device="meta").cost(n), prepare, forward_on_cuda=why
+        name, "approximate", 0.5, lambda n, k, m: Sparse24Linear(k, m, device="meta").cost(n), prepare,
+        forward_only="PyTorch has no gradient of the sparse weight to time",
+        cuda_only="they need an NVIDIA GPU of the Ampere generation or later",
     )  # fmt: skip
 
 
@@ -172,8 +174,9 @@ def monarch(flop_ratio: float, *, fitted: bool = True, rank: int | None = None, 
         return MonarchLinear(k, m, False, width=monarch_width(flop_ratio, k, m, blocks), blocks=blocks, **options)
 
     def prepare(w: Tensor, rows: Tensor | None = None) -> Prepared:
-        made = layer(*w.shape, device=w.device, dtype=w.dtype)
+        made = layer(*w.shape, device="meta" if fitted else w.device, dtype=w.dtype)
         if fitted:
+            made = made.to_empty(device=w.device)
             made.fit(w.mT)
         first, second = parameters = made.first.detach(), made.second.detach()
 
@@ -219,37 +222,10 @@ def mixed(product: Product, kind: Mix, rows_mixed: int = 4) -> Product:
     tile = (math.lcm(p, rows_mixed), q, s) if kind == "tile" else product.tile
     return Product(
         f"{product.name}+{name}", "own", product.flop_ratio, counted, prepare, product.rank, tile, product.kappa,
-        forward_on_cuda=product.forward_on_cuda,
+        forward_only=product.forward_only, cuda_only=product.cuda_only,
     )  # fmt: skip
 
 
 def token_mix(rows_mixed: int = 4) -> Product:
     """Dense after a mix of the rows of a tile, drawn at random: the control for row mixing."""
     return mixed(dense(), "tile", rows_mixed)
-
-
-# Name → the product beside STL of a configuration: near x @ w if fitted, else as layers start training.
-PRODUCTS: Mapping[str, Callable[[STLConfig, bool], Product]] = {
-    "dense": lambda config, fitted: dense(),
-    "stl": lambda config, fitted: stl(
-        (bases.approximate if fitted else bases.random)(config.pqs, config.rank), own=not fitted
-    ),
-    "low-rank": lambda config, fitted: low_rank(config.rank / math.prod(config.pqs), fitted=fitted, rank=config.rank),
-    "monarch": lambda config, fitted: monarch(config.rank / math.prod(config.pqs), fitted=fitted, rank=config.rank),
-    "2:4": lambda config, fitted: sparse_24(),
-    "dense+mix": lambda config, fitted: token_mix(),
-}
-
-
-def roster(names: Sequence[str], configs: Sequence[STLConfig], *, fitted: bool = False) -> list[Product]:
-    """The products called `names`: those with a rank for each of `configs`, then the others, once; `fitted` as in `PRODUCTS`.
-
-    Raises:
-        ConfigError: an unknown name.
-        BasisError: fitted, and no approximation ships for a tile and rank.
-    """
-    if unknown := [name for name in names if name not in PRODUCTS]:
-        raise ConfigError(f"unknown methods {', '.join(unknown)}; there are {', '.join(PRODUCTS)}")
-    made = [PRODUCTS[name](config, fitted) for config in configs for name in dict.fromkeys(names)]
-    once = {product.name: product for product in made if product.rank is None}
-    return [product for product in made if product.rank is not None] + list(once.values())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from strassen_tile import cost
-from strassen_tile.baselines.products import Prepared, Product
+from strassen_tile.baselines.products import FINISHED, Prepared, Product
 from strassen_tile.cost import Cost
 from strassen_tile.errors import ConfigError
 
@@ -35,6 +35,7 @@ def int8() -> Product:
     """
 
     def prepare(w: Tensor, rows: Tensor | None = None) -> Prepared:
+        dtype = w.dtype
         wide = (0, max(0, 2 - len(w)))  # of an inner side of 1 torch 2.13 makes wrong sums
         weight, scale = _rounded(torch.nn.functional.pad(w.detach().mT, wide))
         by_column = weight.mT
@@ -44,12 +45,14 @@ def int8() -> Product:
             return (torch._int_mm(values, by_column) * by_row * scale.mT).to(x.dtype)
 
         def exact(x: Tensor) -> Tensor:
-            values, by_row = _rounded(torch.nn.functional.pad(x, wide))
+            values, by_row = _rounded(
+                torch.nn.functional.pad(x.to(dtype), wide)
+            )  # in float64 some would round elsewhere
             return values.double() @ by_column.double() * by_row.double() * scale.double().mT
 
         return Prepared(call, (), exact)
 
-    return Product("int8", "approximate", 1.0, cost.dense, prepare)
+    return Product("int8", "approximate", 1.0, cost.dense, prepare, forward_only=FINISHED)
 
 
 def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,11 +95,12 @@ def quantised(kind: str, flop_ratio: float, *, seed: int = 0) -> Product:
         table = (prototypes @ w.detach().double().cpu()).to(w).flatten(0, 1)  # (subspaces · 16, M)
         offsets = torch.arange(len(parts)) * _PROTOTYPES
 
-        def call(x: Tensor) -> Tensor:
+        def sums(x: Tensor, dtype: torch.dtype) -> Tensor:
             codes = encode(x) + offsets.to(x.device)
-            return torch.nn.functional.embedding_bag(codes, table.to(x.dtype), mode="sum")
+            return torch.nn.functional.embedding_bag(codes, table.to(dtype), mode="sum")
 
-        return Prepared(call, (), call)
+        # With the codes of the weight's dtype: in float64 some would be others.
+        return Prepared(lambda x: sums(x, x.dtype), (), lambda x: sums(x.to(table.dtype), torch.float64))
 
     def counted(n: int, k: int, m: int) -> Cost:
         c = subspaces(k, m)
@@ -106,7 +110,7 @@ def quantised(kind: str, flop_ratio: float, *, seed: int = 0) -> Product:
             cost.dense(n, k, m), flops=flops, product_flops=n * c * m, bytes=4 * (n * (k + m) + params), params=params
         )
 
-    return Product(kind, "approximate", flop_ratio, counted, prepare)
+    return Product(kind, "approximate", flop_ratio, counted, prepare, forward_only=FINISHED)
 
 
 Encode = Callable[[Tensor], Tensor]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from strassen_tile import cost
-from strassen_tile.baselines.products import Prepared, Product
+from strassen_tile.baselines.products import FINISHED, Prepared, Product
 from strassen_tile.cost import Cost
 from strassen_tile.errors import ConfigError
 
@@ -84,7 +84,7 @@ def sketched(kind: str, flop_ratio: float, *, seed: int = 0) -> Product:
             dense, flops=flops, product_flops=2 * n * d * m, params=params, bytes=4 * (n * (k + m + 2 * d) + params)
         )
 
-    return Product(kind, "approximate", flop_ratio, counted, prepare)
+    return Product(kind, "approximate", flop_ratio, counted, prepare, forward_only=FINISHED)
 
 
 def inner(sketch: Sketch, flop_ratio: float, k: int, m: int) -> int:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from strassen_tile import files
-from strassen_tile.baselines.approximations import APPROXIMATIONS, Way
 from strassen_tile.baselines.products import Prepared, Product, dense
+from strassen_tile.baselines.roster import ROSTER, Way, ways
 from strassen_tile.errors import ConfigError, DataError, ShapeError, shape_text
-from strassen_tile.experiments.speed import interleave
+from strassen_tile.experiments.pairs import interleave
 from strassen_tile.records import Row, environment
 
 MAX_BYTES = 4 << 30  # of a user's file
@@ -138,7 +138,7 @@ def measure(
 
     Args:
         problems: what is multiplied.
-        methods: of `APPROXIMATIONS`.
+        methods: of `roster.APPROXIMATIONS`.
         budgets: fractions of the dense product's FLOPs; methods that have but some are measured at those.
         trials: with as many seeds, of what is drawn.
         seconds: for the time of each beside dense's, in turn.
@@ -146,8 +146,8 @@ def measure(
     Raises:
         ConfigError: an unknown method, or numbers that make no sense.
     """
-    if unknown := [name for name in methods if name not in APPROXIMATIONS]:
-        raise ConfigError(f"unknown methods {', '.join(unknown)}; there are {', '.join(APPROXIMATIONS)}")
+    if own := [name for name, way in ways(methods).items() if way.near is None]:
+        raise ConfigError(f"{', '.join(own)} is a layer of its own, and comes near no x @ w; leave it out")
     if not budgets or not all(0 < budget <= 1 for budget in budgets):
         raise ConfigError(f"budgets must be fractions of dense's FLOPs, above 0 and up to 1; got {budgets}")
     if trials < 1 or not seconds > 0:
@@ -158,13 +158,13 @@ def measure(
 def left_out(
     problems: Sequence[Problem], methods: Sequence[str], budgets: Sequence[float], rows: Sequence[Row]
 ) -> list[str]:
-    """What of all that was asked for has no row, since the budget pays for nothing at these sizes: "svd at 0.01 of x"."""
+    """What of all that was asked for has no row, since the budget pays for nothing at these sizes: "low-rank at 0.01 of x"."""
     there = {(row["data"], row["method"], row["budget"]) for row in rows}
     asked = [
         (problem.name, name, budget)
         for problem in problems
         for name in methods
-        for budget in APPROXIMATIONS[name].budgets or budgets
+        for budget in ROSTER[name].budgets or budgets
     ]
     return [f"{name} at {budget:g} of {data}" for data, name, budget in asked if (data, name, budget) not in there]
 
@@ -177,7 +177,7 @@ def _rows(
         exact = problem.x.double() @ problem.w.double()
         run_dense = dense().prepare(problem.w)
         for name in methods:
-            way = APPROXIMATIONS[name]
+            way = ROSTER[name]
             for budget in way.budgets or budgets:
                 row = _measured(problem, name, way, budget, trials, seconds, exact, run_dense)
                 if row is not None:
@@ -198,7 +198,7 @@ def _measured(
     errors, cosines = [], []
     product: Product | None = None
     for seed in range(trials if way.drawn else 1):
-        product = way.make(budget, (n, k, m), seed)
+        product = way.nearest(budget, (n, k, m), seed)
         if product is None:
             return None
         prepared = product.prepare(problem.w, problem.rows)

@@ -52,13 +52,11 @@ def run_bench(options: argparse.Namespace) -> int:
     ]
     make_writable(options.out)
     rows: list[Row] = []
-    each = sum(
-        speed.row_count(name, options.methods, options.ranks, options.tile) for name in dict.fromkeys(options.passes)
-    )
+    asked = shapes, options.ranks, options.passes, options.methods, options.tile
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )
-    task = bars.add_task("pairs", total=len(options.dtype) * len(shapes) * each)
+    task = bars.add_task("pairs", total=len(options.dtype) * speed.row_count(*asked))
     with Live(bars, console=console, refresh_per_second=2) as live:
         for row in itertools.chain.from_iterable(runs):
             rows.append(row)
@@ -67,7 +65,7 @@ def run_bench(options: argparse.Namespace) -> int:
             live.update(Group(rich_table(title, bench_report.columns(), rows), bars))
         live.update("")
     console.print(rich_table(title, bench_report.columns(), rows))
-    notes = speed.left_out(options.passes, options.methods)
+    notes = speed.left_out(*asked)
     if (missed := bench_report.prediction_error(rows)) is not None:
         alike, of = bench_report.decisions(rows)
         notes.append(

@@ -2,7 +2,7 @@
 
 A machine's speed drifts, so no time stands alone: runs alternate dense, product, dense, product, and the speed-up is the
 median of the ratios of neighbours. Nothing is timed before it has been compared with float64 (`experiments.verification`).
-What is timed is in `baselines.products`.
+What is timed is in `baselines.roster`.
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ import math
 import os
 import re
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from strassen_tile.baselines.products import Prepared, Product, dense, roster
+from strassen_tile.baselines.products import Prepared, Product, dense
+from strassen_tile.baselines.roster import at_ranks
 from strassen_tile.cost import machine
 from strassen_tile.errors import ConfigError
+from strassen_tile.experiments.pairs import Pairs, Run, interleave
 from strassen_tile.experiments.verification import VerificationError, verify
 from strassen_tile.files import amount
 from strassen_tile.nn import STLConfig
 from strassen_tile.ops.cpu.tiles import compiled
 from strassen_tile.records import Row, environment
 
-__all__ = ["DTYPES", "NAMED", "VerificationError", "bench", "interleave", "left_out", "row_count", "shapes_of"]
+__all__ = ["DTYPES", "NAMED", "VerificationError", "bench", "left_out", "row_count", "shapes_of"]
 
 Shape = tuple[int, int, int]
-Run = Callable[[], None]
-Pairs = list[tuple[float, float]]
 NAMED: dict[str, tuple[Shape, ...]] = {
     "squares": ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048), (4096, 4096, 4096)),
     "vit-b": ((6304, 768, 2304), (6304, 768, 768), (6304, 768, 3072), (6304, 3072, 768)),  # 32 images of 197 tokens
@@ -77,11 +76,11 @@ def bench(
 
     Args:
         shapes: (N, K, M) each.
-        ranks: of STL; low rank gets the FLOPs of each one's products.
+        ranks: of STL; what has no rank of its own gets the FLOPs of each one's products.
         device: "cpu" or "cuda".
         dtype: of everything.
         passes: "forward" (no gradient) or "step" (forward and backward, gradients of the input and all parameters).
-        methods: names of `baselines.products.PRODUCTS`, besides dense.
+        methods: names of `baselines.roster.ROSTER`, besides dense.
         tile: of STL.
         seconds: to spend on each pair, at least five pairs.
 
@@ -93,15 +92,15 @@ def bench(
         raise ConfigError(f"dtype is one of {', '.join(DTYPES)}, a pass forward or step; got {dtype!r}, {list(passes)}")
     if not ranks or min(ranks) < 1 or not 0 <= seconds < math.inf:
         raise ConfigError(f"ranks must be positive, seconds not negative and finite; got {list(ranks)} and {seconds}")
-    timed = {name: _timed(name, methods, ranks, tile) for name in passes}
+    timed = {(shape, name): _timed(name, methods, ranks, tile, shape) for shape in shapes for name in passes}
     if not any(timed.values()):
-        why = " ".join(["nothing to time beside dense.", *left_out(passes, methods)])
+        why = " ".join(["nothing to time beside dense.", *left_out(shapes, ranks, passes, methods, tile)])
         raise ConfigError(f"{why} Got methods {list(methods)}, passes {list(passes)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' was asked for, but torch sees none")
     for product in itertools.chain(*timed.values()):
-        if product.forward_on_cuda and device != "cuda":
-            raise ConfigError(f"{product.name} products: {product.forward_on_cuda}; leave them out with --methods")
+        if product.cuda_only and device != "cuda":
+            raise ConfigError(f"{product.name} products: {product.cuda_only}; leave them out with --methods")
     for n, k, m in shapes:
         if min(n, k, m) < SMALLEST:
             raise ConfigError(
@@ -115,22 +114,39 @@ def bench(
     return _rows(shapes, timed, device, dtype, tile, seconds)
 
 
-def _timed(name: str, methods: Sequence[str], ranks: Sequence[int], tile: int | Sequence[int]) -> list[Product]:
+def _timed(
+    name: str, methods: Sequence[str], ranks: Sequence[int], tile: int | Sequence[int], shape: Shape
+) -> list[Product]:
     """What is timed in pairs with dense in the pass `name`."""
-    found = roster(methods, [STLConfig(tile=tile, rank=rank) for rank in ranks])
-    return [each for each in found if each.name != "dense" and not (name == "step" and each.forward_on_cuda)]
+    found = at_ranks(methods, [STLConfig(tile=tile, rank=rank) for rank in ranks], shape)
+    return [each for each in found if each.name != "dense" and not (name == "step" and each.forward_only)]
 
 
-def row_count(name: str, methods: Sequence[str], ranks: Sequence[int], tile: int | Sequence[int] = 4) -> int:
-    """How many rows a shape has for the pass `name`, dense included; 0 if there is nothing to compare it with."""
-    pairs = len(_timed(name, methods, ranks, tile))
-    return pairs + bool(pairs)
+def row_count(
+    shapes: Sequence[Shape], ranks: Sequence[int], passes: Sequence[str], methods: Sequence[str],
+    tile: int | Sequence[int] = 4,
+) -> int:  # fmt: skip
+    """How many rows there will be, dense included where something is compared with it."""
+    of = itertools.product(dict.fromkeys(shapes), dict.fromkeys(passes))
+    pairs = [len(_timed(name, methods, ranks, tile, shape)) for shape, name in of]
+    return sum(pairs) + sum(map(bool, pairs))
 
 
-def left_out(passes: Sequence[str], methods: Sequence[str]) -> list[str]:
+def left_out(
+    shapes: Sequence[Shape], ranks: Sequence[int], passes: Sequence[str], methods: Sequence[str],
+    tile: int | Sequence[int] = 4,
+) -> list[str]:  # fmt: skip
     """What was asked for and is not timed, and why."""
-    asked = [product for product in roster(methods, [STLConfig()]) if product.forward_on_cuda and "step" in passes]
-    return [f"{product.name} products are not timed in a step: {product.forward_on_cuda}." for product in asked]
+    reasons: dict[str, dict[str, None]] = {}
+    for shape in shapes:
+        found = {each.name: each for each in at_ranks(methods, [STLConfig(tile=tile, rank=r) for r in ranks], shape)}
+        for name in methods:
+            if name not in found:
+                why = f"not timed at {'x'.join(map(str, shape))}: the FLOPs pay for nothing, or the sides do not fit"
+                reasons.setdefault(why, {})[name] = None
+            elif "step" in passes and found[name].forward_only:
+                reasons.setdefault(f"not timed in a step: {found[name].forward_only}", {})[name] = None
+    return [f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} {why}." for why, names in reasons.items()]
 
 
 def _memory(device: str) -> int:
@@ -141,17 +157,17 @@ def _memory(device: str) -> int:
 
 
 def _rows(
-    shapes: Sequence[Shape], timed: Mapping[str, Sequence[Product]], device: str, dtype: str, tile: int | Sequence[int],
-    seconds: float,
+    shapes: Sequence[Shape], timed: Mapping[tuple[Shape, str], Sequence[Product]], device: str, dtype: str,
+    tile: int | Sequence[int], seconds: float,
 ) -> Iterator[Row]:  # fmt: skip
     # Without the compiled kernels a time means something else.
     fixed: Row = {"device": device, "dtype": dtype, **environment(), "compiled": compiled(), "tile": str(tile)}
     rates = machine(device, DTYPES[dtype])
-    for n, k, m in shapes:
+    for n, k, m in dict.fromkeys(shapes):
         x = torch.randn(n, k, device=device).to(DTYPES[dtype])
         w = (torch.randn(m, k, device=device) / k**0.5).to(DTYPES[dtype]).mT  # stored as nn.Linear stores it
         grad = torch.randn(n, m, device=device).to(DTYPES[dtype])
-        for name, others in timed.items():
+        for name, others in ((name, others) for (shape, name), others in timed.items() if shape == (n, k, m)):
             fixed |= {"n": n, "k": k, "m": m, "pass": name}
             run_dense = _run(dense().prepare(w), x, grad, name)
             dense_times: list[float] = []
@@ -202,43 +218,3 @@ def _row(product: Product, pairs: Pairs, error: float, predicted: tuple[float | 
         "predicted_s": predicted[1],
         "predicted_dense_s": predicted[0],
     }
-
-
-def interleave(first: Run, second: Run, seconds: float, device: str) -> Pairs:
-    """Times of `first` and `second`, run in turn: at least five pairs, until `seconds` are spent."""
-    for run in (first, second, first, second):
-        run()
-    once = _clock(first) if device == "cuda" else _wall
-    pairs: Pairs = []
-    end = time.perf_counter() + seconds
-    while len(pairs) < 5 or (time.perf_counter() < end and len(pairs) < 200):
-        pairs.append((once(first), once(second)))
-    return pairs
-
-
-def _wall(run: Run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _clock(sample: Run) -> Callable[[Run], float]:
-    """The GPU's own clock over as many runs as make five milliseconds, so that launches hide behind the work."""
-
-    def alone() -> None:
-        sample()
-        torch.cuda.synchronize()
-
-    torch.cuda.synchronize()
-    repeats = max(1, min(200, int(5e-3 / _wall(alone))))
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def once(run: Run) -> float:
-        start.record()
-        for _ in range(repeats):
-            run()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) * 1e-3 / repeats
-
-    return once

@@ -23,8 +23,9 @@ class VerificationError(STLError):
 def verify(product: Product, prepared: Prepared, x: Tensor, w: Tensor, *, gradients: bool = False) -> float:
     """The relative error on the first, middle and last rows: of an exact product against x @ w, else by its definition.
 
-    With `gradients` those in x and all parameters are compared too: of a random weighting of all rows, or beyond 4096³,
-    where the reference would take minutes, of the first and the last. Raises VerificationError for more than rounding.
+    Of a product whose rows depend on each other, on all. With `gradients` those in x and all parameters are compared too: of
+    a random weighting of all rows, or beyond 4096³, where the reference would take minutes, of the first and the last.
+    Raises VerificationError for more than rounding.
     """
     (n, k), p, q = x.shape, *(product.tile or (1, 1, 1))[:2]
     # Four times what three roundings (of X̂, Ŷ and Y) make, and in float32 the sums, which 16 bits do not limit.
@@ -40,11 +41,13 @@ def verify(product: Product, prepared: Prepared, x: Tensor, w: Tensor, *, gradie
             )
         return error
 
-    height = max(p, _ROWS // p * p)  # whole tiles
+    height = n if product.whole else max(p, _ROWS // p * p)  # whole tiles
     last = max(0, n - height) // p * p
     with torch.no_grad():
         y, errors = prepared.call(x), []
-        for rows in (slice(0, height), slice(last // 2 // p * p, last // 2 // p * p + height), slice(last, n)):
+        middle = last // 2 // p * p
+        for first, end in dict.fromkeys(((0, height), (middle, middle + height), (last, n))):
+            rows = slice(first, end)
             part = x[rows].double()
             expected = part @ w.double() if product.exactness == "exact" else prepared.reference(part)
             errors.append(check("the result", y[rows], expected, allowed))

@@ -1,12 +1,14 @@
-"""The roster of approximate products: what each computes, what it is said to cost, and what it is fitted to."""
+"""The roster of products: what each computes, what it is said to cost, and what it is fitted to."""
 
 import pytest
 import torch
 
-from strassen_tile.baselines import approximations, fitted, quantised, sketches
-from strassen_tile.baselines.approximations import APPROXIMATIONS
+from strassen_tile.baselines import fitted, quantised, roster, sketches
+from strassen_tile.baselines.roster import APPROXIMATIONS, ROSTER
 from strassen_tile.baselines.sparse24 import mask_24, refit
 from strassen_tile.errors import ConfigError
+from strassen_tile.experiments.verification import verify
+from strassen_tile.nn import STLConfig
 
 N, K, M = 40, 48, 36
 
@@ -26,9 +28,9 @@ def loss(found: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", APPROXIMATIONS)
 def test_each_computes_its_definition_within_its_budget(name: str) -> None:
     x, w, rows = operands()
-    way = APPROXIMATIONS[name]
+    way = ROSTER[name]
     for budget in way.budgets or (0.55, 0.9):
-        product = way.make(budget, (N, K, M), 0)
+        product = way.nearest(budget, (N, K, M), 0)
         prepared = product.prepare(w, rows)
         found = prepared.call(x)
         assert found.shape == (N, M)
@@ -61,7 +63,7 @@ def test_aware_svd_is_the_best_of_its_rank_for_the_rows() -> None:
     losses = {}
     for kind in ("aware-svd", "pca"):
         losses[kind] = loss(fitted.low_dimensional(kind, 0.5).prepare(w, rows).call(rows), rows, w)
-    plain = approximations.APPROXIMATIONS["svd"].make(0.5, (N, K, M), 0).prepare(w)
+    plain = ROSTER["low-rank"].nearest(0.5, (N, K, M)).prepare(w)
     assert losses["aware-svd"] < min(losses["pca"], loss(plain.call(rows), rows, w))
     rank = round(0.5 * K * M / (K + M) - 0.5)
     u, sigma, vt = torch.linalg.svd(rows @ w, full_matrices=False)
@@ -147,17 +149,43 @@ def test_a_tree_takes_in_what_other_subspaces_say(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("name", APPROXIMATIONS)
 def test_the_callers_random_numbers_stay(name: str) -> None:
     """Whether a rival is measured changes what the next one draws."""
-    way = APPROXIMATIONS[name]
+    way = ROSTER[name]
     state = torch.get_rng_state()
-    made = way.make((way.budgets or (0.9,))[0], (N, K, M), 0)
+    made = way.nearest((way.budgets or (0.9,))[0], (N, K, M), 0)
     assert made is not None
     made.prepare(*operands()[1:])
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_at_ranks_is_by_rank_and_those_without_once() -> None:
+    """Layers as they start; what no layer starts as at the FLOPs of each rank's products; what has one price at that, once."""
+    sizes, configs = (256, 256, 256), [STLConfig(rank=16), STLConfig(rank=24)]
+    found = roster.at_ranks(("2:4", "stl", "low-rank", "pca", "stl"), configs, sizes)
+    labels = ["stl r=16", "low-rank r=16", "pca r=16", "stl r=24", "low-rank r=24", "pca r=24", "2:4"]
+    assert [product.label for product in found] == labels
+    assert [product.flop_ratio for product in found] == [0.25, 0.25, 0.25, 0.375, 0.375, 0.375, 0.5]
+    assert [product.exactness for product in found] == ["own", "own", "approximate"] * 2 + ["approximate"]
+    flat = roster.at_ranks(("stl",), [STLConfig(rank=6, mixing="none"), STLConfig(rank=6)], sizes)
+    assert [product.tile for product in flat] == [(1, 4, 4), (4, 4, 4)]  # of one rank, and not one product
+    assert not roster.at_ranks(("hadamard",), [STLConfig(rank=8)], (16, 16, 16))
+    with pytest.raises(ConfigError, match="unknown methods junk; there are dense, stl"):
+        roster.at_ranks(("stl", "junk"), configs, sizes)
+
+
+@pytest.mark.parametrize("name", ROSTER)
+def test_what_is_timed_is_its_definition(name: str) -> None:
+    """As `bench` checks it; what has no parameters is not to be timed in a step."""
+    generator = torch.Generator().manual_seed(1)
+    x, w = torch.randn(160, 96, generator=generator), torch.randn(96, 80, generator=generator)
+    for product in roster.at_ranks((name,), [STLConfig(rank=40)], (160, 96, 80)):
+        prepared = product.prepare(w)
+        verify(product, prepared, x, w, gradients=not product.forward_only)
+        assert bool(prepared.parameters) != bool(product.forward_only)
+
+
 def test_a_budget_that_pays_for_no_basis() -> None:
-    assert APPROXIMATIONS["stl"].make(0.05, (N, K, M), 0) is None
-    assert approximations.best_basis(1.0, (512, 512, 512)).is_exact
+    assert ROSTER["stl"].nearest(0.05, (N, K, M)) is None
+    assert roster.best_basis(1.0, (512, 512, 512)).is_exact
 
 
 @pytest.mark.parametrize(
