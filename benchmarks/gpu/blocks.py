@@ -12,7 +12,6 @@ from torch import nn
 import strassen_tile as stl
 from gpu.timing import best_of
 from strassen_tile import models
-from strassen_tile.experiments import speed
 from strassen_tile.experiments.pairs import interleave
 
 RANKS = (16, 24, 32)
