@@ -52,3 +52,15 @@ def test_ends_are_of_methods_whatever_their_rate_and_size():
     assert list(found) == [("dense", "mix causal"), ("dense", "")]
     assert found["dense", "mix causal"] == [[(3600, 2.9)], [(6000, 3.0), (6000, 3.1)], [(24000, 2.0)]]
     assert best_of_each(found["dense", "mix causal"]) == [[(3600, 2.9)], [(24000, 2.0)]]
+
+
+def test_sizes_of_nearly_one_budget_are_one() -> None:
+    """The best of them counts, though a cheaper one is worse, and the next budget only if it is better."""
+    wide, narrow, dear, worse = (
+        [Point(100, 2.0)],
+        [Point(102, 1.5), Point(102, 1.7)],
+        [Point(1000, 1.4)],
+        [Point(3000, 1.9)],
+    )
+    assert best_of_each([dear, worse, narrow, wide]) == [narrow, dear]
+    assert best_of_each([wide, [Point(106, 1.8)]]) == [wide, [Point(106, 1.8)]]

@@ -18,6 +18,7 @@ from strassen_tile.report.sooner import TRAINING_OF_FORWARD
 from strassen_tile.report.table import number
 
 DRAWS = 1000
+_NEAR = 1.05
 
 
 class Point(NamedTuple):
@@ -72,13 +73,26 @@ def ends(rows: Iterable[Mapping[str, Value]]) -> dict[tuple[str, str], list[list
 
 
 def best_of_each(budgets: Sequence[Sequence[Point]]) -> list[list[Point]]:
-    """Of several sizes, those that no cheaper one is better than: where a method stands at *its* best size for each budget."""
-    kept: list[list[Point]] = []
+    """Where a method stands at *its* best size for each budget: of budgets within 5 % the best run, if no cheaper one is better.
+
+    (Epochs are whole, so that sizes spend a budget but nearly.)
+    """
+    near: list[list[Sequence[Point]]] = []
     for runs in sorted(budgets, key=lambda runs: runs[0].flops):
-        mean = statistics.fmean(run.bits for run in runs)
-        if not kept or mean < statistics.fmean(run.bits for run in kept[-1]):
-            kept.append(list(runs))
+        if near and runs[0].flops <= _NEAR * near[-1][0][0].flops:
+            near[-1].append(runs)
+        else:
+            near.append([runs])
+    kept: list[list[Point]] = []
+    for sizes in near:
+        best = min(sizes, key=_mean)
+        if not kept or _mean(best) < _mean(kept[-1]):
+            kept.append(list(best))
     return kept
+
+
+def _mean(runs: Sequence[Point]) -> float:
+    return statistics.fmean(run.bits for run in runs)
 
 
 def fit(points: Sequence[Point]) -> Law:
