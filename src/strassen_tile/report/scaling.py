@@ -73,7 +73,7 @@ def ends(rows: Iterable[Mapping[str, Value]]) -> dict[tuple[str, str], list[list
 
 
 def best_of_each(budgets: Sequence[Sequence[Point]]) -> list[list[Point]]:
-    """Where a method stands at *its* best size for each budget: of budgets within 5 % the best run, if no cheaper one is better.
+    """Where a method stands at *its* best size for each budget: of those within 5 % the best, if no cheaper one is better.
 
     (Epochs are whole, so that sizes spend a budget but nearly.)
     """
