@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from strassen_tile.data import text
+from strassen_tile.data import documents, text
 from strassen_tile.data.pieces import Pieces, Windows
 from strassen_tile.data.prose import standard_library, standard_library_code
 from strassen_tile.data.text import load_text
@@ -131,7 +131,9 @@ def test_a_tokenizer_of_transformers(tmp_path):
     splits = load_text(where, tokenizer=str(tmp_path / "t"))
     assert splits.train.tokens.tolist() == [1, 2, 1, 0]
     assert splits.test.tokens.tolist() == [1, 3, 0]
-    assert (splits.train.size, splits.vocabulary) == (6, 4)
+    assert (splits.train.size, splits.vocabulary, splits.lossy) == (6, 4, True)  # of "a c" not all is there
+    where = folder(tmp_path / "e", train_txt="a b a", validation_txt="c", test_txt="a b")
+    assert not load_text(where, tokenizer=str(tmp_path / "t")).lossy
 
 
 def test_pieces_follow_each_other_and_windows_are_the_seeds():
@@ -174,7 +176,7 @@ def test_a_stream_of_the_hub_ends_with_the_limit(monkeypatch):
             assert (name, config, streaming) == ("some/text", "en", True)
             return Datasets.parts
 
-    monkeypatch.setattr(text, "need", lambda *_: Datasets)
+    monkeypatch.setattr(documents, "need", lambda *_: Datasets)
     Datasets.parts = {"train": Stream(100_000), "validation": Stream(30), "test": Stream(20)}
     splits = load_text("hub:some/text:en", limit=1000)
     assert 1000 <= splits.train.size < 1020

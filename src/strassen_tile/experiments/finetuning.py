@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from strassen_tile.convert import Conversion
+from strassen_tile.data.text import LOSSY
 from strassen_tile.experiments import runner
 from strassen_tile.experiments.cheaper import build
 from strassen_tile.experiments.costs import cost_fields
@@ -84,7 +85,8 @@ def _comparison(recipe: FinetuneRecipe, title: str, runs: Sequence[runner.Run]) 
             f"{recipe.weight_decay:g}, {recipe.warmup:.0%} warm-up, cosine decay, batches of {recipe.batch_size} pieces of "
             f"{recipe.context} tokens, {recipe.precision}. The linear layers of the blocks are converted; embedding and head "
             "are not. Text: "
-            f"{recipe.data}, parted by document."
+            f"{recipe.data}, parted by document.",
+            *([LOSSY] if (splits := material(recipe).splits) is not None and splits.lossy else []),
         ],
     )
 
