@@ -158,7 +158,9 @@ def test_stopped_by_hand_while_a_checkpoint_is_made_it_goes_on(tmp_path, whole, 
 
 
 @posix
-@pytest.mark.parametrize("size", [250, 3_000, 100_000, 3_000_000])
+@pytest.mark.parametrize(
+    "size", [pytest.param(250, marks=pytest.mark.slow), 3_000, pytest.param(100_000, marks=pytest.mark.slow), 3_000_000]
+)
 def test_a_full_disk_is_one_line_and_with_space_it_goes_on(tmp_path, whole, capsys, size) -> None:
     """No file may grow beyond `size` bytes: no recipe, no second row, no weights, no state of the optimiser."""
     import resource
@@ -270,7 +272,16 @@ def stop_after(epoch: int, monkeypatch: pytest.MonkeyPatch, out: Path) -> Path:
     return next(out.rglob(f"checkpoint-{3 * epoch}"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "of another network", "of an older version", "without its rows"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "cut",
+        pytest.param("flipped", marks=pytest.mark.slow),
+        "of another network",
+        pytest.param("of an older version", marks=pytest.mark.slow),
+        "without its rows",
+    ],
+)
 def test_a_checkpoint_of_no_use_is_not_gone_on_from(tmp_path, whole, monkeypatch, damage) -> None:
     """A disk that lies, an edit by hand: the run starts over, and comes to the same rows."""
     checkpoint = stop_after(1, monkeypatch, tmp_path)

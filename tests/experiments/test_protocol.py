@@ -190,7 +190,7 @@ def test_rates_that_differ_in_their_last_digit_are_told_apart() -> None:
 @pytest.mark.parametrize(
     "entry",
     [
-        "stl[rank=24,width=192]",
+        pytest.param("stl[rank=24,width=192]", marks=pytest.mark.slow),
         pytest.param("low-rank[flop_ratio=0.5,width=192]", marks=pytest.mark.slow),
         pytest.param("dense[width=192,mix=grid]", marks=pytest.mark.slow),
     ],

@@ -49,7 +49,7 @@ def photographs(tmp_path):
     return tmp_path / "photographs"
 
 
-@pytest.mark.parametrize("kind", ["in memory", "files"])
+@pytest.mark.parametrize("kind", ["in memory", pytest.param("files", marks=pytest.mark.slow)])
 def test_results_do_not_depend_on_the_number_of_workers(tmp_path, photographs, kind) -> None:
     splits = load_images("digits", limit=40) if kind == "in memory" else load_images(photographs)
     alone, records = train(splits, tmp_path / "0")

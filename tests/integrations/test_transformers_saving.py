@@ -42,7 +42,9 @@ def bert():
     return converted("bert", rank=20)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "t5" else n for n in MODELS]
+)  # its encoder is there
 @pytest.mark.parametrize("how", ["whole", "sharded", "device map", "from disk"])
 def test_what_was_saved_comes_back(name, how, tmp_path):
     kind, _, _, inputs = MODELS[name]

@@ -51,7 +51,7 @@ def test_trainer_trains_resumes_and_its_checkpoints_load(tmp_path):
     assert torch.equal(outputs(third, TEXT), outputs(model.eval(), TEXT))
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradient_checkpointing_gives_the_same_weights(reentrant, tmp_path):
     model = loaded("bert", tmp_path / "start", rank=20)
     plain = copy.deepcopy(model)
