@@ -17,17 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strassen_tile.errors import ShapeError, shape_text
+from strassen_tile.errors import ShapeError
 from strassen_tile.nn import calls, past
+from strassen_tile.nn.asking import ask, check_describes
 from strassen_tile.nn.calls import Call
 from strassen_tile.nn.direct import Direct
 from strassen_tile.nn.masks import OTHERS, ROWS, SIGNALS, Takes, real_rows, takes_of
 from strassen_tile.nn.reading import said
-
-_library = torch.library.Library("strassen_tile", "FRAGMENT")
-_library.define(
-    "real_rows(Tensor x, str key) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
-)
 
 
 class PaddingMask:
@@ -143,7 +139,7 @@ class PaddingMask:
             rows = rows[:, length:]
         if rows.dtype != torch.bool and rows.shape[0] == 1:
             rows = rows.expand(x.shape[0], -1)
-        _check_describes(rows, x)
+        check_describes(rows, x)
         documents = None if rows.dtype == torch.bool else rows
         return x.masked_fill((rows == 0).unsqueeze(-1), 0), documents
 
@@ -189,8 +185,7 @@ class PaddingMask:
             return None
         if x is None:
             raise ShapeError("a compiled graph cannot be asked for its padding mask outside a layer")
-        asked: Tensor = torch.ops.strassen_tile.real_rows(x.detach(), self._key)
-        return asked
+        return ask(x.detach(), self._key)
 
     def check_no_past(self) -> None:
         """Raise ShapeError if the rows of this call go on from a cache: rows before them would have seen them."""
@@ -249,31 +244,6 @@ class PaddingMask:
 def _followed(module: nn.Module) -> bool:
     hooks = module._forward_pre_hooks.values()
     return any(getattr(getattr(hook, "func", None), "__func__", None) is PaddingMask._enter for hook in hooks)
-
-
-def _check_describes(mask: Tensor, x: Tensor) -> None:
-    if x.shape[:-1] != mask.shape:
-        raise ShapeError(
-            f"the padding mask is {shape_text(mask.shape)}, but a row-mixing layer got {shape_text(x.shape)}: it "
-            "cannot be told which rows are padding, or where documents end. Keep that layer dense (filter_fn) or use "
-            "mixing='none'"
-        )
-
-
-def _ask(x: Tensor, key: str) -> Tensor:
-    real = calls.resolve(key, traced=True)
-    if real is None:
-        return x.new_ones(x.shape[:-1], dtype=torch.long)
-    _check_describes(real, x)
-    return real.long().clone()
-
-
-_library.impl("real_rows", _ask, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("strassen_tile::real_rows")  # type: ignore[untyped-decorator]
-def _ask_shape(x: Tensor, key: str) -> Tensor:
-    return x.new_empty(x.shape[:-1], dtype=torch.long)
 
 
 for _hook in (PaddingMask._enter, PaddingMask._leave):
