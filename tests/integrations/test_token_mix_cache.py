@@ -199,6 +199,61 @@ def test_packed_documents_stay_apart():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("positions", [[0, 1, 2, 3, 9, 10, 11, 12], [0] * 8], ids=["a gap", "all at one"])
+def test_positions_that_transformers_takes_for_documents_keep_them_apart(positions):
+    """Whatever is not the next position begins a document: earlier ones are seen by nothing of it, dense or mixed."""
+    model, other = built(), IDS[:1, :8].clone()
+    other[:, :4] = torch.tensor([7, 8, 9, 10])
+    options = {"position_ids": torch.tensor([positions]), "use_cache": False}
+    assert torch.equal(model(IDS[:1, :8], **options).logits[:, 4:], model(other, **options).logits[:, 4:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["padding", "documents"])
+def test_a_call_on_a_cache_does_not_see_what_its_mask_hides(kind):
+    """Rows of the past that are hidden, or another document's: by the mask of the call, whatever the earlier one's said."""
+    model, n = built(), 12
+    if kind == "padding":
+        mask = torch.ones(2, n, dtype=torch.long)
+        mask[:, 5:8] = 0
+        first, second, whole = {}, {"attention_mask": mask}, {"attention_mask": mask}
+    else:
+        document = torch.tensor([0] * 7 + [1] * 5)
+        seen = ((document[:, None] == document) & torch.ones(n, n).tril().bool()).expand(2, 1, n, n)
+        at = torch.tensor([[*range(7), *range(5)]] * 2)
+        first = {"attention_mask": seen[:, :, :8, :8], "position_ids": at[:, :8]}
+        second = {"attention_mask": seen[:, :, 8:], "position_ids": at[:, 8:]}
+        whole = {"attention_mask": seen, "position_ids": at}
+    changed, other = IDS[:, :n].clone(), slice(5, 8) if kind == "padding" else slice(4, 7)
+    changed[:, other] = changed[:, other] % 59 + 1
+    found = []
+    for ids in (IDS[:, :n], changed):
+        cache = model(ids[:, :8], use_cache=True, **first).past_key_values
+        found.append(model(ids[:, 8:], past_key_values=cache, **second).logits)
+    assert torch.equal(*found)
+    close(found[0], model(IDS[:, :n], use_cache=False, **whole).logits[:, 8:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("end", [12, 10])
+@pytest.mark.parametrize("filler", ["dense", "compiled", "itself"])
+def test_a_cropped_cache_that_another_call_wrote_to_is_refused(filler, end):
+    model, ids = built(), IDS[:, :12].clone()
+    cache = model(ids, use_cache=True).past_key_values
+    cache.crop(-6)
+    ids[:, 6:] = ids[:, 6:].flip(1)
+    dense = MODELS["llama"][0](MODELS["llama"][1]).eval()
+    fill = {"dense": dense, "compiled": torch.compile(model, backend="eager"), "itself": model}[filler]
+    fill(ids[:, 6:end], past_key_values=cache)
+    more = torch.cat([ids[:, :end], IDS[:, :1]], dim=1)
+    if filler == "itself":
+        close(model(more[:, end:], past_key_values=cache).logits, model(more, use_cache=False).logits[:, end:])
+    else:
+        with pytest.raises(ShapeError, match="written by another model"):
+            model(more[:, end:], past_key_values=cache)
+
+
+@torch.no_grad()
 def test_saved_reloaded_and_trained(tmp_path):
     model = built()
     model.save_pretrained(tmp_path)

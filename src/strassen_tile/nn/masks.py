@@ -152,9 +152,10 @@ def mask_of_layers(mask: object) -> object:
 
 
 def rows_of_pattern(mask: object, past: int) -> Tensor | None:
-    """(B, N): the document of each row, from 1 on, and 0 for padding, by a mask (B, 1, N, n) of who sees whom; or None.
+    """(B, past + N): the document of each row, from 1 on, and 0 for padding, by a mask (B, 1, N, n) of who sees whom; or None.
 
-    A row that does not see itself is padding, and one that does not see the row before it begins a document.
+    A row that does not see itself is padding, and one that does not see the row before it begins a document. Of the past the
+    first row's document has what that sees of it without a gap; the rest counts as padding, since nothing goes on from it.
 
     Args:
         mask: of a causal model, True or 0 where something is seen.
@@ -169,15 +170,16 @@ def rows_of_pattern(mask: object, past: int) -> Tensor | None:
     if mask.is_floating_point():  # added to scores; or 1 and 0
         seen = torch.where((mask > 0).any(), seen, mask[:, 0] == 0)
     own = seen.diagonal(past, 1, 2)
+    before = seen[:, 0, :past].flip(-1).long().cumprod(-1).flip(-1)
     if own.shape[1] < 2:
-        return own.long()
+        return torch.cat([before, own.long()], dim=1)
     begins = F.pad(~seen.diagonal(past - 1, 1, 2)[:, -(own.shape[1] - 1) :], (1, 0))
     numbers = torch.where(own, begins.cumsum(1) + 1, 0)
     for by in range(2, min(4, own.shape[1])):
         sees = seen.diagonal(past - by, 1, 2)[:, -(own.shape[1] - by) :]
         alike = (numbers[:, by:] == numbers[:, :-by]) & own[:, by:]
         _require((sees == alike)[own[:, by:]].all(), _PATTERN.format(shape=shape_text(mask.shape)))
-    return numbers
+    return torch.cat([before, numbers], dim=1)
 
 
 def numbered(documents: Tensor, real: Tensor | None) -> Tensor:
@@ -203,9 +205,8 @@ def _goes_on(name: str, values: object) -> Tensor | None:
     before, after = plane[:, :-1], plane[:, 1:]
     if name == "seq_idx":
         return before == after
-    # A document of one row repeats its position; an image shares one, and so do rows that all stand at one.
-    fine = before < after
-    return fine | (before == after) if values.ndim == 3 else fine | (plane == plane[:, :1]).all(1, keepdim=True)
+    # As transformers has it, whatever is not the next position begins a document; of time, an image's rows share one.
+    return after == before + 1 if values.ndim == 2 else before <= after
 
 
 def check_pattern(mask: Tensor, real: Tensor | None) -> None:

@@ -159,11 +159,19 @@ class PaddingMask:
         if not compiling and (call := calls.live(self._key)) is None:
             return x
         key = layer, call.ran.get(layer, 0)
+        if not call.ran and not compiling:
+            past.check_written(call.cache, call.past)
         call.ran[layer] = key[1] + 1
         rows = past.before(call.cache, key, x, call.past, wanted)
         whole = x if rows is None else torch.cat([rows, x], dim=1)
         call.kept[key] = past.kept_of(whole, x.shape[1], call.past + x.shape[1], wanted)
-        return whole
+        told = self.current(x)
+        if rows is None or told is None or told.shape[-1] != call.past + x.shape[1]:
+            return whole
+        hidden = (
+            told[:, call.past - rows.shape[1] : call.past] == 0
+        )  # by the mask of this call, whatever one before it said
+        return torch.cat([rows.masked_fill(hidden.unsqueeze(-1), 0), x], dim=1)
 
     def current(self, x: Tensor | None = None) -> Tensor | None:
         """The mask (B, N) of the call in progress, or of the one that a checkpointed layer runs again for.

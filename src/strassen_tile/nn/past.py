@@ -2,7 +2,8 @@
 
 A cache holds keys and values, which do not tell what a layer was fed. So the last rows that each layer was fed are kept beside
 them, as one more layer of the cache: what happens to a cache (beams that are reordered, samples that are selected or repeated,
-a reset) happens to its layers, and a copy of it has a copy of them. A cache that was cropped is noticed by its length.
+a reset) happens to its layers, and a copy of it has a copy of them. A cache that was cropped is noticed by its length, one that
+another call has written to since by its keys.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Past:
     def __init__(self, like: Any) -> None:
         self._like = like
         self.kept: dict[Key, Kept] = {}
+        self.written: Kept | None = None  # the last keys (B, n, …) of attention, which depend on all that came before
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -51,6 +53,7 @@ class Past:
     def reset(self) -> None:
         """Forget the sequence."""
         self.kept.clear()
+        self.written = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Each sample's rows become those of another."""
@@ -75,6 +78,8 @@ class Past:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         self.kept = {key: Kept(change(kept.rows), kept.end) for key, kept in self.kept.items()}
+        if self.written is not None:
+            self.written = Kept(change(self.written.rows), self.written.end)
 
 
 def before(cache: object, key: Key, x: Tensor, length: int, wanted: int) -> Tensor | None:
@@ -107,6 +112,29 @@ def before(cache: object, key: Key, x: Tensor, length: int, wanted: int) -> Tens
     return rows[:, rows.shape[1] - min(wanted, rows.shape[1]) :]
 
 
+def check_written(cache: object, length: int) -> None:
+    """Raise ShapeError if the last of the rows that a cache holds was written by another call than those that were kept.
+
+    That is to be seen where attention's keys are all there: not of windows, nor where they are quantised.
+    """
+    past = _past_of(cache)
+    keys = _keys(cache, length)
+    if (
+        past is None
+        or past.written is None
+        or keys is None
+        or not 0 <= past.written.end - length < past.written.rows.shape[1]
+    ):
+        return
+    ours, now = past.written.rows[:, length - past.written.end - 1], keys[:, -1]
+    if ours.shape != now.shape or not bool((ours.to(now.device) == now).all()):  # a synchronisation
+        raise ShapeError(
+            f"the last of the {length} rows that the cache holds was written by another model, in training mode, or under "
+            "torch.compile, after it had been cropped: a causal token mix has not seen what it was fed. Run the whole sequence "
+            "(use_cache=False), or fill the cache with this model in eval mode"
+        )
+
+
 def kept_of(whole: Tensor, n: int, length: int, wanted: int) -> Kept:
     """What is to be kept of `whole` (B, …, K), the rows ahead and the n that a layer was fed, of `length` that there were."""
     most = wanted + min(n, ROLLBACK)
@@ -125,6 +153,9 @@ def remember(cache: object, kept: Mapping[Key, Kept]) -> None:
         past = Past(layers[0])
         layers.append(past)
     past.kept.update(kept)
+    end = max(one.end for one in kept.values())
+    keys = _keys(cache, end)
+    past.written = None if keys is None else Kept(keys[:, -(ROLLBACK + 1) :].clone(), end)
 
 
 def cache_in(output: object) -> object:
@@ -142,3 +173,12 @@ def _layers_of(cache: object) -> list[Any] | None:
 
 def _past_of(cache: object) -> Past | None:
     return next((layer for layer in reversed(_layers_of(cache) or []) if isinstance(layer, Past)), None)
+
+
+def _keys(cache: object, length: int) -> Tensor | None:
+    """The keys (B, length, heads, K) of the last layer that has those of all the rows; None where windows have moved on."""
+    for layer in reversed(_layers_of(cache) or []):
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor) and keys.ndim == 4 and keys.shape[2] >= length > 0:
+            return keys[:, :, :length].transpose(1, 2)
+    return None
