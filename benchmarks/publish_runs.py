@@ -20,12 +20,16 @@ from strassen_tile.report import finetune, pretrain
 from strassen_tile.report.groups import without_rate
 
 SECONDS = {"seconds", "train_seconds"}
+SAME = ("text", "tokenizer", "precision", "train_bytes", "val_bytes", "test_bytes")
 TOLD_APART = {"seeds", "methods", "lr", "lr_grid", "save", "jobs", "workers"}  # by what rows say, or of no consequence
 
 
 def rows_of(folder):
     path = folder / "rows.json"
     rows = read_rows(path) if path.exists() else []
+    for row in rows:
+        if lacking := {"command", "lr", "method", "variant", "model", "context"} - row.keys():
+            raise SystemExit(f"{path}: a row without {', '.join(sorted(lacking))} is none of pretrain or finetune")
     return [{**row, "command": without_folder(str(row["command"]))} for row in rows]
 
 
@@ -73,9 +77,11 @@ def main():
     if options.no_seconds:
         for row in (*rows, *tried):
             row |= dict.fromkeys(SECONDS & row.keys())
-    models = {(row["model"], row.get("text"), row["context"]) for row in (*rows, *tried)}
-    if len(models) > 1:
-        parser.error(f"these are of different models or texts: {sorted(models)}")
+    if not rows:
+        parser.error("there are no rows to publish")
+    for key in ("model", "context", *SAME):
+        if len(said := {str(row.get(key)) for row in (*rows, *tried)}) > 1:
+            parser.error(f"these are of different {key}: {', '.join(sorted(said))}; publish them apart")
     keys = [tuple(row.get(key) for key in ("method", "variant", "seed", "epoch")) for row in rows]
     if twice := {key for key in keys if keys.count(key) > 1}:
         parser.error(f"these are there twice: {sorted(twice)[:3]} …")
@@ -83,11 +89,10 @@ def main():
         write_text(options.out / "recipe.json", json.dumps(recipe, indent=1) + "\n")
     if tried:
         write_rows(options.out / "tuning/rows.json", tried)
-    model, _, context = models.pop()
-    title = f"{model}, {context} tokens of context"
-    if rows and "calibration" in rows[0]:
+    title = f"{rows[0]['model']}, {rows[0]['context']} tokens of context"
+    if "calibration" in rows[0]:
         print(finetune.write_report(options.out, rows, title))
-    elif rows:
+    else:
         print(pretrain.write_report(options.out, rows, title, tried=tried))
 
 

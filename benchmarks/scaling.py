@@ -15,7 +15,7 @@ from strassen_tile.files import write_bytes
 from strassen_tile.records import read_rows
 from strassen_tile.report import scaling
 from strassen_tile.report.figures import drawing, new_figure, png
-from strassen_tile.report.groups import group_rows, without_rate
+from strassen_tile.report.groups import group_rows, run_of, without_rate
 from strassen_tile.report.pretrain_runs import train_flops
 from strassen_tile.report.table import plus_minus, sample_sd
 
@@ -27,7 +27,12 @@ def finished(folders):
     """
     best = {}
     for number, rows in enumerate(folders):
+        diverged = {run_of(row)[:2] for row in rows if row.get("diverged")}
         for group in group_rows([row for row in rows if row.get("bits") is not None]):
+            if (group.method, group.variant) in diverged:
+                continue  # the mean over its seeds is unknown
+            if lacking := [key for key in ("val_bits", "lr", "params") if None in group.values(key, group.epochs[-1])]:
+                raise DataError(f"{group.label}: rows without {', '.join(lacking)}")
             spent = {train_flops(group, epoch) for epoch in group.epochs}
             if len(spent) > 1 or None in spent:
                 raise DataError(f"{group.label}: its runs are of different budgets or models; publish them apart")
@@ -103,7 +108,10 @@ def main():
     )
     parser.add_argument("--out", type=Path, help="folder for scaling.png")
     options = parser.parse_args()
-    groups = finished([read_rows(folder / "rows.json") for folder in options.folders])
+    try:
+        groups = finished([read_rows(folder / "rows.json") for folder in options.folders])
+    except DataError as error:
+        parser.error(str(error))
     found = scaling.ends(row for group in groups for run in group.seeds.values() for row in run.values())
     against = {" ".join(filter(None, key)): key for key in found}.get(options.against)
     if against is None:

@@ -132,8 +132,23 @@ def test_a_tokenizer_of_transformers(tmp_path):
     assert splits.train.tokens.tolist() == [1, 2, 1, 0]
     assert splits.test.tokens.tolist() == [1, 3, 0]
     assert (splits.train.size, splits.vocabulary, splits.lossy) == (6, 4, True)  # of "a c" not all is there
-    where = folder(tmp_path / "e", train_txt="a b a", validation_txt="c", test_txt="a b")
+    where = folder(tmp_path / "e", train_txt="a b a", validation_txt="b", test_txt="a b")
     assert not load_text(where, tokenizer=str(tmp_path / "t")).lossy
+    for name, held in (("f", "a c"), ("g", "a\n  b")):  # unknown, or without its spaces, in what is validated on alone
+        where = folder(tmp_path / name, train_txt="a b a", validation_txt=held, test_txt="a b")
+        assert load_text(where, tokenizer=str(tmp_path / "t")).lossy
+
+
+def test_what_else_is_in_a_folder(tmp_path):
+    """Folders and broken links of such a name are passed over, suffixes may be large; another encoding is refused."""
+    where = folder(tmp_path, train_txt="a b a", validation_txt="b", test_txt="a c")
+    (tmp_path / "chapter.txt").mkdir()
+    (tmp_path / "link.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "train-2.TXT").write_text("more", encoding="utf-8-sig")
+    assert load_text(where).train.size == 11
+    (tmp_path / "train-3.txt").write_bytes("Zürich".encode("latin-1"))
+    with pytest.raises(DataError, match=r"train-3.txt: is not UTF-8 .* at byte 1"):
+        load_text(where)
 
 
 def test_pieces_follow_each_other_and_windows_are_the_seeds():

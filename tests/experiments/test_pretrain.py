@@ -223,6 +223,9 @@ def test_what_makes_no_sense_is_one_line(words, tiny, tmp_path, capsys):
         assert message in said and said.startswith("strassen-tile: ") and said.count("\n") == 1
     assert main(command(words, tmp_path / "diverged", methods="dense", lr=1e9, warmup=0, model=tiny)) == 3
     assert "diverged in epoch" in capsys.readouterr().err
+    change = {"methods": "dense", "lr_grid": "1e9,1e8", "warmup": 0, "model": tiny}
+    assert main(command(words, tmp_path / "at every rate", **change)) == 3
+    assert "it diverged at every rate" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="there is no recipe 'other'; there are"):
         text_recipe_of("other")
     with pytest.raises(DataError, match="has no files"):

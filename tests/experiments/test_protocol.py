@@ -154,7 +154,7 @@ def test_what_diverged_at_every_rate_is_left_out_and_said() -> None:
     how = recipe(lr_grid=(1e10, 1e12), methods=("dense", "stl[rank=8]"))
     made = vision.comparison(how, {("dense", ""): 1e10, ("stl", "r=8"): float("nan")})
     assert {run.method for run in made.runs} == {"dense"}
-    assert "stl r=8 is left out: it diverged at every rate of the grid." in made.remarks
+    assert "stl r=8 is left out: it diverged at every rate of the grid." in made.left_out
 
 
 def test_the_seed_that_chooses_rates_is_refused() -> None:

@@ -64,3 +64,7 @@ def test_sizes_of_nearly_one_budget_are_one() -> None:
     )
     assert best_of_each([dear, worse, narrow, wide]) == [narrow, dear]
     assert best_of_each([wide, [Point(106, 1.8)]]) == [wide, [Point(106, 1.8)]]
+
+
+def test_a_loss_that_hardly_falls_takes_endless_flops() -> None:
+    assert fit([Point(1e13, 2.0), Point(1e14, 1.999999)]).flops(1.5) == math.inf

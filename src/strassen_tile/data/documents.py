@@ -38,7 +38,8 @@ def documents(data: str) -> Iterator[tuple[str | None, Document]]:
     if not path.exists():
         raise DataError(f"data={data!r}: no such file or folder; give one, python, python-code, or hub:NAME")
     kinds = (".txt", ".md", ".rst", ".jsonl", ".parquet")
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in kinds)
+    inside = (file for file in path.rglob("*") if file.suffix.lower() in kinds and file.is_file())
+    files = [path] if path.is_file() else sorted(inside)
     if not files:
         raise DataError(f"data={data!r}: has no files that end in {', '.join(kinds)}")
     root = path.parent if path.is_file() else path
@@ -48,17 +49,21 @@ def documents(data: str) -> Iterator[tuple[str | None, Document]]:
 def _of_file(file: Path, name: Path) -> Iterator[tuple[str | None, Document]]:
     part = _said_by(name.as_posix())
     try:
-        if file.suffix == ".parquet":
+        if file.suffix.lower() == ".parquet":
             for number, text in enumerate(_of_parquet(file)):
                 yield part, (f"{name} {number}", text)
-        elif file.suffix == ".jsonl":
+        elif file.suffix.lower() == ".jsonl":
             with opened(file, _MOST_BYTES) as lines:
                 for number, line in enumerate(lines):
                     if line.strip():
                         yield part, (f"{name} {number}", _text_of(json.loads(line), f"line {number + 1}"))
         else:
             with opened(file, _MOST_BYTES) as content:
-                yield part, (name.as_posix(), content.read().decode("utf-8", errors="replace"))
+                yield part, (name.as_posix(), content.read().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file}: is not UTF-8 ({error.reason} at byte {error.start}); convert it, or leave it out"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: cannot be read as text: {error}") from error
 

@@ -25,7 +25,7 @@ LOSSY = (
     "The tokenizer leaves something of the text out (letters that it does not know, capitals), which a model then need not "
     "predict: bits a byte are too few, and compare with those of the same tokenizer alone."
 )
-_LOOKED_AT = 1 << 14  # letters of each test document that tokens are to give back
+_LOOKED_AT = 1 << 18  # letters of each part, and of a document, that tokens are to give back
 _PARTS = ("train", "validation", "test")
 
 
@@ -84,10 +84,11 @@ def load_text(data: str, *, tokenizer: Any = "bytes", limit: int | None = None, 
     tokens_of = _tokens(tokenizer)
     code, kind = ("B", torch.uint8) if tokens_of.vocabulary <= BYTES else ("i", torch.int32)
     parts = {part: array(code) for part in _PARTS}
-    sizes, lossy = dict.fromkeys(_PARTS, 0), False
+    sizes, looked_at, lossy = dict.fromkeys(_PARTS, 0), dict.fromkeys(_PARTS, 0), False
     for side, text in _parted(data, limit):
-        if side == "test":
-            lossy = lossy or not tokens_of.keeps(text[:_LOOKED_AT])
+        if looked_at[side] < _LOOKED_AT and not lossy:
+            lossy = not tokens_of.keeps(text[:_LOOKED_AT])
+            looked_at[side] += len(text)
         parts[side].extend(tokens_of.encode(text))
         parts[side].append(tokens_of.separator)
         sizes[side] += _size(text)
@@ -98,7 +99,8 @@ def load_text(data: str, *, tokenizer: Any = "bytes", limit: int | None = None, 
         if len(tokens) <= context:
             raise DataError(
                 f"{data}: the {part} text has {len(tokens)} tokens, and a piece is {context} and the one after; give more text "
-                "(documents are parted as wholes), or a shorter context"
+                "(documents are parted as wholes; where files are called train or test, others must be called validation), or "
+                "a shorter context"
             )
     digest = hashlib.sha256(b"".join(made[part].numpy().tobytes() for part in _PARTS)).hexdigest()[:16]
     train, validation, test = (Part(made[part], sizes[part]) for part in _PARTS)
@@ -175,9 +177,9 @@ def _tokens(name: Any) -> _Tokens:
         return made(_whole(text), add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
 
     def keeps(text: str) -> bool:
-        """Up to spaces, which many tokenizers put and take."""
+        """Up to a space before it and after, which many tokenizers put or take."""
         back = made.decode(encode(text), clean_up_tokenization_spaces=False)
-        return "".join(back.split()) == "".join(_whole(text).split())
+        return bool(back.strip(" ") == _whole(text).strip(" "))
 
     vocabulary = max([len(made), *(index + 1 for index in made.get_vocab().values())])  # numbers may have gaps
     return _Tokens(encode, vocabulary, separator, keeps)

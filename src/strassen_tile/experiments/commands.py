@@ -107,7 +107,7 @@ def _compared(
     except RankError:
         return 1  # the first process has said why
     world.destroy_process_group()  # not after an error: others may be waiting in the group
-    lines = runner.diverged(compared.runs, out, rows)
+    lines = [*compared.left_out, *runner.diverged(compared.runs, out, rows)]
     if world.is_main_process:
         for line in lines:
             print(f"strassen-tile: {line}", file=sys.stderr)
@@ -116,7 +116,7 @@ def _compared(
 
 def _show(comparison: runner.Comparison, report: _Report, out: Path, console: Console, jobs: int) -> list[Row]:
     """Run a comparison, with what a person sees of it; its rows."""
-    for remark in comparison.remarks:
+    for remark in (*comparison.remarks, *comparison.left_out):
         console.print(remark, soft_wrap=True)
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
@@ -134,7 +134,7 @@ def _show(comparison: runner.Comparison, report: _Report, out: Path, console: Co
 
         def on_end(rows: list[Row]) -> None:
             live.update("")
-            notes = [*comparison.notes, *comparison.remarks, *filter(None, [report.note(rows)])]
+            notes = [*comparison.notes, *comparison.remarks, *comparison.left_out, *filter(None, [report.note(rows)])]
             report.write(out, rows, f"{report.heading}: {comparison.title}", notes)
 
         rows = runner.run(comparison, out, on_rows=on_rows, on_progress=on_progress, on_end=on_end, jobs=jobs)

@@ -91,6 +91,7 @@ class Comparison:
         held: those facts that all rows of a folder must share: digests of what the recipe names by a path, which may change.
         notes: paragraphs of the page: how the runs were made.
         remarks: paragraphs that are shown before training as well: what a user may not expect.
+        left_out: likewise, of entries that diverged at every rate.
     """
 
     title: str
@@ -102,6 +103,7 @@ class Comparison:
     held: frozenset[str] = frozenset()
     notes: Sequence[str] = ()
     remarks: Sequence[str] = ()
+    left_out: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def comparison(recipe: FinetuneRecipe, rates: Rates | None = None) -> runner.Com
     share(recipe.batch_size)
     entries, left_out = rated(recipe, rates or {})
     runs = [_run(recipe, one, seed) for seed in recipe.seeds for one in entries]
-    return replace(_comparison(recipe, _title(recipe), runs), remarks=left_out)
+    return replace(_comparison(recipe, _title(recipe), runs), left_out=left_out)
 
 
 def tuning(recipe: FinetuneRecipe) -> runner.Comparison:

@@ -58,7 +58,7 @@ def comparison(recipe: TextRecipe, rates: Rates | None = None) -> runner.Compari
     splits = _loaded(recipe)
     entries, left_out = rated(recipe, rates or {})
     runs = [_run(recipe, splits, one, seed) for seed in recipe.seeds for one in entries]
-    return replace(_comparison(recipe, splits, _title(recipe), runs), remarks=left_out)
+    return replace(_comparison(recipe, splits, _title(recipe), runs), left_out=left_out)
 
 
 def tuning(recipe: TextRecipe) -> runner.Comparison:
@@ -128,14 +128,14 @@ def _comparison(recipe: TextRecipe, splits: TextSplits, title: str, runs: Sequen
             "model": recipe.model,
             "context": recipe.context,
             "tokenizer": recipe.tokenizer,
+            "text": splits.digest,
             "train_bytes": splits.train.size,
             "val_bytes": splits.validation.size,
             "test_bytes": splits.test.size,
-            "text": splits.digest,
             "architecture": architecture(recipe.model),
             "precision": recipe.precision,
         },
-        held=frozenset({"text", "architecture"}),
+        held=frozenset({"text", "architecture", "train_bytes", "val_bytes", "test_bytes"}),
         notes=_notes(recipe, splits),
     )
 

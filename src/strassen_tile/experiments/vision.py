@@ -52,7 +52,7 @@ def comparison(recipe: Recipe, rates: Rates | None = None) -> runner.Comparison:
     entries, left_out = rated(recipe, rates or {})
     runs = [_run(recipe, splits, one, seed) for seed in recipe.seeds for one in entries]
     found = _comparison(recipe, splits, f"{recipe.model} on {recipe.data}, {epochs(recipe)}", runs)
-    return replace(found, remarks=[*found.remarks, *left_out])
+    return replace(found, left_out=left_out)
 
 
 def tuning(recipe: Recipe) -> runner.Comparison:

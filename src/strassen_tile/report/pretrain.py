@@ -89,6 +89,10 @@ def caption(summary: Sequence[Mapping[str, Value]]) -> str:
         edge = [_name(r) for r in summary if r.get("tuned") and _at_edge(r)]
         if edge:
             said.append(f"At an end of that grid, so that another might be better: {', '.join(edge)}.")
+    most = max(number(record, "layers_converted") or 0 for record in summary)
+    if fewer := [r for r in summary if 0 < (number(r, "layers_converted") or 0) < most]:
+        some = "; ".join(f"{_name(r)} {number(r, 'layers_converted'):.0f}" for r in fewer)
+        said.append(f"Not all layers could be converted: of {most:.0f} {some}; the others are dense.")
     return " ".join(said)
 
 

@@ -19,6 +19,7 @@ from strassen_tile.report.table import number
 
 DRAWS = 1000
 _NEAR = 1.05
+_LARGEST = 700.0  # of which e to the power is a float
 
 
 class Point(NamedTuple):
@@ -40,7 +41,8 @@ class Law(NamedTuple):
 
     def flops(self, bits: float) -> float:
         """The budget of a loss; infinite where loss does not fall."""
-        return math.exp((self.alpha - math.log(bits)) / self.beta) if self.beta > 0 else math.inf
+        power = (self.alpha - math.log(bits)) / self.beta if self.beta > 0 else math.inf
+        return math.exp(power) if power < _LARGEST else math.inf
 
 
 class Saving(NamedTuple):
