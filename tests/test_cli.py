@@ -217,7 +217,11 @@ def test_a_missing_package_is_named_with_its_extra(package, extra, command, caps
 
 @pytest.mark.parametrize(
     ("package", "command"),
-    [("rich", BENCH), ("sklearn", COMPARE), ("transformers", ["plan", str(Path(__file__).parent)])],
+    [
+        ("rich", BENCH),
+        pytest.param("sklearn", COMPARE, marks=pytest.mark.slow),
+        ("transformers", ["plan", str(Path(__file__).parent)]),
+    ],
 )
 def test_without_a_package_the_command_starts_and_says_so(package, command, tmp_path) -> None:
     command = [sys.executable, "-c", HIDE, package, *command, "--out", str(tmp_path / "out")]

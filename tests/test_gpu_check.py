@@ -63,6 +63,7 @@ def test_dry_run_with_torch_and_triton_alone(tmp_path) -> None:
     assert not (tmp_path / "plot.png").exists(), "matplotlib was to be missing"
 
 
+@pytest.mark.slow
 def test_a_check_that_fails_or_never_ends_is_said(tmp_path) -> None:
     """An error that is no number is not below what is allowed; of a process that dies, its part of the checks is missing."""
     program = "import sys; sys.path.insert(0, {!r}); sys.argv = {!r}; import gpu_check as g; {}; g.main()"

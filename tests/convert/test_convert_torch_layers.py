@@ -89,6 +89,7 @@ def test_t2t_vit_blocks():
     assert all(p.grad.abs().sum() > 0 for m in done.converted.values() for p in m.parameters())
 
 
+@pytest.mark.slow
 def test_t2t_vit_without_a_filter_leaves_its_head():
     model = models.t2t_vit("t2t_vit_nano", num_classes=10, image_size=8, in_channels=1).double()
     done = convert(model, SEQUENCE, example_inputs=torch.randn(2, 1, 8, 8, dtype=torch.float64))

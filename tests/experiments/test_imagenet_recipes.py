@@ -197,6 +197,7 @@ def test_a_checkpoint_that_is_none_is_one_line_and_nothing_written(tmp_path, pho
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_token_modules_layers_on_request(photographs) -> None:
     splits = load_images(photographs, image_size=8)
     layers = {}

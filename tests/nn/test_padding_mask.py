@@ -317,7 +317,7 @@ def test_compiles_with_the_mask():
     torch.testing.assert_close(compiled(X), model(X))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_model_refuses_padding_on_the_left_and_follows_a_with(backend):
     torch._dynamo.reset()
     model = attached()

@@ -106,7 +106,7 @@ def check_past(module_name: str, given: Mapping[str, Any]) -> None:
 def check_one_sequence(arguments: Mapping[str, Any], real: Tensor | None) -> None:
     """Raise ShapeError if the arguments of a model say that a row of its batch holds several documents.
 
-    They say so by `position_ids` that start anew, by boundaries of more than one, or by `seq_idx` that changes.
+    They say so by `position_ids` that start anew or jump, by boundaries of more than one, or by `seq_idx` that changes.
     """
     for name in _BOUNDARIES:
         ends = arguments.get(name)
@@ -119,14 +119,15 @@ def check_one_sequence(arguments: Mapping[str, Any], real: Tensor | None) -> Non
         if real is not None and real.shape[1] == goes_on.shape[1] + 1:
             goes_on = goes_on | ~real[:, 1:]
         _require(
-            goes_on.all(), PACKED.format(how=f"{name} starts anew" if name == "position_ids" else f"{name} changes")
+            goes_on.all(),
+            PACKED.format(how=f"{name} starts anew or jumps" if name == "position_ids" else f"{name} changes"),
         )
 
 
 def documents_of(arguments: Mapping[str, Any]) -> Tensor | None:
     """Numbers (B, N) of the documents that rows are of, as the arguments of a model say it; None where they name no borders.
 
-    They say so by `seq_idx` that changes, `position_ids` that start anew, or, for a batch of one, boundaries.
+    They say so by `seq_idx` that changes, `position_ids` that start anew or jump, or, for a batch of one, boundaries.
     """
     for name in _POSITIONS:
         goes_on = _goes_on(name, arguments.get(name))
