@@ -139,6 +139,7 @@ def test_fused_encoder_layer_is_counted():
     assert cost.dense_flops == 2 * LINEAR + attention
 
 
+@pytest.mark.slow
 def test_t2t_vit():
     x = torch.randn(2, 1, 8, 8)
     model = models.t2t_vit("t2t_vit_nano", num_classes=10, image_size=8, in_channels=1)

@@ -133,7 +133,8 @@ def test_decoder_of_an_encoder_decoder_model_keeps_its_rows_apart():
     assert len(done.converted) == 12 + len(reads)
     assert sees_the_future(lambda ids: model(IDS, decoder_input_ids=ids).logits) == []
     model = t5()
-    convert(model, SEQUENCE, example_inputs=examples, force_mixing=["decoder.*"])
+    first = lambda module, name: name.startswith("decoder.block.0")  # noqa: E731 - enough to see it
+    convert(model, SEQUENCE, example_inputs=examples, filter_fn=first, force_mixing=["decoder.*"])
     assert sees_the_future(lambda ids: model(IDS, decoder_input_ids=ids).logits) != []
 
 

@@ -70,6 +70,7 @@ def test_decoders_are_left_dense_where_their_rows_must_not_meet():
     assert model(X, X[:, :3]).shape == (2, 3, 8)
 
 
+@pytest.mark.slow
 def test_t2t_vit_blocks():
     model = models.t2t_vit("t2t_vit_nano", num_classes=10, image_size=8, in_channels=1).double().eval()
     pixels = torch.randn(3, 1, 8, 8, dtype=torch.float64)

@@ -93,6 +93,7 @@ def test_an_interrupted_comparison_goes_on_as_if_it_had_not_been(tmp_path) -> No
     assert parts[0]["train_seconds"] == kept[0]["train_seconds"]  # the finished run was not touched
 
 
+@pytest.mark.slow
 def test_two_settings_of_one_rank_in_one_command(tmp_path, capsys) -> None:
     """They were one run, whose rows replaced each other."""
     methods = "dense,stl,stl[rank=8,mixing=none,tile=1x4x4],stl[encoder_scope=tile]"

@@ -168,7 +168,9 @@ def test_a_published_checkpoint_loads_and_may_have_other_classes_and_images(tmp_
         assert torch.equal(value, (before if key in kept else state)[key]), key
 
 
-@pytest.mark.parametrize("name", ["t2t_vit_nano", pytest.param("t2t_vit_7", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [pytest.param("t2t_vit_nano", marks=pytest.mark.slow), pytest.param("t2t_vit_7", marks=pytest.mark.slow)]
+)
 def test_a_published_checkpoint_converts_and_fine_tunes(tmp_path, photographs, name) -> None:
     state = published(tmp_path / "71.7_T2T_ViT.pth.tar", name)
     start = (f"model={name}", f"checkpoint={tmp_path / '71.7_T2T_ViT.pth.tar'}", "qk_scale=0.0625", *LIGHT)

@@ -253,7 +253,8 @@ def _fails(task, send) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "error"), [("raise", ConfigError), pytest.param("die", JobError, marks=pytest.mark.slow)]
+    ("task", "error"),
+    [pytest.param("raise", ConfigError, marks=pytest.mark.slow), pytest.param("die", JobError, marks=pytest.mark.slow)],
 )
 def test_what_stops_a_job_stops_all_and_is_said(task, error) -> None:
     seen = []

@@ -141,7 +141,7 @@ def call(model, inputs):
     return y if isinstance(y, torch.Tensor) else y[0]
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_siglip, tiny_t2t])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_siglip, pytest.param(tiny_t2t, marks=pytest.mark.slow)])
 def test_a_converted_model_computes_learns_and_saves_as_before(make, fusions):
     model, inputs, config, count = make()
     model.double().eval()

@@ -19,6 +19,7 @@ def blocks(page: str) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL))
 
 
+@pytest.mark.slow
 def test_your_own_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split()]))

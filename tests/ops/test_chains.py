@@ -62,7 +62,7 @@ def test_value_and_gradients(kind: str, gated: bool) -> None:
 
 
 @pytest.mark.parametrize("other", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("learning", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_opcheck(learning: bool, other: bool) -> None:
     """Each norm gated or not; what the other case is not, the slow one is."""
     for kind, gated in (("none", not other), ("layer", other), ("rms", not other)):
