@@ -174,8 +174,8 @@ def test_what_amm_compares_is_timed() -> None:
     assert [(row["method"], row["rank"]) for row in rows if row["k"] == 64] == each
     assert speed.row_count(shapes, ranks, ("forward", "step"), methods) == len(rows)
     assert {row["pass"] for row in rows} == {"forward"}
-    small = speed.left_out([(16, 16, 16)], [8], ("forward",), ("hadamard", "stl"))
-    assert small == ["hadamard is not timed at 16x16x16: the FLOPs pay for nothing, or the sides do not fit."]
+    small = speed.left_out([(16, 16, 16)], [8, 24], ("forward",), ("hadamard", "stl"))  # of 24 it is timed
+    assert small == ["hadamard is not timed at 16x16x16, r = 8: the FLOPs pay for nothing, or the sides do not fit."]
 
 
 def test_two_of_four_is_not_timed_where_it_means_nothing() -> None:

@@ -138,11 +138,12 @@ def left_out(
 ) -> list[str]:  # fmt: skip
     """What was asked for and is not timed, and why."""
     reasons: dict[str, dict[str, None]] = {}
-    for shape in shapes:
-        found = {each.name: each for each in at_ranks(methods, [STLConfig(tile=tile, rank=r) for r in ranks], shape)}
+    for shape, rank in itertools.product(shapes, ranks):
+        found = {each.name: each for each in at_ranks(methods, [STLConfig(tile=tile, rank=rank)], shape)}
         for name in methods:
             if name not in found:
-                why = f"not timed at {'x'.join(map(str, shape))}: the FLOPs pay for nothing, or the sides do not fit"
+                size = "x".join(map(str, shape))
+                why = f"not timed at {size}, r = {rank}: the FLOPs pay for nothing, or the sides do not fit"
                 reasons.setdefault(why, {})[name] = None
             elif "step" in passes and found[name].forward_only:
                 reasons.setdefault(f"not timed in a step: {found[name].forward_only}", {})[name] = None
