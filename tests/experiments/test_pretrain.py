@@ -213,6 +213,10 @@ def test_what_makes_no_sense_is_one_line(words, tiny, tmp_path, capsys):
         ({"model": "llama-9x"}, "there is no model 'llama-9x'; there are llama-1m"),
         ({"init_range": 2}, "init_range must be above 0"),
         ({"methods": "dense[width=48]"}, "width must be a multiple of 32, the width of a head"),
+        (
+            {"methods": "dense,stl[rank=24,mixing=sequence]"},
+            "methods: stl r=24: nothing to convert",
+        ),
         ({"data": "nowhere"}, "no such file or folder"),
         ({"context": 100_000}, "and a piece is 100000"),
         ({"methods": "stl[rank=24,mixing=sequence]", "model": tiny}, "mixing its rows would make"),

@@ -18,6 +18,7 @@ from torch import nn
 from strassen_tile import baselines
 from strassen_tile.convert import Conversion
 from strassen_tile.data.text import LOSSY, TextSplits, load_text
+from strassen_tile.errors import ConfigError, STLError
 from strassen_tile.experiments import runner
 from strassen_tile.experiments.costs import against, cost_fields
 from strassen_tile.experiments.entries import Compared
@@ -25,6 +26,7 @@ from strassen_tile.experiments.rates import TUNING_SEED, Entry, Rates, rated, ru
 from strassen_tile.experiments.rates import compare as rates_first
 from strassen_tile.experiments.settings import settings_of, shortest
 from strassen_tile.experiments.text_recipe import TextRecipe
+from strassen_tile.integrations.decoders import MODELS
 from strassen_tile.integrations.ranks import share
 from strassen_tile.integrations.training import resolved_precision
 from strassen_tile.nn import normalise_weights, zero_last
@@ -52,7 +54,7 @@ def comparison(recipe: TextRecipe, rates: Rates | None = None) -> runner.Compari
         rates: learning rates, of `best_rates`, for the methods whose entries name none.
 
     Raises:
-        ConfigError: the recipe's batch cannot be shared by the processes there are, or a network cannot be made.
+        ConfigError: the recipe's batch cannot be shared by the processes there are, or a network cannot be made or converted.
         DataError: the text cannot be read, or is too short.
     """
     splits = _loaded(recipe)
@@ -68,8 +70,14 @@ def tuning(recipe: TextRecipe) -> runner.Comparison:
     return _comparison(recipe, splits, f"Learning rates: {_title(recipe)}", runs)
 
 
-def network(recipe: TextRecipe, vocabulary: int, width: int | None = None) -> nn.Module:
+def network(recipe: TextRecipe, vocabulary: int, width: int | None = None, blocks: int | None = None) -> nn.Module:
     """The dense network, with weights from torch's global generator.
+
+    Args:
+        recipe: which, and how it starts.
+        vocabulary: tokens there are.
+        width: of a token, where it is not the model's own.
+        blocks: there are, where they are not as many as the model's own.
 
     Raises:
         ConfigError: there is none of that name or width.
@@ -77,14 +85,21 @@ def network(recipe: TextRecipe, vocabulary: int, width: int | None = None) -> nn
     from strassen_tile.integrations.decoders import decoder  # late: transformers takes seconds
 
     return decoder(
-        recipe.model, vocabulary=vocabulary, context=recipe.context, width=width, init_range=recipe.init_range
+        recipe.model,
+        vocabulary=vocabulary,
+        context=recipe.context,
+        width=width,
+        blocks=blocks,
+        init_range=recipe.init_range,
     )
 
 
-def build(recipe: TextRecipe, vocabulary: int, one: Compared, seed: int) -> tuple[nn.Module, Conversion]:
-    """The network of `recipe` with the weights of `seed`, as the method has it."""
+def build(
+    recipe: TextRecipe, vocabulary: int, one: Compared, seed: int, blocks: int | None = None
+) -> tuple[nn.Module, Conversion]:
+    """The network of `recipe` with the weights of `seed`, as the method has it; of so many `blocks`, or of the model's own."""
     torch.manual_seed(seed)
-    model = network(recipe, vocabulary, one.width)
+    model = network(recipe, vocabulary, one.width, blocks)
     conversion = one.method.apply(model, {"input_ids": _tokens(vocabulary, *_EXAMPLE)}, in_blocks)
     if one.zero_last:
         zero_last(model, _LAST_OF_BRANCHES)
@@ -100,10 +115,22 @@ def _tokens(vocabulary: int, samples: int, rows: int) -> torch.Tensor:
 def _loaded(recipe: TextRecipe) -> TextSplits:
     share(recipe.batch_size)
     splits = load_text(recipe.data, tokenizer=recipe.tokenizer, limit=recipe.limit, context=recipe.context)
-    for width in dict.fromkeys(one.width for one in recipe.roster()):  # before anything is written or trained
-        with torch.device("meta"):
-            network(recipe, splits.vocabulary, width)
+    _check_methods(recipe, splits.vocabulary)
     return splits
+
+
+def _check_methods(recipe: TextRecipe, vocabulary: int) -> None:
+    """Try every method on a network of one block, before anything is written or trained; a config of one's own is only made."""
+    if recipe.model not in MODELS:
+        for width in {one.width for one in recipe.roster()}:
+            with torch.device("meta"):
+                network(recipe, vocabulary, width)
+        return
+    for one in recipe.roster():
+        try:
+            build(recipe, vocabulary, one, 0, blocks=1)
+        except STLError as error:
+            raise ConfigError(f"methods: {' '.join(filter(None, one.key))}: {error}") from error
 
 
 def _title(recipe: TextRecipe) -> str:

@@ -51,7 +51,13 @@ def architecture(model: str) -> str:
 
 
 def decoder(
-    model: str, *, vocabulary: int, context: int, width: int | None = None, init_range: float | None = None
+    model: str,
+    *,
+    vocabulary: int,
+    context: int,
+    width: int | None = None,
+    blocks: int | None = None,
+    init_range: float | None = None,
 ) -> nn.Module:
     """A causal language model with weights from torch's global generator.
 
@@ -60,16 +66,18 @@ def decoder(
         vocabulary: tokens there are.
         context: tokens that a sequence has at most.
         width: of a token, where it is not the model's own; heads keep theirs, so that it is a multiple of that.
+        blocks: there are, where they are not as many as the model's own.
         init_range: standard deviation of the weights at the start; None: the family's (0.02).
 
     Raises:
-        ConfigError: no such model, or a width that its heads do not divide.
+        ConfigError: no such model, a width that its heads do not divide, or width or blocks for a config file.
     """
     from transformers import AutoModelForCausalLM
 
-    config = _from_file(model) if model not in _SIZES else _config(model, width)
-    if model not in _SIZES and width is not None:
-        raise ConfigError(f"width={width} is for models by name ({', '.join(MODELS)}); change it in {model}")
+    for said, value in {"width": width, "blocks": blocks}.items():
+        if model not in _SIZES and value is not None:
+            raise ConfigError(f"{said}={value} is for models by name ({', '.join(MODELS)}); change it in {model}")
+    config = _from_file(model) if model not in _SIZES else _config(model, width, blocks)
     config.vocab_size, config.use_cache = vocabulary, False
     config.max_position_embeddings = max(
         context, getattr(config, "max_position_embeddings", 0) if model not in _SIZES else 0
@@ -84,7 +92,7 @@ def decoder(
     return made
 
 
-def _config(model: str, width: int | None) -> Any:
+def _config(model: str, width: int | None, blocks: int | None) -> Any:
     import transformers as hf
 
     size = _SIZES[model]
@@ -94,7 +102,7 @@ def _config(model: str, width: int | None) -> Any:
     heads = width // size.head
     sizes = {
         "hidden_size": width,
-        "num_hidden_layers": size.blocks,
+        "num_hidden_layers": size.blocks if blocks is None else blocks,
         "num_attention_heads": heads,
         "intermediate_size": 16 * round(width * size.mlp / 16),
     }
