@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import checkpoint
 
 from strassen_tile.errors import ShapeError
+from strassen_tile.nn.frames import checkpoint_of, frames, in_backward, in_compiled
 from strassen_tile.nn.past import Kept, Key
 
 UNCLEAR = (
@@ -107,8 +107,8 @@ def live(key: str) -> Call | None:
     """The innermost call, once those that were broken off are dropped. Not while tracing."""
     stack = _thread.stack
     if stack:
-        running = {id(frame) for frame in _frames()}  # a list of them, held by one, would keep what each holds
-        compiled = any(call.frame is None for call in stack) and _compiled()
+        running = {id(frame) for frame in frames()}  # a list of them, held by one, would keep what each holds
+        compiled = any(call.frame is None for call in stack) and in_compiled()
         stack[:] = [call for call in stack if (compiled if call.frame is None else id(call.frame) in running)]
     return top(key)
 
@@ -142,15 +142,10 @@ def let_go(key: str, real: Tensor) -> None:
 def anchor(key: str) -> FrameType | None:
     """The frame that a `with` opened here lies in: of the innermost call, or of a checkpoint inside it; None outside both."""
     call = live(key)
-    for frame in _frames():
-        if (call is not None and frame is call.frame) or _checkpoint(frame) is not None:
+    for frame in frames():
+        if (call is not None and frame is call.frame) or checkpoint_of(frame) is not None:
             return frame
     return None
-
-
-def in_backward() -> bool:
-    """Whether this thread runs a backward pass."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def resolve(key: str, traced: bool) -> Tensor | None:
@@ -165,11 +160,11 @@ def resolve(key: str, traced: bool) -> Tensor | None:
     """
     call = top(key)
     checkpoints: list[Any] = []  # between the layer and its call
-    for frame in _frames():
+    for frame in frames():
         if call is not None and frame is call.frame:
             real = rows(call)
             break
-        found = _checkpoint(frame)
+        found = checkpoint_of(frame)
         if found is not None and found.again:
             recorded = vars(found.kept).get(_RECORD, {})
             real = recorded.get(key, held(key))
@@ -215,49 +210,4 @@ def _elsewhere(key: str) -> bool:
         if stack and thread != threading.get_ident()
     }
     top = sys._current_frames() if any(masked.values()) else {}
-    return any(id(frame) in masked[thread] for thread in masked.keys() & top.keys() for frame in _frames(top[thread]))
-
-
-class _Found(NamedTuple):
-    kept: Any  # what torch keeps for the checkpoint until its backward pass is over
-    again: bool  # whether it runs again
-
-
-def _checkpoint(frame: FrameType) -> _Found | None:
-    """The checkpoint whose function `frame` runs, for the first time or again."""
-    code = frame.f_code
-    if code.co_filename != checkpoint.__file__:
-        return None
-    if code.co_name in ("forward", "backward"):  # of CheckpointFunction, reentrant
-        kept = frame.f_locals.get("ctx")
-    elif code.co_name == "unpack_hook":
-        kept = frame.f_locals.get("frame")
-    elif code.co_name == "checkpoint" and "gen" in frame.f_locals:
-        kept = frame.f_locals["gen"].gi_frame.f_locals.get("new_frame")
-    else:
-        return None
-    return None if kept is None else _Found(kept, code.co_name in ("backward", "unpack_hook"))
-
-
-def _frames(frame: FrameType | None = None) -> Iterator[FrameType]:
-    """`frame` and those that wait for it; by default of the caller."""
-    frame = frame or sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _compiled() -> bool:
-    from torch._dynamo.convert_frame import output_codes  # slow to import, and loaded where something is compiled
-
-    return any(frame.f_code in output_codes for frame in _frames())
-
-
-def run_as_it_stands(function: Callable[..., object]) -> None:
-    """Keep `torch.compile` from making a graph of `function` alone; called in a graph, it is part of that.
-
-    It runs the hooks of a compiled model outside its graph, and would compile each, anew for every model.
-    """
-    dynamo = torch._C._dynamo.eval_frame
-    skip = dynamo._FrameAction.SKIP
-    dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
+    return any(id(frame) in masked[thread] for thread in masked.keys() & top.keys() for frame in frames(top[thread]))

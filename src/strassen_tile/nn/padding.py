@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from strassen_tile.errors import ShapeError
-from strassen_tile.nn import calls, past
+from strassen_tile.nn import calls, frames, past
 from strassen_tile.nn.asking import ask, check_describes
 from strassen_tile.nn.calls import Call
 from strassen_tile.nn.direct import Direct
@@ -214,7 +214,7 @@ class PaddingMask:
 
     def _enter(self, takes: Takes, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         compiling = torch.compiler.is_dynamo_compiling()
-        if takes.part and (compiling or calls.top(self._key) is not None or calls.in_backward()):
+        if takes.part and (compiling or calls.top(self._key) is not None or frames.in_backward()):
             return  # of a call that said what is padding
         outer = calls.top(self._key) if compiling else calls.live(self._key)
         given = {name: args[at] for name, at in takes.positions.items() if at < len(args)} | kwargs
@@ -255,4 +255,4 @@ def _followed(module: nn.Module) -> bool:
 
 
 for _hook in (PaddingMask._enter, PaddingMask._leave):
-    calls.run_as_it_stands(_hook)
+    frames.run_as_it_stands(_hook)

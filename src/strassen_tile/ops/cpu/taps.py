@@ -9,18 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from strassen_tile.ops.cpu.tiles import TYPES
+
 try:  # after torch, whose OpenMP runtime it uses
     from strassen_tile.ops.cpu import _taps
 except ImportError:  # built without a compiler
     _taps = None  # type: ignore[assignment]
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _PARALLEL_FROM = 1 << 16  # numbers; fewer are done before a second thread has woken
 
 
 def supports(*matrices: Tensor) -> bool:
     """Whether the kernels take matrices (B, N, K) of this dtype."""
-    return _taps is not None and all(m.dtype in _TYPES and m.is_cpu and m.numel() > 0 for m in matrices)
+    return _taps is not None and all(m.dtype in TYPES and m.is_cpu and m.numel() > 0 for m in matrices)
 
 
 def convolve(x: Tensor, weight: Tensor, before: int, residual: bool) -> Tensor:
@@ -46,5 +47,5 @@ def _threads(x: Tensor) -> int:
 
 def _call(step: str, x: Tensor, second: int, to: int, taps: int, before: int, residual: bool, threads: int) -> None:
     batch, rows, columns = x.shape
-    kind = _TYPES[x.dtype]
+    kind = TYPES[x.dtype]
     _taps.call(step, x.data_ptr(), second, to, rows, columns, batch * rows, taps, before, residual, kind, threads)

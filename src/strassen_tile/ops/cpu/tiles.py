@@ -22,7 +22,7 @@ try:  # after torch, whose OpenMP runtime it uses
 except ImportError:  # built without a compiler: `eager` serves
     _kernels = None  # type: ignore[assignment]
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+TYPES = {torch.float32: 0, torch.bfloat16: 1}  # as the compiled kernels number them
 _LANES = 16
 _PARALLEL_FROM = 1 << 14  # tiles; fewer are done before a second thread has woken
 
@@ -96,7 +96,7 @@ def correlation_total(sums: Tensor, factor: Sequence[int]) -> Tensor:
 
 def supports(matrix: Tensor, factor: Sequence[int]) -> bool:
     """Whether the kernels take a matrix of this dtype with a factor of this shape, one a layer or one a column tile."""
-    if _kernels is None or len(factor) not in (3, 4) or matrix.dtype not in _TYPES:
+    if _kernels is None or len(factor) not in (3, 4) or matrix.dtype not in TYPES:
         return False
     r, p, q = factor[-3:]
     return r > 0 and p > 0 and q in (1, 2, 4, 8) and p * q <= 64
@@ -178,7 +178,7 @@ def call(
         r,
         p,
         q,
-        _TYPES[matrix.dtype],
+        TYPES[matrix.dtype],
         torch.get_num_threads() if total * tiles >= _PARALLEL_FROM else 1,
     )
 
