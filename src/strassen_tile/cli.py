@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.set_defaults(goes_on=False)  # where it was interrupted, if it is repeated
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_comparisons(commands)
+    _add_export(commands)
     _add_bench(commands)
     _add_plan(commands)
     add_basis(commands)
@@ -135,6 +136,19 @@ def _add_comparisons(commands: Commands) -> None:
         "it is worth before and after beside FLOPs.",
         "decoder, encoder, or a TOML with the options below (default: by model)",
     )
+
+
+def _add_export(commands: Commands) -> None:
+    command = commands.add_parser(
+        "export",
+        help="make a folder for from_pretrained of a saved run of pretrain or finetune",
+        description="Write the trained model of a run, and its tokenizer, as a folder for transformers' from_pretrained: "
+        "dense, 2:4 (as zeros) or STL, which needs `import strassen_tile`.",
+    )
+    add = command.add_argument
+    add("weights", type=folder, help="a file of models/ that a command with --save left")
+    add("--out", type=folder, required=True, help="the folder to make")
+    command.set_defaults(module="exporting", run="run_export", extra="language")
 
 
 def _add_bench(commands: Commands) -> None:

@@ -20,17 +20,19 @@ import strassen_tile as st
 from strassen_tile import baselines
 from strassen_tile.cli import main
 from strassen_tile.errors import ConfigError, DataError
-from strassen_tile.experiments import leak
+from strassen_tile.experiments import leak, sensitivity
 from strassen_tile.experiments.cheaper import build
+from strassen_tile.experiments.entries import Compared
 from strassen_tile.experiments.finetune_recipe import RECIPES, finetune_recipe_of
 from strassen_tile.experiments.log import RunLog
 from strassen_tile.experiments.material import material
-from strassen_tile.experiments.saved import load_run
+from strassen_tile.experiments.saved import load_model, load_run
 from strassen_tile.integrations.fitting import measure
 from strassen_tile.integrations.guide import Guide
 from strassen_tile.integrations.pretrained import pretrained
 from strassen_tile.integrations.sentences import passages_of
 
+MAGNITUDE = Compared(baselines.sparse_24("magnitude"), "")
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 SENTENCES = (
     "The cat sat on the mat and slept for hours.",
@@ -122,9 +124,9 @@ def test_rows_say_what_each_model_is_worth_before_and_after(llama, text, tmp_pat
         return float(nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()))
 
     for one, row in zip(how.roster(), rows.values(), strict=True):
-        model, _ = build(how, one.method, 0)
+        model, _ = build(how, one, 0)
         assert row["before_loss"] == pytest.approx(loss(model), abs=1e-5)
-        model, _ = build(how, one.method, 0)
+        model, _ = build(how, one, 0)
         (path,) = (tmp_path / "models").glob(f"{one.method.name.replace(':', '')}*.safetensors")
         model.load_state_dict(load_file(path))
         assert row["loss"] == pytest.approx(loss(model), abs=1e-5)
@@ -199,7 +201,7 @@ def test_in_order_each_block_is_fitted_to_what_the_one_before_hands_on(llama, te
     models = {}
     for in_order in ("false", "true"):
         how = recipe(llama, text, methods=methods, in_order=in_order)
-        models[in_order], conversion = build(how, how.roster()[0].method, 0)
+        models[in_order], conversion = build(how, how.roster()[0], 0)
         assert len(conversion.converted) == 14
         assert set(conversion.skipped) == {"lm_head"}
     one, other = (models[which].model.layers for which in ("false", "true"))
@@ -215,7 +217,7 @@ def test_what_is_distilled_from_itself_does_not_move(llama, text, tmp_path):
     assert row["train_loss"] == pytest.approx(0, abs=1e-5)
     task = material(recipe(llama, text, distill=0.5)).task(0)
     wrapped, batch = task.wrap(pretrained(llama).model, None).train(), task.collate([task.train[0], task.train[1]])
-    other = task.wrap(build(recipe(llama, text), baselines.sparse_24("magnitude"), 0)[0], None).train()
+    other = task.wrap(build(recipe(llama, text), MAGNITUDE, 0)[0], None).train()
     outputs = other(batch["input_ids"])
     found = task.loss(outputs, batch["labels"], batch["labels"].numel())
     with torch.no_grad():
@@ -229,16 +231,16 @@ def test_what_is_distilled_from_itself_does_not_move(llama, text, tmp_path):
 def test_what_suffers_most_for_what_it_saves_is_left_dense(llama, text):
     methods = "2:4[criterion=magnitude]"
     how = recipe(llama, text, methods=methods)
-    method, work = how.roster()[0].method, material(how)
+    one, work = how.roster()[0], material(how)
     alone = {}
     for block in ("model.layers.0.", "model.layers.1."):
-        model, conversion = build(how, method, 0)
+        model, conversion = build(how, one, 0)
         others = [name for name in conversion.converted if not name.startswith(block)]
         for name in others:
             model.set_submodule(name, copy.deepcopy(work.model.get_submodule(name)))
         alone[block] = measure(model, work.task(0), 2, "", validation=True)["loss"]
     worst = max(alone, key=alone.__getitem__)
-    model, conversion = build(recipe(llama, text, methods=methods, fewer=1.1), method, 0)
+    model, conversion = build(recipe(llama, text, methods=methods, fewer=1.1), one, 0)
     linear = {name for name, module in work.model.named_modules() if isinstance(module, nn.Linear)}
     assert set(conversion.skipped) == {name for name in linear if name.startswith((worst, "lm_head"))}
     for name, layer in conversion.converted.items():
@@ -249,13 +251,50 @@ def test_what_suffers_most_for_what_it_saves_is_left_dense(llama, text):
         assert type(model.get_submodule(name)) is nn.Linear
     assert baselines.model_cost(model, conversion, work.unit).flop_ratio < 1 / 1.1
     with pytest.raises(ConfigError, match=r"with every block converted the model has 1\.\d+× fewer FLOPs"):
-        build(recipe(llama, text, methods=methods, fewer=3), method, 0)
+        build(recipe(llama, text, methods=methods, fewer=3), one, 0)
+
+
+def test_every_block_takes_the_rank_that_costs_least_for_what_it_saves(llama, text):
+    entry = "stl[tile=1x4x4,mixing=none,init=random,weight_start=fit,among=4/12,rounds=0]"
+    how = recipe(llama, text, methods=entry, fewer=1.2)
+    model, conversion = build(how, how.roster()[0], 0)
+    ranks = {}
+    for name, layer in conversion.converted.items():
+        assert model.get_submodule(name) is layer
+        ranks.setdefault(name.split(".")[2], set()).add(layer.config.rank)
+    assert all(len(found) == 1 and found <= {4, 12} for found in ranks.values())
+    work = material(how)
+    assert baselines.model_cost(model, conversion, work.unit).flop_ratio <= 1 / 1.2
+    for name in conversion.skipped:
+        assert torch.equal(model.get_submodule(name).weight, work.model.get_submodule(name).weight)
+    # At the most that there is to save every block has the smaller rank.
+    most = recipe(llama, text, methods=entry.replace("among=4/12", "rank=4"))
+    cost = baselines.model_cost(*build(most, most.roster()[0], 0), work.unit)
+    whole = recipe(llama, text, methods=entry, fewer=cost.dense_flops / cost.flops - 1e-6)
+    _, conversion = build(whole, whole.roster()[0], 0)
+    assert len(conversion.converted) == 14
+    assert {layer.config.rank for layer in conversion.converted.values()} == {4}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "taken"),
+    [
+        (0, {}),
+        (10, {"a": 0}),  # 0.1 a FLOP, as b's first way; a's second is 0.15
+        (12, {"a": 0, "b": 0}),
+        (25, {"a": 1, "b": 0}),  # 2 more for 10 FLOPs, where b asks 3.5 for 15
+        (40, {"a": 1, "b": 1}),
+    ],
+)
+def test_ways_are_taken_in_the_order_of_their_price(wanted, taken):
+    options = {"a": [(10, {}), (20, {})], "b": [(5, {}), (20, {})]}
+    assert sensitivity._taken({"a": [1.0, 3.0], "b": [0.5, 4.0]}, options, wanted) == taken
 
 
 def test_a_guide_gives_the_dense_output_at_first_and_nothing_at_last(llama, text):
     how = recipe(llama, text)
     dense = pretrained(llama).model
-    model, conversion = build(how, baselines.sparse_24("magnitude"), 0)
+    model, conversion = build(how, MAGNITUDE, 0)
     tokens = material(how).unit["input_ids"]
     with torch.no_grad():
         own, wanted = model(tokens).logits, dense(tokens).logits
@@ -296,6 +335,22 @@ def test_a_run_that_is_guided_and_saved_comes_back(llama, text, tmp_path):
     )
     assert not any(row["check_mixing"] for row in rows)
     assert run.decode(run.encode("The cat sat")) == "The cat sat"
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_run_becomes_a_folder_with_its_tokenizer(llama, bert, text, tmp_path, kind):
+    model, methods = (llama, "2:4[criterion=wanda]") if kind == "decoder" else (bert, "stl[rank=24]")
+    assert main(command(model, text, tmp_path, kind, methods=methods, save="true")) == 0
+    (path,) = (tmp_path / "models").iterdir()
+    assert main(["export", str(path), "--out", str(tmp_path / "folder")]) == 0
+    own, back = load_model(path), pretrained(str(tmp_path / "folder"))
+    assert back.decodes == (kind == "decoder")
+    assert back.tokenizer(SENTENCES[0])["input_ids"] == own.tokenizer(SENTENCES[0])["input_ids"]
+    tokens = torch.tensor([back.tokenizer(SENTENCES[0])["input_ids"][:12]])
+    with torch.no_grad():
+        for one, other in zip(own.model(tokens).values(), back.model(tokens).values(), strict=False):
+            if isinstance(one, torch.Tensor):
+                torch.testing.assert_close(one, other)
 
 
 def test_an_encoder_is_held_against_the_embeddings_it_gave(bert, text, tmp_path):
@@ -369,6 +424,10 @@ def test_passages_are_of_one_side_and_have_two_sentences():
         ({"calibration": -1}, "calibration must not be negative; got -1"),
         ({"guide": 1.5}, "guide must be from 0 to 1; got 1.5"),
         ({"fewer": 0.5}, "fewer must be 1 or more, or none; got 0.5"),
+        ({"methods": "stl[among=4/6,mixing=none]"}, "among is for pretrained models that are to have `fewer` FLOPs"),
+        ({"methods": "stl[among=4/6,rank=4]", "fewer": 2}, "rank is of every block, among of each its own"),
+        ({"methods": "stl[among=4/4]", "fewer": 2}, "a number is there twice; got '4/4'"),
+        ({"methods": "stl[among=4-6]", "fewer": 2}, "whole numbers joined by slashes are wanted"),
         ({"distill": 2}, "distill must be from 0 to 1; got 2.0"),
         ({"methods": "dense[width=64]"}, "width is for networks that are made anew"),
         ({"methods": "2:4[criterion=best]"}, "criterion"),

@@ -135,6 +135,14 @@ class Sparse24Linear(nn.Linear):
             layer.weight = nn.Parameter(fitted, requires_grad=linear.weight.requires_grad)
         return layer.train(linear.training)
 
+    def to_linear(self) -> nn.Linear:
+        """A plain layer with the weight as it is used: zeros where the mask has them."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        mask = mask_24(self.weight) if self.fixed_mask is None else self.fixed_mask
+        linear.weight = nn.Parameter(self.weight.detach() * mask, self.weight.requires_grad)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
         """As of any module; a layer without a mask takes that of a state that has one, and prunes by it from then on."""
         mask = state_dict.get(prefix + "fixed_mask")

@@ -27,6 +27,7 @@ class Compared:
 
     Attributes:
         method: what is done to the network.
+        others: ways to do it that a block of a pretrained model may take instead.
         variant: in what it differs from others of its name; "" where there is no other.
         changes: what it trains with that is not as the recipe has it, by field of `Training`.
         width: features of a token, where they are not the model's own.
@@ -42,6 +43,7 @@ class Compared:
     weight_norm: Literal["term", "layer"] | None = None
     zero_last: bool = False
     rated: bool = False
+    others: tuple[baselines.Method, ...] = ()
 
     @property
     def key(self) -> tuple[str, str]:
@@ -96,12 +98,12 @@ def _with_own(one: Compared, own: Mapping[str, Any], recipe: STLSettings, *, wra
     values = {key: own[key] for key in own if key not in _TRAINING} | changes
     said = [_said(word, values[key]) for key, word in _WORDS.items() if key in values]
     # Still called by its own name: the mix is part of its variant.
-    method = one.method
+    ways = [one.method, *one.others]
     if "mix" in own and wrap:
-        method = replace(baselines.mixed(method, own["mix"]), name=method.name)
+        ways = [replace(baselines.mixed(way, own["mix"]), name=way.name) for way in ways]
     variant = ", ".join(filter(None, [one.variant, *said]))
     network = {key: own[key] for key in ("width", "weight_norm", "zero_last") if key in own}
-    return Compared(method, variant, changes, rated="lr" in own, **network)
+    return Compared(ways[0], variant, changes, rated="lr" in own, others=tuple(ways[1:]), **network)
 
 
 def _said(word: str, value: object) -> str:
@@ -119,25 +121,30 @@ def _check_changes(recipe: STLSettings, changes: Mapping[str, Any]) -> None:
 def _stl(recipe: STLSettings, ranks: tuple[int, ...], given: Mapping[str, Any]) -> list[Compared]:
     base = {one.name: getattr(recipe, one.name) for one in fields(STLSettings)}
     values = {**base, **given}
-    rank, token_mix, forced = (
-        values.pop("rank", None),
-        values.pop("token_mix", "none"),
-        values.pop("force_mixing", False),
-    )
+    rank, among = values.pop("rank", None), values.pop("among", ())
+    token_mix, forced = values.pop("token_mix", "none"), values.pop("force_mixing", False)
     own = STLSettings(**values)
     check_choices(own)
     if own.rounds < 0:
         raise ConfigError(f"methods: stl: rounds must not be negative; got {own.rounds}")
-    ranks = ranks if rank is None else (rank,)
+    if among and rank is not None:
+        raise ConfigError("methods: stl: rank is of every block, among of each its own: give one of them")
+    if among and getattr(recipe, "fewer", None) is None:
+        raise ConfigError("methods: stl: among is for pretrained models that are to have `fewer` FLOPs: give rank")
+    ranks = among or (ranks if rank is None else (rank,))
     if not ranks:
         raise ConfigError("stl needs at least one rank: give ranks, or stl[rank=…]")
     made = []
     for rank in ranks:
         config = replace(own.config(rank), token_mix=token_mix)
         config.load_basis()  # raises where there is none
-        said = [f"r={rank}", *_differences(own, base), *(["forced"] if forced else [])]
-        made.append(Compared(baselines.stl(config, force_mixing=forced, rounds=own.rounds), ", ".join(said)))
-    return made
+        made.append(baselines.stl(config, force_mixing=forced, rounds=own.rounds))
+    said = [*_differences(own, base), *(["forced"] if forced else [])]
+    if among:
+        first, *others = made
+        variant = ", ".join([f"r of {', '.join(map(str, among))}", *said])
+        return [Compared(replace(first, rank=None), variant, others=tuple(others))]
+    return [Compared(method, ", ".join([f"r={method.rank}", *said])) for method in made]
 
 
 def _differences(own: STLSettings, base: Mapping[str, Any]) -> list[str]:

@@ -80,6 +80,13 @@ class STLSettings:
 @dataclass(frozen=True, kw_only=True)
 class STLEntry(EntrySettings, STLSettings):
     rank: int | None = field(default=None, metadata=about("of this entry alone"))
+    among: tuple[int, ...] = field(
+        default=(),
+        metadata={
+            **about("ranks, 4/6/8, of which each block of a pretrained model takes one, or none, for `fewer`"),
+            "parse": settings.alternatives,
+        },
+    )
     force_mixing: bool = field(
         default=False, metadata=about("rows of a sample mix though the model keeps them apart: to show what leaks")
     )

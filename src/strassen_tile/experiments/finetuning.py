@@ -105,7 +105,7 @@ def _run(recipe: FinetuneRecipe, entry: Entry, seed: int, *, test: bool = True) 
 
 
 def _build(recipe: FinetuneRecipe, index: int, seed: int) -> tuple[nn.Module, Conversion]:
-    return build(recipe, recipe.roster()[index].method, seed)
+    return build(recipe, recipe.roster()[index], seed)
 
 
 def _cost(recipe: FinetuneRecipe, seed: int, test: bool, more: Row, model: nn.Module, conversion: Conversion) -> Row:

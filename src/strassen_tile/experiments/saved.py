@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from strassen_tile.data.text import TextSplits, load_text
 from strassen_tile.errors import DataError
@@ -25,21 +26,32 @@ R = TypeVar("R", bound=OnText)
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedModel:
     """A run's trained model.
 
     Attributes:
         model: in eval mode.
         recipe: what it was trained by.
-        splits: its text.
         told: the fields that tell the run.
-        encode, decode: text to tokens, and back.
+        tokenizer: of transformers; None for bytes.
     """
 
     model: nn.Module
     recipe: OnText
-    splits: TextSplits
     told: Row
+    tokenizer: Any
+
+
+@dataclass(frozen=True)
+class Saved(SavedModel):
+    """A run's trained causal language model, and its text.
+
+    Attributes:
+        splits: its text.
+        encode, decode: text to tokens, and back.
+    """
+
+    splits: TextSplits
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
 
@@ -49,6 +61,26 @@ def load_run(path: Path) -> Saved:
 
     Raises:
         DataError: the file is not one, or its text cannot be read.
+    """
+    saved = load_model(path)
+    recipe = saved.recipe
+    if isinstance(recipe, FinetuneRecipe):
+        splits = material(recipe).splits
+        if splits is None:
+            raise DataError(f"{path} is of an encoder; a causal language model is wanted")
+    else:
+        tokenizer = getattr(recipe, "tokenizer", "bytes")
+        splits = load_text(recipe.data, tokenizer=tokenizer, limit=recipe.limit, context=recipe.context)
+    made = saved.tokenizer
+    encode, decode = (_bytes, _text) if made is None else (_encoder(made), made.decode)
+    return Saved(**vars(saved), splits=splits, encode=encode, decode=decode)
+
+
+def load_model(path: Path) -> SavedModel:
+    """The trained model of a run.
+
+    Raises:
+        DataError: the file is not one, or the text cannot be read that a pretrained model was fitted to.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
@@ -61,22 +93,26 @@ def load_run(path: Path) -> Saved:
         told: Row = {"method": said["method"], "variant": said["variant"], "seed": said["seed"]}
         wanted = told["method"], without_rate(str(told["variant"]))
         one = next(one for one in recipe.roster() if one.key == wanted)
+        tensors = load_file(path)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise DataError(f"{path} has no weights of a run of pretrain or finetune: {error!r}") from error
     if isinstance(recipe, FinetuneRecipe):
-        found = material(recipe)
-        if found.splits is None:
-            raise DataError(f"{path} is of an encoder; a causal language model is wanted")
-        model, _ = build(recipe, one.method, int(said["seed"]))
-        splits, tokenizer = found.splits, found.tokenizer
+        model, _ = build(recipe, one, int(said["seed"]))
+        tokenizer = material(recipe).tokenizer
     else:
         assert isinstance(recipe, TextRecipe)
-        splits = load_text(recipe.data, tokenizer=recipe.tokenizer, limit=recipe.limit, context=recipe.context)
-        model, _ = language.build(recipe, splits.vocabulary, one, 0)
+        model, _ = language.build(recipe, _vocabulary(recipe, one.width, tensors), one, 0)
         tokenizer = None if recipe.tokenizer == "bytes" else _tokenizer(recipe.tokenizer)
-    model.load_state_dict(load_file(path))
-    encode, decode = (_bytes, _text) if tokenizer is None else (_encoder(tokenizer), tokenizer.decode)
-    return Saved(model.eval(), recipe, splits, told, encode, decode)
+    model.load_state_dict(tensors)
+    return SavedModel(model.eval(), recipe, told, tokenizer)
+
+
+def _vocabulary(recipe: TextRecipe, width: int | None, tensors: Mapping[str, Tensor]) -> int:
+    """Of the network whose weights these are."""
+    with torch.device("meta"):
+        model: Any = language.network(recipe, 1, width)
+    embedding = model.get_input_embeddings().weight
+    return next(len(tensors[name]) for name, weight in model.named_parameters() if weight is embedding)
 
 
 def _tokenizer(name: str) -> Any:

@@ -133,6 +133,17 @@ def integers(text: str) -> tuple[int, ...]:
         raise ConfigError(f"whole numbers joined by commas are wanted: {error}") from error
 
 
+def alternatives(text: str) -> tuple[int, ...]:
+    """Whole numbers joined by slashes, each once."""
+    try:
+        found = tuple(integer(part) for part in text.split("/"))
+    except ConfigError as error:
+        raise ConfigError(f"whole numbers joined by slashes are wanted: {error}") from error
+    if len(set(found)) < len(found):
+        raise ConfigError(f"a number is there twice; got {short(text)}")
+    return found
+
+
 def real(text: str) -> float:
     """A number, infinite and NaN included."""
     try:
