@@ -8,7 +8,7 @@ from strassen_tile.baselines import Sparse24Linear
 from strassen_tile.cli import main
 from strassen_tile.experiments.saved import load_model
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 9}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
 STL = "stl[rank=6,tile=1x4x4,mixing=none,mix=causal]"
 
 
