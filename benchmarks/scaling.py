@@ -36,12 +36,20 @@ def finished(folders):
             spent = {train_flops(group, epoch) for epoch in group.epochs}
             if len(spent) > 1 or None in spent:
                 raise DataError(f"{group.label}: its runs are of different budgets or models; publish them apart")
-            key, reached = (group.method, without_rate(group.variant), *spent), group.mean("val_bits", group.epochs[-1])
+            key = (group.method, without_rate(group.variant), *spent)
             if key in best and best[key][0] != number:
                 raise DataError(f"{group.label}: two folders have runs of this budget; publish them into one")
-            if key not in best or reached < best[key][1]:
-                best[key] = number, reached, group
-    return [group for _, _, group in best.values()]
+            if key not in best or better(group, best[key][1]):
+                best[key] = number, group
+    return [group for _, group in best.values()]
+
+
+def better(one, other):
+    """Whether `one` ends at a lower validation loss: on the seeds that both have, where they share any: seeds differ, too."""
+    mine, theirs = (group.at("val_bits", group.epochs[-1]) for group in (one, other))
+    shared = mine.keys() & theirs.keys()
+    mean = [statistics.fmean(bits[seed] for seed in shared or bits) for bits in (mine, theirs)]
+    return mean[0] < mean[1]
 
 
 def table(groups):
