@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -172,3 +173,21 @@ def test_layers_of_unknown_cost_are_refused():
 
 def test_label_says_name_and_rank():
     assert baselines.stl(STLConfig(rank=24)).label == "stl r=24"
+
+
+def test_products_of_experts_count():
+    """Each token meets two of four experts, in products that PyTorch's counter takes for free."""
+    tokens, width, inner, vocabulary = 6, 16, 24, 50
+    config = transformers.MixtralConfig(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        num_local_experts=4, num_experts_per_tok=2, vocab_size=vocabulary,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    done = baselines.dense().apply(model, None, lambda module, name: name.endswith("q_proj"))
+    cost = model_cost(model, done, {"input_ids": torch.zeros(1, tokens, dtype=torch.long)})
+    attention = (
+        2 * width * (2 * width + 2 * width // 2) + 2 * 2 * tokens * width
+    )  # q and o, k and v; scores and their sum
+    experts = 2 * 3 * 2 * width * inner
+    router, head = 2 * width * 4, 2 * width * vocabulary
+    assert cost.dense_flops == tokens * (2 * (attention + experts + router) + head)

@@ -111,8 +111,9 @@ def test_mask_follows_the_weights_in_training():
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda"])
 def test_weights_pruned_in_one_shot_stay_zero(criterion):
     inputs = X * torch.logspace(-2, 2, 16, dtype=torch.float64)[torch.randperm(16)]
-    layer = Sparse24Linear.from_linear(dense(), one_shot=criterion, inputs=inputs)
-    mask = mask_24(layer.weight, inputs if criterion == "wanda" else None)
+    linear = dense()
+    layer = Sparse24Linear.from_linear(linear, one_shot=criterion, inputs=inputs)
+    mask = mask_24(linear.weight, inputs if criterion == "wanda" else None)
     eye, start = torch.eye(16, dtype=torch.float64), layer.weight.detach().clone()
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.2, weight_decay=0.1)
     for _ in range(20):
@@ -122,7 +123,7 @@ def test_weights_pruned_in_one_shot_stay_zero(criterion):
         effective = (layer(eye) - layer.bias).mT
         assert not effective[~mask].any()
     assert (effective[mask] != start[mask]).all()
-    assert not torch.equal(mask_24(layer.weight), mask)  # had it followed the weights, others would be pruned by now
+    assert not layer.weight[~mask].any()  # whoever reads the weight, as a saved one, finds what the layer computes with
 
 
 def test_state_of_a_one_shot_layer_holds_its_mask():

@@ -6,6 +6,7 @@ import transformers as hf
 
 from strassen_tile.baselines import Sparse24Linear
 from strassen_tile.cli import main
+from strassen_tile.errors import ConversionError
 from strassen_tile.experiments.saved import load_model
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
@@ -52,8 +53,11 @@ def test_a_folder_gives_what_the_run_gives(runs, name, tmp_path, capsys):
 def test_what_transformers_has_no_layers_for_is_refused(runs, tmp_path, capsys):
     path = next(path for key, path in runs.items() if key.startswith("low"))
     assert main(["export", str(path), "--out", str(tmp_path / "model")]) == 1
-    assert "transformers has no layers such as LowRankLinear" in capsys.readouterr().err
+    assert "layers that from_pretrained has no classes for: LowRankLinear" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+    sparse = load_model(next(path for key, path in runs.items() if key.startswith("2"))).model
+    with pytest.raises(ConversionError, match=r"Sparse24Linear \(model\.layers\.0\."):
+        sparse.save_pretrained(tmp_path / "model")  # its mask follows the weights, which are not zero
 
 
 def test_nothing_is_written_over(runs, tmp_path, capsys):

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from strassen_tile.experiments.cheaper import build
 from strassen_tile.experiments.entries import Compared
 from strassen_tile.experiments.finetune_recipe import RECIPES, finetune_recipe_of
 from strassen_tile.experiments.log import RunLog
+from strassen_tile.experiments.material import _material as material_of
 from strassen_tile.experiments.material import material
 from strassen_tile.experiments.saved import load_model, load_run
 from strassen_tile.integrations.fitting import measure
@@ -420,7 +422,16 @@ def test_passages_are_of_one_side_and_have_two_sentences():
     [
         ({"model": "/no/such/model"}, "model=/no/such/model: cannot be loaded"),
         ({"data": "no/such/folder"}, "no such file or folder"),
-        ({"context": 100_000}, "a piece is 100000"),
+        ({"context": 100_000}, "has 2048 positions, and context=100000"),
+        ({"context": 2000}, "a piece is 2000"),
+        (
+            {"methods": "dense,2:4[criterion=refit]", "calibration": 0},
+            "give calibration pieces, or criterion=magnitude",
+        ),
+        (
+            {"methods": "dense,stl[rank=24,mixing=sequence,tile=4]"},
+            "methods: stl r=24, tile 4×4×4, mixing sequence: nothing to",
+        ),
         ({"calibration": -1}, "calibration must not be negative; got -1"),
         ({"guide": 1.5}, "guide must be from 0 to 1; got 1.5"),
         ({"fewer": 0.5}, "fewer must be 1 or more, or none; got 0.5"),
@@ -452,16 +463,37 @@ def test_weights_that_are_not_installed_say_how(monkeypatch):
             pretrained(name)
 
 
+def test_a_folder_is_of_one_model(llama, text, tmp_path, capsys):
+    """Another in its place would stand in one table with it."""
+    copied = tmp_path / "model"
+    shutil.copytree(llama, copied)
+    assert main(command(copied, text, tmp_path / "out", methods="dense")) == 0
+    other = hf.LlamaForCausalLM.from_pretrained(copied)
+    with torch.no_grad():
+        other.model.norm.weight[0] += 0.5
+    other.save_pretrained(copied)
+    pretrained.cache_clear()
+    material_of.cache_clear()
+    before = (tmp_path / "out" / "rows.json").read_text()
+    assert main(command(copied, text, tmp_path / "out", methods="dense,2:4[criterion=magnitude]")) == 1
+    assert "holds runs on another weights" in capsys.readouterr().err
+    assert (tmp_path / "out" / "rows.json").read_text() == before
+
+
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains(llama, text, tmp_path):
-    """TinyLlama's recipe, of a model and a text that are small."""
+@pytest.mark.parametrize("kind", ["tinyllama_slimpajama", "encoder"])
+def test_two_processes_train_what_one_trains(llama, bert, text, tmp_path, kind):
+    """TinyLlama's recipe, of a model and a text that are small; and an encoder, whose pooler nothing depends on."""
     given = {
         "limit": "none", "batch_size": 4, "lr_grid": "none", "fsdp": "false", "held_out": 8, "tested_on": 8,
         "methods": "2:4[criterion=refit],stl[rank=6,tile=1x4x4,mixing=none,mix=causal]",
     }  # fmt: skip
-    one = command(llama, text, tmp_path / "one", "tinyllama_slimpajama", **given)
+    if kind == "encoder":
+        given["methods"] = "2:4[criterion=refit],stl[rank=24]"
+    model = bert if kind == "encoder" else llama
+    one = command(model, text, tmp_path / "one", kind, **given)
     assert main(one) == 0
-    two = command(llama, text, tmp_path / "two", "tinyllama_slimpajama", **given)
+    two = command(model, text, tmp_path / "two", kind, **given)
     runner = [
         sys.executable,
         "-m",

@@ -14,9 +14,17 @@ from strassen_tile.convert import Conversion
 from strassen_tile.convert.running import evaluating, run
 from strassen_tile.cost import Cost
 
-# What a CPU runs for F.scaled_dot_product_attention, and FlopCounterMode takes for free.
+
+def _grouped_mm(a: tuple[int, ...], b: tuple[int, ...], *_: object, **__: object) -> int:
+    """Of rows (n, k) or (g, n, k), or rows in groups along k, by a matrix each, as of experts. Each row meets one matrix."""
+    together = math.prod(a[-2:]) * b[-1]
+    return 2 * together * (a[0] if len(a) == len(b) == 3 else 1)
+
+
+# What FlopCounterMode takes for free: F.scaled_dot_product_attention as a CPU runs it, and the products of experts.
 _UNCOUNTED = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._grouped_mm: _grouped_mm,
 }
 
 

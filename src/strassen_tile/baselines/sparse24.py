@@ -116,7 +116,7 @@ class Sparse24Linear(nn.Linear):
         """Take over the parameters of `linear`; with `one_shot`, prune now and keep the mask.
 
         Args:
-            linear: its parameters become the layer's, but for a weight that is fitted.
+            linear: its parameters become the layer's, but for a weight that is pruned.
             one_shot: "magnitude", "wanda" or "refit": wanda's mask, and the weights left fitted by least squares.
             inputs: calibration rows (…, K), which the last two need.
 
@@ -129,10 +129,12 @@ class Sparse24Linear(nn.Linear):
             layer = cls(linear.in_features, linear.out_features, linear.bias is not None, dtype=linear.weight.dtype)
         layer.weight, layer.bias = linear.weight, linear.bias
         if one_shot is not None:
-            layer.fixed_mask = mask_24(linear.weight, None if one_shot == "magnitude" else inputs)
-        if one_shot == "refit" and inputs is not None and layer.fixed_mask is not None:
-            fitted = refit(linear.weight, layer.fixed_mask, inputs)
-            layer.weight = nn.Parameter(fitted, requires_grad=linear.weight.requires_grad)
+            layer.fixed_mask = mask = mask_24(linear.weight, None if one_shot == "magnitude" else inputs)
+            # Zeros, not only masked ones: whoever reads the weight, as a saved one, finds what the layer computes with.
+            pruned = linear.weight.detach() * mask
+            if one_shot == "refit" and inputs is not None:
+                pruned = refit(linear.weight, mask, inputs)
+            layer.weight = nn.Parameter(pruned, requires_grad=linear.weight.requires_grad)
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:

@@ -10,7 +10,7 @@ from torch import nn
 
 from strassen_tile.baselines import Method
 from strassen_tile.convert import Conversion
-from strassen_tile.errors import ConversionError
+from strassen_tile.errors import ConfigError, ConversionError, STLError
 from strassen_tile.experiments.entries import Compared
 from strassen_tile.experiments.finetune_recipe import FinetuneRecipe
 from strassen_tile.experiments.material import Material, material
@@ -43,6 +43,26 @@ def build(recipe: FinetuneRecipe, one: Compared, seed: int) -> tuple[nn.Module, 
         return model, convert(one.method)
     ways = [partial(convert, method) for method in (one.method, *one.others)]
     return model, cheapest_for(model, ways, found, recipe.fewer, recipe.batch_size)
+
+
+def try_methods(recipe: FinetuneRecipe) -> None:
+    """Try every method on one block, fitted to next to nothing, before anything is written or trained.
+
+    Raises:
+        ConfigError: one that cannot convert it.
+    """
+    found = material(recipe)
+    blocks = blocks_of(found.model)
+    given = found.calibration and found.example
+    for one in recipe.roster():
+        model = copy.deepcopy(found.model)
+        try:
+            try:
+                one.method.apply(model, found.example, partial(_within, blocks[0] if blocks else ""), given)
+            except ConversionError:  # first blocks may be of another kind
+                one.method.apply(model, found.example, partial(_within, blocks[-1] if blocks else ""), given)
+        except STLError as error:
+            raise ConfigError(f"methods: {' '.join(filter(None, one.key))}: {error}") from error
 
 
 def _at_once(model: nn.Module, method: Method, found: Material) -> Conversion:

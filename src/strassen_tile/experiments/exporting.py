@@ -9,12 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from strassen_tile.baselines import LowRankLinear, MixedLinear, MonarchLinear, RotatedLinear, Sparse24Linear
+from strassen_tile.baselines import Sparse24Linear
 from strassen_tile.convert import replace_modules
 from strassen_tile.errors import DataError
 from strassen_tile.experiments.saved import load_model
-
-_UNKNOWN = (LowRankLinear, MixedLinear, MonarchLinear, RotatedLinear)
 
 
 def run_export(options: argparse.Namespace) -> int:
@@ -35,17 +33,14 @@ def export_run(path: Path, folder: Path) -> None:
         folder: that is not there yet, or is empty.
 
     Raises:
-        DataError: there is no such run, transformers has no layers for its method, or the folder has something in it.
+        DataError: there is no such run, or the folder has something in it.
+        ConversionError: transformers has no layers for its method.
         OSError: it cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} is there already, and not empty; give another")
     saved = load_model(path)
     model: Any = saved.model
-    if unknown := sorted({type(module).__name__ for module in model.modules() if isinstance(module, _UNKNOWN)}):
-        raise DataError(
-            f"{path}: transformers has no layers such as {', '.join(unknown)} to load it with; dense, 2:4 and STL are exported"
-        )
     _as_plain(model)
     if model.can_generate():
         model.config.use_cache = True  # in training it is off

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,10 @@ class FinetuneRecipe(OnText):
         super().__post_init__()
         if self.calibration < 0:
             raise ConfigError(f"calibration must not be negative; got {self.calibration}")
+        if not self.calibration and (fitted := [one for one in self.methods if re.search("wanda|refit", one)]):
+            raise ConfigError(
+                f"methods: {fitted[0]} weighs weights by what they are fed: give calibration pieces, or criterion=magnitude"
+            )
         if not 0 <= self.guide <= 1:
             raise ConfigError(f"guide must be from 0 to 1; got {self.guide}")
         if self.fewer is not None and not 1 <= self.fewer < math.inf:

@@ -17,7 +17,7 @@ from torch import nn
 from strassen_tile.convert import Conversion
 from strassen_tile.data.text import LOSSY
 from strassen_tile.experiments import runner
-from strassen_tile.experiments.cheaper import build
+from strassen_tile.experiments.cheaper import build, try_methods
 from strassen_tile.experiments.costs import cost_fields
 from strassen_tile.experiments.finetune_recipe import FinetuneRecipe
 from strassen_tile.experiments.material import material
@@ -36,10 +36,11 @@ def comparison(recipe: FinetuneRecipe, rates: Rates | None = None) -> runner.Com
         rates: learning rates, of `best_rates`, for the methods whose entries name none.
 
     Raises:
-        ConfigError: there is no such model, or the recipe's batch cannot be shared by the processes there are.
+        ConfigError: there is no such model, a method cannot convert it, or the recipe's batch cannot be shared by the processes
+            there are.
         DataError: the text cannot be read, or is too short.
     """
-    share(recipe.batch_size)
+    _check(recipe)
     entries, left_out = rated(recipe, rates or {})
     runs = [_run(recipe, one, seed) for seed in recipe.seeds for one in entries]
     return replace(_comparison(recipe, _title(recipe), runs), left_out=left_out)
@@ -47,9 +48,14 @@ def comparison(recipe: FinetuneRecipe, rates: Rates | None = None) -> runner.Com
 
 def tuning(recipe: FinetuneRecipe) -> runner.Comparison:
     """Every method whose entry names no learning rate with each of the recipe's grid; the test text is not read."""
-    share(recipe.batch_size)
+    _check(recipe)
     runs = [_run(recipe, one, TUNING_SEED, test=False) for one in tried(recipe)]
     return _comparison(recipe, f"Learning rates: {_title(recipe)}", runs)
+
+
+def _check(recipe: FinetuneRecipe) -> None:
+    share(recipe.batch_size)
+    try_methods(recipe)
 
 
 def _title(recipe: FinetuneRecipe) -> str:
@@ -61,32 +67,34 @@ def _comparison(recipe: FinetuneRecipe, title: str, runs: Sequence[runner.Run]) 
     defaults = {
         name: one.default for name, one in settings_of(FinetuneRecipe).items() if one.default not in (None, MISSING)
     }
+    found = material(recipe)
+    facts: Row = {
+        "model": recipe.model,
+        "context": recipe.context,
+        "calibration": recipe.calibration,
+        "distill": recipe.distill,
+        "in_order": recipe.in_order,
+        "fewer": recipe.fewer,
+        "guide": recipe.guide,
+        **found.facts,
+        "precision": recipe.precision,
+    }
     return runner.Comparison(
         title=title,
         runs=runs,
         recipe=asdict(recipe),
         earlier={**defaults, "precision": resolved_precision("auto")},
         may_change=frozenset({"seeds", "ranks", "methods", "workers", "jobs", "lr_grid", "save"}),
-        facts={
-            "model": recipe.model,
-            "context": recipe.context,
-            "calibration": recipe.calibration,
-            "distill": recipe.distill,
-            "in_order": recipe.in_order,
-            "fewer": recipe.fewer,
-            "guide": recipe.guide,
-            **material(recipe).facts,
-            "precision": recipe.precision,
-        },
-        held=frozenset({"text", "passages"}),
+        facts=facts,
+        held=frozenset({"text", "passages", "weights"}),
         notes=[
-            f"Every method starts from {recipe.model}'s weights, is fitted to the same {recipe.calibration} pieces of the "
+            f"Every method starts from {recipe.model}'s weights, is fitted to the same {facts['calibration']} pieces of the "
             f"training text, and trains with the same recipe, but for what its variant says: {recipe.optimizer}, weight decay "
             f"{recipe.weight_decay:g}, {recipe.warmup:.0%} warm-up, cosine decay, batches of {recipe.batch_size} pieces of "
             f"{recipe.context} tokens, {recipe.precision}. The linear layers of the blocks are converted; embedding and head "
             "are not. Text: "
             f"{recipe.data}, parted by document.",
-            *([LOSSY] if (splits := material(recipe).splits) is not None and splits.lossy else []),
+            *([LOSSY] if found.splits is not None and found.splits.lossy else []),
         ],
     )
 

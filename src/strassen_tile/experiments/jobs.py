@@ -57,9 +57,8 @@ def spread(work: Work, tasks: Sequence[Any], jobs: int, receive: Callable[[Any],
         for _ in tasks:
             _until_done(inbox, workers, receive)
     finally:
-        for worker in workers:
+        for worker in [one for one in workers if one.pid is not None]:  # others could not be started
             worker.terminate()
-        for worker in workers:
             worker.join()
 
 

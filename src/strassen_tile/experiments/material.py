@@ -60,9 +60,11 @@ def _material(
     held_out: int | None, tested_on: int | None, calibration: int, distill: float,
 ) -> Material:  # fmt: skip
     from strassen_tile.integrations.pretrained import pretrained  # late: transformers takes seconds
+    from strassen_tile.integrations.trial import check_tokens, digest, try_out
 
     found, device = pretrained(name), ranks().device
     found.model.to(device)  # where it is trained it is converted and measured
+    try_out(found, context)
     if not found.decodes:
         return _encoder(
             found, data, limit, context, samples=steps * batch_size, epochs=epochs, calibration=calibration,
@@ -71,6 +73,7 @@ def _material(
     from strassen_tile.integrations.text import text_task
 
     splits = load_text(data, tokenizer=found.tokenizer, limit=limit, context=context)
+    check_tokens(found, (part.tokens for part in (splits.train, splits.validation, splits.test)))
     pieces = Windows(splits.train.tokens, context, max(2, calibration), _SEED)
     tokens = torch.stack([piece["input_ids"] for piece in (pieces[index] for index in range(len(pieces)))]).to(device)
     task = partial(
@@ -82,6 +85,7 @@ def _material(
         "val_bytes": splits.validation.size,
         "test_bytes": splits.test.size,
         "text": splits.digest,
+        "weights": digest(found.model),
     }
     given = {"input_ids": tokens}
     return Material(
@@ -101,8 +105,10 @@ def _encoder(
     held_out: int | None, tested_on: int | None,
 ) -> Material:  # fmt: skip
     from strassen_tile.integrations.sentences import Tokens, passages_of, sentence_task, targets_of
+    from strassen_tile.integrations.trial import check_tokens, digest
 
     passages, tokens = passages_of(load_documents(data, limit=limit), data, least=2), Tokens(found.tokenizer, context)
+    check_tokens(found, tokens.of([*passages.train, *passages.validation, *passages.test]))
     targets = targets_of(found.model, passages, tokens, most=samples * epochs, held_out=held_out, tested_on=tested_on)
     # Rows of padding would count in a fit: of the longest passages none is shorter than a piece, where there are enough.
     longest = tokens.of(sorted(passages.train, key=len)[-max(2, calibration) :])
@@ -119,6 +125,8 @@ def _encoder(
         facts={
             "train_passages": len(passages.train),
             "test_passages": len(targets.test[0]) // 2,
+            "calibration": len(longest) if calibration else 0,
+            "weights": digest(found.model),
             "passages": hashlib.sha256(repr(passages).encode("utf-8", errors="replace")).hexdigest()[:16],
         },
         tokenizer=found.tokenizer,

@@ -13,9 +13,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.modeling_utils import PreTrainedModel
 
+from strassen_tile.baselines import LowRankLinear, MixedLinear, MonarchLinear, RotatedLinear, Sparse24Linear
 from strassen_tile.convert.record import QUANT_METHOD, Record
+from strassen_tile.errors import ConversionError
 from strassen_tile.integrations.quantization import STLQuantConfig
 from strassen_tile.nn.base import TileLayer
+
+_UNKNOWN = (LowRankLinear, MixedLinear, MonarchLinear, RotatedLinear)
 
 
 def skipped_in(config: PreTrainedConfig) -> dict[str, str]:
@@ -58,12 +62,28 @@ def with_record(save: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(save)
     def save_pretrained(self: PreTrainedModel, *args: Any, **options: Any) -> Any:
+        _refuse_unknown(self)
         write_down(self, {})
         if _would_be_merged(self):  # Ŵ of q, k and v are no parts of one matrix
             options["save_original_format"] = False
         return save(self, *args, **options)
 
     return save_pretrained
+
+
+def _refuse_unknown(model: nn.Module) -> None:
+    """Raise ConversionError where the folder would come back as another model, with random layers in place of these."""
+    found = {
+        type(layer).__name__: name
+        for name, layer in model.named_modules()
+        if isinstance(layer, _UNKNOWN) or (isinstance(layer, Sparse24Linear) and layer.fixed_mask is None)
+    }
+    if found:
+        layers = ", ".join(f"{kind} ({name})" for kind, name in found.items())
+        raise ConversionError(
+            f"{type(model).__name__} has layers that from_pretrained has no classes for: {layers}. Save its state_dict, or "
+            "give it dense or STL layers first (Sparse24Linear.to_linear)"
+        )
 
 
 def _inside(name: str, outer: str) -> bool:

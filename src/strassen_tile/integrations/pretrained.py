@@ -8,8 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from strassen_tile.errors import ConfigError
 
 # Name → the package its weights come in, and how to install it: what it needs to run the model by itself, we do not.
@@ -28,12 +26,14 @@ class Pretrained:
         tokenizer: of transformers.
         decodes: whether it is a causal language model; otherwise an encoder.
         name: what it was asked for by.
+        missing: names of the weights that its files lack, which are random; of an encoder's own kind often a pooler's.
     """
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
     decodes: bool
     name: str
+    missing: tuple[str, ...] = ()
 
 
 @functools.lru_cache(maxsize=1)
@@ -45,7 +45,7 @@ def pretrained(name: str) -> Pretrained:
             model of transformers, or its id on the hub. A causal language model is one whose config says so.
 
     Raises:
-        ConfigError: it is not installed, cannot be found, or is no model of text.
+        ConfigError: it is not installed, cannot be found, or is no decoder or encoder of text.
     """
     import transformers as hf
 
@@ -56,6 +56,7 @@ def pretrained(name: str) -> Pretrained:
     bars.disable_progress_bar()
     try:
         config = hf.AutoConfig.from_pretrained(folder, **more)
+        _check_kind(name, config)
         tokenizer = hf.AutoTokenizer.from_pretrained(folder, **more)
         kinds = getattr(config, "architectures", None) or []
         decodes = bool(options) or any("ForCausalLM" in kind or "LMHead" in kind for kind in kinds)
@@ -65,7 +66,11 @@ def pretrained(name: str) -> Pretrained:
         without_dropout = {
             key: 0.0 for key, value in config.to_dict().items() if "drop" in key and isinstance(value, float)
         }
-        model = made.from_pretrained(folder, dtype="float32", **without_dropout, **more)
+        model, loading = made.from_pretrained(
+            folder, dtype="float32", output_loading_info=True, **without_dropout, **more
+        )
+    except ConfigError:
+        raise
     except Exception as error:  # of the library, of its HTTP client, of the file system
         said = " ".join(str(error).split())[:300]
         raise ConfigError(
@@ -75,7 +80,14 @@ def pretrained(name: str) -> Pretrained:
     finally:
         if shown:
             bars.enable_progress_bar()
-    return Pretrained(model.eval(), tokenizer, decodes, name)
+    return Pretrained(model.eval(), tokenizer, decodes, name, tuple(sorted(loading["missing_keys"])))
+
+
+def _check_kind(name: str, config: Any) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(f"model={name}: reads one text and writes another; give a decoder or an encoder")
+    if not hasattr(config, "vocab_size"):
+        raise ConfigError(f"model={name}: is of no text: its config has no vocabulary")
 
 
 def _place(name: str) -> tuple[str | Path, dict[str, Any]]:
