@@ -209,3 +209,12 @@ def test_a_stream_of_the_hub_ends_with_the_limit(monkeypatch):
     Datasets.parts = {"train": [{"body": "x"}]}
     with pytest.raises(DataError, match=r'cannot be loaded .ValueError: train, row 0 has no "text"'):
         load_text("hub:some/text:en")
+
+
+def test_a_text_that_is_tested_on_itself_is_said(tmp_path):
+    for part in ("train", "validation", "test"):
+        (tmp_path / f"{part}.txt").write_text("once and again, " + ("or not" if part == "validation" else ""))
+    (remark,) = load_text(str(tmp_path)).remarks()
+    assert remark.startswith("The test text is the training text")
+    (tmp_path / "test.txt").write_text("another, ")
+    assert load_text(str(tmp_path)).remarks() == []

@@ -21,7 +21,7 @@ from strassen_tile.errors import DataError
 
 BYTES = 256
 _STREAMED = 1 << 27  # of a data set that has no end, unless a limit says otherwise
-LOSSY = (
+_LOSSY = (
     "The tokenizer leaves something of the text out (letters that it does not know, capitals), which a model then need not "
     "predict: bits a byte are too few, and compare with those of the same tokenizer alone."
 )
@@ -63,6 +63,18 @@ class TextSplits:
     tokenizer: str
     digest: str
     lossy: bool = False
+
+    def remarks(self) -> list[str]:
+        """What a reader of losses on this text has to know."""
+        train = self.train.tokens
+        same = [name for name in ("validation", "test") if torch.equal(getattr(self, name).tokens, train)]
+        return [
+            *([_LOSSY] if self.lossy else []),
+            *(
+                f"The {name} text is the training text, to the letter: its loss says nothing of other text."
+                for name in same
+            ),
+        ]
 
 
 def load_text(data: str, *, tokenizer: Any = "bytes", limit: int | None = None, context: int = 1) -> TextSplits:

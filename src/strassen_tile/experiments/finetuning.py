@@ -15,7 +15,6 @@ from typing import Any
 from torch import nn
 
 from strassen_tile.convert import Conversion
-from strassen_tile.data.text import LOSSY
 from strassen_tile.experiments import runner
 from strassen_tile.experiments.cheaper import build, try_methods
 from strassen_tile.experiments.costs import cost_fields
@@ -86,6 +85,7 @@ def _comparison(recipe: FinetuneRecipe, title: str, runs: Sequence[runner.Run]) 
         earlier={**defaults, "precision": resolved_precision("auto")},
         may_change=frozenset({"seeds", "ranks", "methods", "workers", "jobs", "lr_grid", "save"}),
         facts=facts,
+        remarks=[] if found.splits is None else found.splits.remarks(),
         held=frozenset({"text", "passages", "weights"}),
         notes=[
             f"Every method starts from {recipe.model}'s weights, is fitted to the same {facts['calibration']} pieces of the "
@@ -94,7 +94,6 @@ def _comparison(recipe: FinetuneRecipe, title: str, runs: Sequence[runner.Run]) 
             f"{recipe.context} tokens, {recipe.precision}. The linear layers of the blocks are converted; embedding and head "
             "are not. Text: "
             f"{recipe.data}, parted by document.",
-            *([LOSSY] if found.splits is not None and found.splits.lossy else []),
         ],
     )
 

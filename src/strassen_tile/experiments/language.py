@@ -17,7 +17,7 @@ from torch import nn
 
 from strassen_tile import baselines
 from strassen_tile.convert import Conversion
-from strassen_tile.data.text import LOSSY, TextSplits, load_text
+from strassen_tile.data.text import TextSplits, load_text
 from strassen_tile.errors import ConfigError, STLError
 from strassen_tile.experiments import runner
 from strassen_tile.experiments.costs import against, cost_fields
@@ -164,6 +164,7 @@ def _comparison(recipe: TextRecipe, splits: TextSplits, title: str, runs: Sequen
         },
         held=frozenset({"text", "architecture", "train_bytes", "val_bytes", "test_bytes"}),
         notes=_notes(recipe, splits),
+        remarks=splits.remarks(),
     )
 
 
@@ -181,7 +182,6 @@ def _notes(recipe: TextRecipe, splits: TextSplits) -> list[str]:
         f"{recipe.precision}. The linear layers of the blocks are converted; embedding and head are not.",
         f"Text: {recipe.data}, {splits.train.size:,} bytes to train on, {splits.validation.size:,} to validate and "
         f"{splits.test.size:,} to test, of documents that are on no other side; tokens: {splits.tokenizer}.",
-        *([LOSSY] if splits.lossy else []),
     ]
 
 
