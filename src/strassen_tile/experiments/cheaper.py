@@ -46,16 +46,16 @@ def build(recipe: FinetuneRecipe, one: Compared, seed: int) -> tuple[nn.Module, 
 
 
 def try_methods(recipe: FinetuneRecipe) -> None:
-    """Try every method on one block, fitted to next to nothing, before anything is written or trained.
+    """Try every method on one block, before anything is written or trained; unfitted, where a method can do without.
 
     Raises:
         ConfigError: one that cannot convert it.
     """
     found = material(recipe)
     blocks = blocks_of(found.model)
-    given = found.calibration and found.example
     for one in recipe.roster():
         model = copy.deepcopy(found.model)
+        given = found.example if one.method.name == "2:4" else None  # some of its criteria are of what layers are fed
         try:
             try:
                 one.method.apply(model, found.example, partial(_within, blocks[0] if blocks else ""), given)
