@@ -440,7 +440,7 @@ def test_passages_are_of_one_side_and_have_two_sentences():
         ({"methods": "stl[among=4/4]", "fewer": 2}, "a number is there twice; got '4/4'"),
         ({"methods": "stl[among=4-6]", "fewer": 2}, "whole numbers joined by slashes are wanted"),
         ({"distill": 2}, "distill must be from 0 to 1; got 2.0"),
-        ({"methods": "dense[width=64]"}, "width is for networks that are made anew"),
+        ({"methods": "dense[width=64]"}, "width and init_range are for networks that are made anew"),
         ({"methods": "2:4[criterion=best]"}, "criterion"),
         ({"methods": "stl[rank=8,rounds=-1]"}, "rounds must not be negative"),
     ],

@@ -7,6 +7,7 @@ import torch
 
 from strassen_tile.errors import BasisError, ConfigError
 from strassen_tile.experiments.methods import Methods
+from strassen_tile.experiments.recipe import recipe_of
 from strassen_tile.experiments.settings import listed
 from strassen_tile.models import t2t_vit
 
@@ -101,6 +102,11 @@ def test_what_is_no_method_is_refused(methods, message) -> None:
 def test_settings_that_make_no_sense_are_refused(settings) -> None:
     with pytest.raises(ConfigError):
         names("stl", **settings)
+
+
+def test_starts_of_their_own_are_of_language_models() -> None:
+    with pytest.raises(ConfigError, match="init_range is for language models"):
+        recipe_of("digits", ["methods=dense[init_range=0.1]"])
 
 
 def test_low_rank_has_the_products_of_the_smallest_rank_and_needs_one() -> None:

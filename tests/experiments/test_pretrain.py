@@ -194,6 +194,22 @@ def test_two_processes_train_what_one_trains(whole, words, tmp_path):
         assert two[2:4] == pytest.approx(one[2:4], rel=1e-4)
 
 
+def test_an_entry_has_a_start_of_its_own(words):
+    how = recipe(words, methods="dense,dense[init_range=0.1],stl[rank=6,mixing=none,init_range=0.1]")
+    usual, wide, stl = how.roster()
+    assert (usual.variant, wide.variant, stl.variant) == ("", "start 0.1", "r=6, tile 1×4×4, mixing none, start 0.1")
+    deviation = {}
+    for one in (usual, wide):
+        model, _ = language.build(how, 256, one, 0)
+        deviation[one.variant] = float(model.model.layers[0].mlp.up_proj.weight.std())
+    assert deviation == {"": pytest.approx(0.02, rel=0.05), "start 0.1": pytest.approx(0.1, rel=0.05)}
+    # STL's start has the outputs' variance of the dense one that it stands for.
+    x = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = [language.build(how, 256, one, 0)[0].model.layers[0].mlp.up_proj(x).std() for one in (wide, stl)]
+    assert float(found[1]) == pytest.approx(float(found[0]), rel=0.15)
+
+
 def test_rates_are_chosen_on_the_validation_text(words, tmp_path):
     how = recipe(words, methods="dense", lr_grid="1e-5,3e-3")
     rows = language.compare(how, tmp_path)
@@ -212,6 +228,7 @@ def test_what_makes_no_sense_is_one_line(words, tiny, tmp_path, capsys):
         ({"data": ""}, "data is empty"),
         ({"model": "llama-9x"}, "there is no model 'llama-9x'; there are llama-1m"),
         ({"init_range": 2}, "init_range must be above 0"),
+        ({"methods": "dense[init_range=0]"}, "init_range must be above 0"),
         ({"methods": "dense[width=48]"}, "width must be a multiple of 32, the width of a head"),
         (
             {"methods": "dense,stl[rank=24,mixing=sequence]"},

@@ -31,6 +31,7 @@ class Compared:
         variant: in what it differs from others of its name; "" where there is no other.
         changes: what it trains with that is not as the recipe has it, by field of `Training`.
         width: features of a token, where they are not the model's own.
+        init_range: standard deviation of dense weights at the start, where it is not the recipe's.
         weight_norm: what of the encoded weights of STL layers is trained as norm and direction: each term, or the layer.
         zero_last: whether the last layer of each residual branch starts at zero.
         rated: whether its entry names a learning rate, and none is to be chosen for it.
@@ -40,6 +41,7 @@ class Compared:
     variant: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     width: int | None = None
+    init_range: float | None = None
     weight_norm: Literal["term", "layer"] | None = None
     zero_last: bool = False
     rated: bool = False
@@ -102,7 +104,7 @@ def _with_own(one: Compared, own: Mapping[str, Any], recipe: STLSettings, *, wra
     if "mix" in own and wrap:
         ways = [replace(baselines.mixed(way, own["mix"]), name=way.name) for way in ways]
     variant = ", ".join(filter(None, [one.variant, *said]))
-    network = {key: own[key] for key in ("width", "weight_norm", "zero_last") if key in own}
+    network = {key: own[key] for key in ("width", "init_range", "weight_norm", "zero_last") if key in own}
     return Compared(ways[0], variant, changes, rated="lr" in own, others=tuple(ways[1:]), **network)
 
 
@@ -197,8 +199,8 @@ def _thin(name: str, make: Callable[[float], baselines.Method]) -> _Make:
 
 _Make = Callable[[STLSettings, tuple[int, ...], Mapping[str, Any]], list[Compared]]
 _WORDS = {
-    "mix": "mix {}", "width": "width {}", "weight_norm": "norm of each {}", "zero_last": "branches from zero",
-    "epochs": "{} epochs",
+    "mix": "mix {}", "width": "width {}", "init_range": "start {}",
+    "weight_norm": "norm of each {}", "zero_last": "branches from zero", "epochs": "{} epochs",
     "optimizer": "{}", "weight_decay": "decay {}", "factor_lr": "rates {}", "base_width": "base width {}", "lr": "lr {}",
 }  # fmt: skip
 _TRAINING = frozenset(one.name for one in fields(Training))

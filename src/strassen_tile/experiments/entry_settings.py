@@ -27,6 +27,10 @@ class EntrySettings:
         ),
     )
     width: int | None = field(default=None, metadata=about("features of a token, for a network made smaller"))
+    init_range: float | None = field(
+        default=None,
+        metadata=about("standard deviation of dense weights at the start, of language models trained from scratch"),
+    )
     epochs: int | None = field(default=None, metadata=about("of this entry alone: a schedule of its own"))
     optimizer: Optimizer | None = field(default=None, metadata=about("of this entry alone"))
     weight_decay: float | None = field(default=None, metadata=about("of this entry alone"))

@@ -69,9 +69,10 @@ class FinetuneRecipe(OnText):
             raise ConfigError(f"fewer must be 1 or more, or none; got {self.fewer}")
         if not 0 <= self.distill <= 1:
             raise ConfigError(f"distill must be from 0 to 1; got {self.distill}")
-        if wide := [one for one in self.roster() if one.width is not None]:
+        if anew := [one for one in self.roster() if one.width is not None or one.init_range is not None]:
             raise ConfigError(
-                f"methods: width is for networks that are made anew; {self.model} has its own: {wide[0].variant}"
+                f"methods: width and init_range are for networks that are made anew, and {self.model} has its own: "
+                f"{anew[0].variant}"
             )
 
 

@@ -99,7 +99,8 @@ def build(
 ) -> tuple[nn.Module, Conversion]:
     """The network of `recipe` with the weights of `seed`, as the method has it; of so many `blocks`, or of the model's own."""
     torch.manual_seed(seed)
-    model = network(recipe, vocabulary, one.width, blocks)
+    how = recipe if one.init_range is None else replace(recipe, init_range=one.init_range)
+    model = network(how, vocabulary, one.width, blocks)
     conversion = one.method.apply(model, {"input_ids": _tokens(vocabulary, *_EXAMPLE)}, in_blocks)
     if one.zero_last:
         zero_last(model, _LAST_OF_BRANCHES)

@@ -66,6 +66,8 @@ class Recipe(Tuned, ImageTraining):
         if self.lr_grid and not self.validation:
             raise ConfigError("lr_grid is chosen from on validation images: say how many, as in validation=1000")
         Tuned.__post_init__(self)
+        if any(one.init_range is not None for one in self.roster()):
+            raise ConfigError("methods: init_range is for language models; those of images have starts of their own")
 
     def fitted(self, splits: ImageSplits) -> Recipe:
         """This recipe with what it leaves to the data: image size and model."""
