@@ -85,6 +85,8 @@ def test_the_command_names_split_context_and_stride(model, tmp_path, capsys):
     assert row["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
     assert (row["split"], row["context"], row["stride"], row["tokens"]) == ("test", 12, 6, expected.scored)
     assert "split test, context 12, stride 6" in capsys.readouterr().out
+    assert main([*command, "--stride", "0"]) == 1
+    assert "stride from 1 to context" in capsys.readouterr().err
     assert main([*command[:4], "--split", "validation"]) == 1
     assert "has no text of a split 'validation'" in capsys.readouterr().err
     assert main([*command[:4]]) == 1  # 2048 positions are wanted

@@ -39,7 +39,8 @@ def comparison(recipe: FinetuneRecipe, rates: Rates | None = None) -> runner.Com
             there are.
         DataError: the text cannot be read, or is too short.
     """
-    _check(recipe)
+    if not rates:  # those that chose them were checked
+        _check(recipe)
     entries, left_out = rated(recipe, rates or {})
     runs = [_run(recipe, one, seed) for seed in recipe.seeds for one in entries]
     return replace(_comparison(recipe, _title(recipe), runs), left_out=left_out)

@@ -58,6 +58,8 @@ def comparison(recipe: TextRecipe, rates: Rates | None = None) -> runner.Compari
         DataError: the text cannot be read, or is too short.
     """
     splits = _loaded(recipe)
+    if not rates:  # those that chose them were checked
+        _check_methods(recipe, splits.vocabulary)
     entries, left_out = rated(recipe, rates or {})
     runs = [_run(recipe, splits, one, seed) for seed in recipe.seeds for one in entries]
     return replace(_comparison(recipe, splits, _title(recipe), runs), left_out=left_out)
@@ -66,6 +68,7 @@ def comparison(recipe: TextRecipe, rates: Rates | None = None) -> runner.Compari
 def tuning(recipe: TextRecipe) -> runner.Comparison:
     """Every method whose entry names no learning rate with each of the recipe's grid; the test text is not read."""
     splits = _loaded(recipe)
+    _check_methods(recipe, splits.vocabulary)
     runs = [_run(recipe, splits, one, TUNING_SEED, test=False) for one in tried(recipe)]
     return _comparison(recipe, splits, f"Learning rates: {_title(recipe)}", runs)
 
@@ -115,9 +118,7 @@ def _tokens(vocabulary: int, samples: int, rows: int) -> torch.Tensor:
 
 def _loaded(recipe: TextRecipe) -> TextSplits:
     share(recipe.batch_size)
-    splits = load_text(recipe.data, tokenizer=recipe.tokenizer, limit=recipe.limit, context=recipe.context)
-    _check_methods(recipe, splits.vocabulary)
-    return splits
+    return load_text(recipe.data, tokenizer=recipe.tokenizer, limit=recipe.limit, context=recipe.context)
 
 
 def _check_methods(recipe: TextRecipe, vocabulary: int) -> None:

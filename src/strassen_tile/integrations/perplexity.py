@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--batch-size", type=int, default=1, help="windows at a time")
     add("--out", type=Path, help="a JSON file for the row")
     options = parser.parse_args(arguments)
-    stride = options.stride or options.context
+    stride = options.context if options.stride is None else options.stride
     try:
         text = text_of(options.data, options.split)
         made = pretrained(options.model)
