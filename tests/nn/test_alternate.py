@@ -44,7 +44,7 @@ def test_errors_fall(tile: tuple[int, int, int], rank: int, scope: str) -> None:
 @pytest.mark.parametrize("step,which", [("_weight", 1), ("_encoder", 0), ("_decoder", 2)])
 def test_each_step_is_a_minimum(step: str, which: int, scope: str, monkeypatch) -> None:
     """The gradient of its factor is zero after it, by autograd through the definition; of encoders of tiles the last's is."""
-    monkeypatch.setattr(normal_equations, "_RIDGE", 1e-13)
+    monkeypatch.setattr(normal_equations, "RIDGE", 1e-13)
     x, w, *factors = problem((2, 3, 5), 4, scope=scope)
     for other in {"_weight", "_encoder", "_decoder"} - {step}:
         place = {"_encoder": -3, "_weight": -2, "_decoder": -1}[other]  # among the arguments: …, E, Ŵ, D

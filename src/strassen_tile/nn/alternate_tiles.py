@@ -12,7 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from strassen_tile.nn import normal_equations
 from strassen_tile.nn.normal_equations import step
+
+_ITERATIONS = 20  # of conjugate gradients in a round; the next goes on from there
+_ENOUGH = 1e-24  # of the squared residual
 
 
 def fit_tiles(
@@ -59,9 +63,9 @@ class _Factors(NamedTuple):
 
 
 def _second(moments: _Moments, e: Tensor) -> Tensor:
-    """Σ_t X̂_tkJ X̂_tk'J': (r, J, r, J)."""
+    """Σ_t X̂_tkJ X̂_tk'J': (r, r, J, J)."""
     half = torch.einsum("jka,jaib->jkib", e, moments.inputs)
-    return torch.einsum("jkib,iob->kjoi", half, e).contiguous()
+    return torch.einsum("jkib,iob->koji", half, e).contiguous()
 
 
 def _target(moments: _Moments, e: Tensor, d: Tensor) -> Tensor:
@@ -69,22 +73,49 @@ def _target(moments: _Moments, e: Tensor, d: Tensor) -> Tensor:
     return torch.einsum("jklb,lkb->kjl", torch.einsum("jka,jalb->jklb", e, moments.across), d)
 
 
+def _applied(second: Tensor, gram: Tensor, w: Tensor) -> Tensor:
+    """The normal equations' matrix of each column of Ŵ times it, Σ_k'J' second ⟨D_Lk, D_Lk'⟩ Ŵ_k'J'L: (r, J, L)."""
+    total = torch.zeros_like(w)
+    for at, term in enumerate(w):
+        total += gram[:, :, at].mT[:, None] * (second[:, at].flatten(0, 1) @ term).view(w.shape)
+    return total
+
+
 def _error(moments: _Moments, factors: _Factors) -> float:
     e, w, d = factors
-    second, total = _second(moments, e), moments.energy - 2 * float((w * _target(moments, e, d)).sum())
-    for at, gram in enumerate(d @ d.mT):
-        column = w[:, :, at]
-        total += float((column * torch.einsum("kjoi,ko,oi->kj", second, gram, column)).sum())
+    reached = _applied(_second(moments, e), d @ d.mT, w)
+    total = moments.energy + float((w * (reached - 2 * _target(moments, e, d))).sum())
     return max(0.0, total) / moments.energy if moments.energy else 0.0
 
 
 def _weight(moments: _Moments, e: Tensor, w: Tensor, d: Tensor) -> Tensor:
-    second, target, found = _second(moments, e), _target(moments, e, d), torch.empty_like(w)
-    r, j = w.shape[:2]
-    for at, gram in enumerate(d @ d.mT):
-        matrix = (second * gram[:, None, :, None]).view(r * j, r * j)
-        now = w[:, :, at].reshape(-1, 1)
-        found[:, :, at] = (now + step(matrix, target[:, :, at].reshape(-1, 1) - matrix @ now)).view(r, j)
+    """By conjugate gradients, every column of Ŵ at once: of r·J unknowns each, a factorisation apiece takes minutes a layer."""
+    second, gram = _second(moments, e), d @ d.mT
+    blocks = (
+        second.diagonal(dim1=2, dim2=3).permute(2, 0, 1)[:, None] * gram
+    )  # (J, L, r, r): what terms of a tile share
+    ridge = normal_equations.RIDGE * blocks.diagonal(dim1=2, dim2=3).mean(dim=(0, 2))  # (L,)
+    ridge = torch.where(ridge > 0, ridge, 1.0)
+    blocks.diagonal(dim1=2, dim2=3).add_(ridge[:, None])
+    factored = torch.linalg.cholesky(blocks)
+
+    def conditioned(rest: Tensor) -> Tensor:
+        return torch.cholesky_solve(rest.permute(1, 2, 0)[..., None], factored)[..., 0].permute(2, 0, 1)
+
+    found, rest = w.clone(), _target(moments, e, d) - _applied(second, gram, w)
+    towards = conditioned(rest)
+    left = first = (rest * towards).sum(dim=(0, 1))  # of each column
+    for _ in range(_ITERATIONS):
+        going = left > _ENOUGH * first
+        if not bool(going.any()):
+            break
+        across = _applied(second, gram, towards) + ridge * towards
+        size = torch.where(going, left / (towards * across).sum(dim=(0, 1)), 0.0)
+        found += size * towards
+        rest = rest - size * across
+        direction = conditioned(rest)
+        before, left = left, torch.where(going, (rest * direction).sum(dim=(0, 1)), 0.0)
+        towards = direction + torch.where(going, left / before, 0.0) * towards
     return found
 
 
@@ -103,10 +134,11 @@ def _encoder(moments: _Moments, e: Tensor, w: Tensor, d: Tensor) -> Tensor:
 def _decoder(moments: _Moments, e: Tensor, w: Tensor, d: Tensor) -> Tensor:
     second, found = _second(moments, e), torch.empty_like(d)
     reached = torch.einsum("jka,jalb->kjlb", e, moments.across)
-    for at, column in enumerate(w.unbind(2)):
-        matrix = torch.einsum("kj,kjoi,oi->ko", column, second, column)
-        wanted = torch.einsum("kj,kjb->kb", column, reached[:, :, at])
-        found[at] = d[at] + step(matrix, wanted - matrix @ d[at])
+    across = [(second[:, at].flatten(0, 1) @ term).view(w.shape) for at, term in enumerate(w)]
+    matrices = torch.stack([torch.einsum("kjl,kjl->lk", w, one) for one in across], dim=2)  # (L, r, r)
+    wanted = torch.einsum("kjl,kjlb->lkb", w, reached)
+    for at, matrix in enumerate(matrices):
+        found[at] = d[at] + step(matrix, wanted[at] - matrix @ d[at])
     return found
 
 
