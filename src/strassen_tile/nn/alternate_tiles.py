@@ -97,10 +97,10 @@ def _weight(moments: _Moments, e: Tensor, w: Tensor, d: Tensor) -> Tensor:
     ridge = normal_equations.RIDGE * blocks.diagonal(dim1=2, dim2=3).mean(dim=(0, 2))  # (L,)
     ridge = torch.where(ridge > 0, ridge, 1.0)
     blocks.diagonal(dim1=2, dim2=3).add_(ridge[:, None])
-    factored = torch.linalg.cholesky(blocks)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(blocks))
 
     def conditioned(rest: Tensor) -> Tensor:
-        return torch.cholesky_solve(rest.permute(1, 2, 0)[..., None], factored)[..., 0].permute(2, 0, 1)
+        return (inverse @ rest.permute(1, 2, 0)[..., None])[..., 0].permute(2, 0, 1)
 
     found, rest = w.clone(), _target(moments, e, d) - _applied(second, gram, w)
     towards = conditioned(rest)
