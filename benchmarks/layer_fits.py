@@ -106,6 +106,12 @@ def ways(layer, rounds):
     def alone(**options):
         return stl(bases.random(APART, 7), **options)
 
+    def larger(side, **options):
+        tile, rank = (1, side, side), 1
+        while layer.ratio(tile, rank + 1) <= 0.5:
+            rank += 1
+        return layer.ratio(tile, rank), lambda: stl(bases.random(tile, rank), scope="tile", **options)
+
     apart, cube, third = layer.ratio(APART, 7), layer.ratio(CUBE, 24), layer.ratio(APART, 3)
     turned, outward, ordered = vectors[:, spread(rotated)], spread(outputs), identity[:, spread(energies)]
     return [
@@ -121,6 +127,10 @@ def ways(layer, rounds):
          lambda: alone(scope="tile", turn=turned, columns=outward)),
         ("the same turned, r=10 for the stronger half, 4 for the other", apart, lambda: halves(10, 4)),
         ("r=3 and low rank, encoders of each tile", 0.5, lambda: with_low_rank(3, 0.5 - third)),
+        ("of each tile of 1×8×8", *larger(8)),
+        ("of each tile of 1×8×8, four times the rounds", *larger(8, rounds=4 * rounds)),
+        ("of each tile of 1×8×8, turned, four times the rounds", *larger(8, rounds=4 * rounds, turn=turned, columns=outward)),
+        ("of each tile of 1×16×16, four times the rounds", *larger(16, rounds=4 * rounds)),
     ]  # fmt: skip
 
 
