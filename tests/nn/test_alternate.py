@@ -5,7 +5,7 @@ import torch
 
 from strassen_tile import STLConfig, STLLinear, reference
 from strassen_tile.errors import ConfigError, ShapeError
-from strassen_tile.nn import alternate, alternate_tiles, normal_equations
+from strassen_tile.nn import alternating, normal_equations
 from strassen_tile.nn.alternate import fit_factors
 
 K, M = 18, 13
@@ -47,10 +47,8 @@ def test_each_step_is_a_minimum(step: str, which: int, scope: str, monkeypatch) 
     monkeypatch.setattr(normal_equations, "RIDGE", 1e-13)
     x, w, *factors = problem((2, 3, 5), 4, scope=scope)
     for other in {"_weight", "_encoder", "_decoder"} - {step}:
-        place = {"_encoder": -3, "_weight": -2, "_decoder": -1}[other]  # among the arguments: …, E, Ŵ, D
-        monkeypatch.setattr(
-            alternate if scope == "layer" else alternate_tiles, other, lambda *given, place=place: given[place]
-        )
+        field = {"_encoder": "e", "_weight": "w", "_decoder": "d"}[other]
+        monkeypatch.setattr(alternating, other, lambda moments, factors, field=field: getattr(factors, field))
     found = list(fit_factors(x, w, *factors, rounds=1, damping=0.0)[:3])
     found[which] = found[which].detach().clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(x, w, *found), found[which])
