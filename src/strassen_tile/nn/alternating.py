@@ -83,11 +83,22 @@ def _applied(second: Tensor, gram: Tensor, w: Tensor) -> Tensor:
 
 
 def _weight(moments: Moments, factors: Factors) -> Tensor:
-    """By conjugate gradients, every column of Ŵ at once: of r·J unknowns each, a factorisation apiece takes minutes a layer."""
-    w, second, gram = factors.w, _second(moments, factors.e), factors.d @ factors.d.mT
-    blocks = (
-        second.diagonal(dim1=2, dim2=3).permute(2, 0, 1)[:, None] * gram
-    )  # (J, L, r, r): what terms of a tile share
+    second, gram, target = _second(moments, factors.e), factors.d @ factors.d.mT, _target(moments, factors)
+    if not factors.shared:
+        return _by_gradients(second, gram, target, factors.w)
+    found, whole = factors.w.clone(), factors.inside.bool().all(dim=1)
+    for tiles in (at for at in (whole, ~whole) if at.any()):  # columns of Ŵ that have one matrix
+        matrix = (second * gram[tiles][0][:, :, None, None]).transpose(1, 2).flatten(2).flatten(0, 1)
+        now = factors.w[:, :, tiles].flatten(0, 1)
+        new = now + step(matrix, target[:, :, tiles].flatten(0, 1) - matrix @ now)
+        found[:, :, tiles] = new.unflatten(0, found.shape[:2])
+    return found
+
+
+def _by_gradients(second: Tensor, gram: Tensor, target: Tensor, w: Tensor) -> Tensor:
+    """Ŵ by conjugate gradients, every column at once: each has a matrix of r·J unknowns, and to factorise all takes minutes."""
+    terms = second.diagonal(dim1=2, dim2=3).permute(2, 0, 1)  # (J, r, r)
+    blocks = terms[:, None] * gram  # (J, L, r, r): what terms of a tile share
     ridge = normal_equations.RIDGE * blocks.diagonal(dim1=2, dim2=3).mean(dim=(0, 2))  # (L,)
     ridge = torch.where(ridge > 0, ridge, 1.0)
     blocks.diagonal(dim1=2, dim2=3).add_(ridge[:, None])
@@ -96,7 +107,7 @@ def _weight(moments: Moments, factors: Factors) -> Tensor:
     def conditioned(rest: Tensor) -> Tensor:
         return (inverse @ rest.permute(1, 2, 0)[..., None])[..., 0].permute(2, 0, 1)
 
-    found, rest = w.clone(), _target(moments, factors) - _applied(second, gram, w)
+    found, rest = w.clone(), target - _applied(second, gram, w)
     towards = conditioned(rest)
     left = first = (rest * towards).sum(dim=(0, 1))  # of each column
     for _ in range(_ITERATIONS):
