@@ -16,7 +16,7 @@ from torch import Tensor
 from strassen_tile.nn import normal_equations
 from strassen_tile.nn.normal_equations import step
 
-_ITERATIONS = 20  # of conjugate gradients in a round; the next goes on from there
+_ITERATIONS = 6  # of conjugate gradients in a round; the next goes on from there, and more rounds of few reach more
 _ENOUGH = 1e-24  # of the squared residual
 
 
