@@ -168,9 +168,8 @@ class PaddingMask:
         told = self.current(x)
         if rows is None or told is None or told.shape[-1] != call.past + x.shape[1]:
             return whole
-        hidden = (
-            told[:, call.past - rows.shape[1] : call.past] == 0
-        )  # by the mask of this call, whatever one before it said
+        # By the mask of this call, whatever one before it said.
+        hidden = told[:, call.past - rows.shape[1] : call.past] == 0
         return torch.cat([rows.masked_fill(hidden.unsqueeze(-1), 0), x], dim=1)
 
     def current(self, x: Tensor | None = None) -> Tensor | None:
