@@ -49,8 +49,11 @@ def counted(model, x=X):
 def test_stl_is_counted_as_the_counter_counts_it(config):
     model = Model()
     before = counted(model)
-    cost = model_cost(model, baselines.stl(config).apply(model, X, None), X)
+    conversion = baselines.stl(config).apply(model, X, None)
+    cost = model_cost(model, conversion, X)
     assert cost.flops == counted(model)
+    assert cost.saved.keys() == conversion.converted.keys()
+    assert sum(cost.saved.values()) == cost.dense_flops - cost.flops  # of every call
     assert cost.dense_flops == before == 4 * LINEAR + REST
     assert cost.converted.dense_flops == 4 * LINEAR
     assert cost.params == sum(p.numel() for p in model.parameters())

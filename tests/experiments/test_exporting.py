@@ -70,3 +70,15 @@ def test_nothing_is_written_over(runs, tmp_path, capsys):
     for wrong in (tmp_path / "model" / "mine", tmp_path / "nothing", tmp_path):
         assert main(["export", str(wrong), "--out", str(tmp_path / "other")]) == 1
         assert "has no weights of a run" in capsys.readouterr().err
+
+
+def test_a_model_that_has_changed_since_is_said(runs, tmp_path, capsys):
+    path = next(path for key, path in runs.items() if key.startswith("dense"))
+    model = load_model(path).recipe.model
+    try:
+        hf.LlamaConfig(**SIZES | {"intermediate_size": 64}).save_pretrained(model)
+        assert main(["export", str(path), "--out", str(tmp_path / "model")]) == 1
+    finally:
+        hf.LlamaConfig(**SIZES).save_pretrained(model)
+    assert "the model or the text has changed since" in " ".join(capsys.readouterr().err.split())
+    assert not any(tmp_path.iterdir())

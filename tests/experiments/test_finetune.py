@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -254,6 +255,24 @@ def test_what_suffers_most_for_what_it_saves_is_left_dense(llama, text):
     assert baselines.model_cost(model, conversion, work.unit).flop_ratio < 1 / 1.1
     with pytest.raises(ConfigError, match=r"with every block converted the model has 1\.\d+× fewer FLOPs"):
         build(recipe(llama, text, methods=methods, fewer=3), one, 0)
+
+
+def test_steps_that_others_made_needless_are_taken_back():
+    # b is cheapest for what it saves, then a; which is enough without b, and a's smaller way with it.
+    options = {"a": [(400, {}), (1000, {})], "b": [(30, {})]}
+    rises = {"a": [0.3, 0.5], "b": [0.01]}
+    assert sensitivity._taken(rises, options, 1000) == {"a": 1}
+    assert sensitivity._taken(rises, options, 430) == {"a": 0, "b": 0}
+    assert sensitivity._taken(rises, options, 25) == {"b": 0}
+    assert sensitivity._taken(rises, options, 1030) == {"a": 1, "b": 0}
+
+
+def test_fewer_that_a_method_cannot_reach_is_said_before_anything_is_trained(llama, text, tmp_path, capsys):
+    methods = "dense,2:4[criterion=magnitude],stl[tile=1x4x4,mixing=none,init=random,rank=12]"
+    assert main(command(llama, text, tmp_path, methods=methods, fewer="1.25")) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"methods: stl r=12.*: with every block converted the model has \d\.\d\d× fewer FLOPs", said)
+    assert not any(tmp_path.iterdir())
 
 
 def test_every_block_takes_the_rank_that_costs_least_for_what_it_saves(llama, text):

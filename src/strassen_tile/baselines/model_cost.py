@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -37,12 +38,14 @@ class ModelCost:
         dense_flops: of the whole model had nothing been converted.
         converted: summed costs of the converted layers (with their dense counterparts).
         params: trainable parameters of the whole model as it stands.
+        saved: by each converted layer, in all of its calls.
     """
 
     flops: int
     dense_flops: int
     converted: Cost
     params: int
+    saved: Mapping[str, int]
 
     @property
     def share(self) -> float:
@@ -66,20 +69,23 @@ def model_cost(model: nn.Module, conversion: Conversion, example_inputs: object)
     """
     counted: dict[int, int] = {}
     costs: list[Cost] = []
+    saved = dict.fromkeys(conversion.converted, 0)
 
-    def watch(layer: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+    def watch(name: str, layer: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
         def before(module: nn.Module, args: object) -> None:
             counted[id(module)] = counted.get(id(module), 0) - counter.get_total_flops()
 
         def after(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: object) -> None:
             counted[id(module)] += counter.get_total_flops()
             shape = tuple((args[0] if args else kwargs["input"]).shape)
-            costs.append(layer_cost(module, shape[-2] if len(shape) > 1 else 1, math.prod(shape[:-2])))
+            cost = layer_cost(module, shape[-2] if len(shape) > 1 else 1, math.prod(shape[:-2]))
+            costs.append(cost)
+            saved[name] += cost.dense_flops - cost.flops
 
         return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after, with_kwargs=True)]
 
     counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
-    handles = [handle for layer in conversion.converted.values() for handle in watch(layer)]
+    handles = [handle for name, layer in conversion.converted.items() for handle in watch(name, layer)]
     try:
         with evaluating(model), counter:
             run(model, example_inputs)
@@ -89,4 +95,4 @@ def model_cost(model: nn.Module, conversion: Conversion, example_inputs: object)
     rest = counter.get_total_flops() - sum(counted.values())
     converted = Cost(*(sum(getattr(c, field) for c in costs) for field in Cost.__dataclass_fields__))
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return ModelCost(rest + converted.flops, rest + converted.dense_flops, converted, params)
+    return ModelCost(rest + converted.flops, rest + converted.dense_flops, converted, params, saved)

@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from strassen_tile.baselines import Method
+from strassen_tile.baselines import Method, model_cost
 from strassen_tile.convert import Conversion
 from strassen_tile.errors import ConfigError, ConversionError, STLError
 from strassen_tile.experiments.entries import Compared
 from strassen_tile.experiments.finetune_recipe import FinetuneRecipe
 from strassen_tile.experiments.material import Material, material
-from strassen_tile.experiments.sensitivity import block_of, cheapest_for
+from strassen_tile.experiments.sensitivity import block_of, cheapest_for, check_reach
 
 
 def in_blocks(module: nn.Module, name: str) -> bool:
@@ -49,20 +49,38 @@ def try_methods(recipe: FinetuneRecipe) -> None:
     """Try every method on one block, before anything is written or trained; unfitted, where a method can do without.
 
     Raises:
-        ConfigError: one that cannot convert it.
+        ConfigError: one that cannot convert it, or save what `fewer` asks for.
     """
     found = material(recipe)
-    blocks = blocks_of(found.model)
     for one in recipe.roster():
-        model = copy.deepcopy(found.model)
-        given = found.example if one.method.name == "2:4" else None  # some of its criteria are of what layers are fed
         try:
-            try:
-                one.method.apply(model, found.example, partial(_within, blocks[0] if blocks else ""), given)
-            except ConversionError:  # first blocks may be of another kind
-                one.method.apply(model, found.example, partial(_within, blocks[-1] if blocks else ""), given)
+            tried = [_tried(method, found) for method in (one.method, *one.others)]
+            if recipe.fewer is not None and one.method.name != "dense" and _alike(found.model):
+                costs = [model_cost(model, conversion, found.unit) for model, conversion in tried]
+                of_block = max(sum(cost.saved.values()) for cost in costs)
+                check_reach(recipe.fewer, costs[0].dense_flops, len(blocks_of(found.model)) * of_block)
         except STLError as error:
             raise ConfigError(f"methods: {' '.join(filter(None, one.key))}: {error}") from error
+
+
+def _tried(method: Method, found: Material) -> tuple[nn.Module, Conversion]:
+    """A copy of the model with its first block converted, or its last: first blocks may be of another kind."""
+    blocks = blocks_of(found.model) or [""]
+    given = found.example if method.name == "2:4" else None  # some of its criteria are of what layers are fed
+    model = copy.deepcopy(found.model)
+    try:
+        return model, method.apply(model, found.example, partial(_within, blocks[0]), given)
+    except ConversionError:
+        return model, method.apply(model, found.example, partial(_within, blocks[-1]), given)
+
+
+def _alike(model: nn.Module) -> bool:
+    """Whether all blocks have the same linear layers."""
+    layers: dict[str, set[tuple[str, torch.Size]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (block := block_of(name)) is not None:
+            layers.setdefault(block, set()).add((name.removeprefix(block), module.weight.shape))
+    return len(set(map(frozenset, layers.values()))) == 1
 
 
 def _at_once(model: nn.Module, method: Method, found: Material) -> Conversion:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from strassen_tile.data.text import TextSplits, load_text
-from strassen_tile.errors import DataError
+from strassen_tile.errors import ConfigError, DataError
 from strassen_tile.experiments import language
 from strassen_tile.experiments.cheaper import build
 from strassen_tile.experiments.finetune_recipe import FinetuneRecipe
@@ -96,14 +96,20 @@ def load_model(path: Path) -> SavedModel:
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise DataError(f"{path} has no weights of a run of pretrain or finetune: {error!r}") from error
-    if isinstance(recipe, FinetuneRecipe):
-        model, _ = build(recipe, one, int(said["seed"]))
-        tokenizer = material(recipe).tokenizer
-    else:
-        assert isinstance(recipe, TextRecipe)
-        model, _ = language.build(recipe, _vocabulary(recipe, one.width, tensors), one, 0)
-        tokenizer = None if recipe.tokenizer == "bytes" else _tokenizer(recipe.tokenizer)
-    model.load_state_dict(tensors)
+    try:
+        if isinstance(recipe, FinetuneRecipe):
+            model, _ = build(recipe, one, int(said["seed"]))
+            tokenizer = material(recipe).tokenizer
+        else:
+            assert isinstance(recipe, TextRecipe)
+            model, _ = language.build(recipe, _vocabulary(recipe, one.width, tensors), one, 0)
+            tokenizer = None if recipe.tokenizer == "bytes" else _tokenizer(recipe.tokenizer)
+        model.load_state_dict(tensors)
+    except (ConfigError, RuntimeError) as error:  # RuntimeError: names or shapes that do not match
+        raise DataError(
+            f"{path} is not of what {said['recipe'].get('model')} on {recipe.data} now gives: the model or the text has "
+            f"changed since, or paths are meant from another folder ({' '.join(str(error).split())[:200]})"
+        ) from error
     return SavedModel(model.eval(), recipe, told, tokenizer)
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-from strassen_tile.baselines.layers import layer_cost
 from strassen_tile.baselines.model_cost import model_cost
 from strassen_tile.convert import Conversion, replace_modules
 from strassen_tile.errors import ConfigError
@@ -47,24 +46,18 @@ def cheapest_for(
         ConversionError: there is nothing to convert.
         ConfigError: with every block converted in its cheapest way there are more FLOPs left.
     """
-    rows = next(iter(found.unit.values())).shape[1]
     converted: list[Conversion] = []
     options: dict[str, list[tuple[int, _Layers]]] = {}  # of a block: FLOPs saved, and the layers that save them
     for way in ways:
         conversion = way()
-        dense_flops = model_cost(model, conversion, found.unit).dense_flops
+        cost = model_cost(model, conversion, found.unit)
         for block, layers in _by_block(conversion.converted).items():
-            options.setdefault(block, []).append((sum(_saved(layer, rows) for layer in layers.values()), layers))
+            options.setdefault(block, []).append((sum(cost.saved[name] for name in layers), layers))
         replace_modules(model, {name: copy.deepcopy(found.model.get_submodule(name)) for name in conversion.converted})
         converted.append(conversion)
-    least = dense_flops - sum(max(saved for saved, _ in ways_of) for ways_of in options.values())
-    if dense_flops < fewer * least:
-        raise ConfigError(
-            f"fewer={fewer:g}: with every block converted the model has {dense_flops / least:.2f}× fewer FLOPs; take a smaller "
-            "rank or ratio, or a smaller fewer"
-        )
+    check_reach(fewer, cost.dense_flops, sum(max(saved for saved, _ in ways_of) for ways_of in options.values()))
     rises = _rises(model, options, found, batch_size)
-    taken = _taken(rises, options, dense_flops - dense_flops / fewer)
+    taken = _taken(rises, options, cost.dense_flops - cost.dense_flops / fewer)
     kept = {name: layer for block, at in taken.items() for name, layer in options[block][at][1].items()}
     replace_modules(model, kept)
     first = converted[0]
@@ -73,6 +66,15 @@ def cheapest_for(
         why = f"left dense: its block alone costs {min(rises[block]):.3g} of the loss"
         skipped |= dict.fromkeys(options[block][0][1], why)
     return Conversion(kept, skipped, first.calls, first.padding)
+
+
+def check_reach(fewer: float, dense_flops: int, most: int) -> None:
+    """Raise ConfigError where `most` of a model's FLOPs saved do not make them `fewer` times fewer."""
+    if dense_flops < fewer * (dense_flops - most):
+        raise ConfigError(
+            f"fewer={fewer:g}: with every block converted the model has {dense_flops / (dense_flops - most):.2f}× fewer FLOPs; "
+            "take a smaller rank or ratio, or a smaller fewer"
+        )
 
 
 def _by_block(layers: _Layers) -> dict[str, dict[str, nn.Module]]:
@@ -117,12 +119,32 @@ def _taken(
         _, block, index, more = best
         taken[block] = index
         saved += more
-    return taken
+    return _spared(taken, rises, options, saved - wanted)
 
 
-def _saved(layer: nn.Module, rows: int) -> int:
-    cost = layer_cost(layer, rows)
-    return cost.dense_flops - cost.flops
+def _spared(
+    taken: dict[str, int],
+    rises: Mapping[str, Sequence[float]],
+    options: Mapping[str, list[tuple[int, _Layers]]],
+    spare: float,
+) -> dict[str, int]:
+    """What is taken less what more is saved by than is wanted: of steps back that leave enough, always the one worth most."""
+    while True:
+        best: tuple[float, str, int | None, int] = 0.0, "", None, 0
+        for block, now in taken.items():
+            for index in (None, *range(len(options[block]))):
+                rise, flops = (0.0, 0) if index is None else (rises[block][index], options[block][index][0])
+                less, worth = options[block][now][0] - flops, rises[block][now] - rise
+                if 0 < less <= spare and worth > best[0]:
+                    best = worth, block, index, less
+        _, block, index, less = best
+        if not block:
+            return taken
+        spare -= less
+        if index is None:
+            del taken[block]
+        else:
+            taken[block] = index
 
 
 def _loss(model: nn.Module, found: Material, batch_size: int) -> float:

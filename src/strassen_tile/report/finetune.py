@@ -28,7 +28,7 @@ _COUNTS = (
     "test text, which is read before training and after the last step. Perplexity is exp of the loss in nats a token, over "
     "pieces that are read from their beginning: it depends on their length. Cosine is to the dense model's embeddings; recall "
     "is how often the end of a passage is the first that its beginning finds among all. FLOPs fewer: of the converted layers, "
-    "all-in, and of the whole model."
+    "all-in, and of the whole model. Layers: how many are converted."
 )
 
 
@@ -40,7 +40,9 @@ def summarise(rows: Sequence[Mapping[str, Value]]) -> list[Row]:
     for group in groups:
         last = group.epochs[-1]
         there = [run[last] for run in group.seeds.values() if last in run]
-        keys = (*_MEASURED, *(f"before_{key}" for key in _MEASURED), "train_seconds")
+        tested = any(_value(row, "loss") is not None for row in there)
+        validated = () if tested else ("val_loss",)  # rates are chosen by it, and no test is read
+        keys = (*_MEASURED, *(f"before_{key}" for key in _MEASURED), *validated, "train_seconds")
         record: Row = {
             **group.where(),
             "variant": group.shown or None,
@@ -65,12 +67,14 @@ def columns(state: bool = False) -> tuple[Column, ...]:
         Column("Variant", "variant", "left", optional=True),
         Column("LR", field("lr", rate), spare=5),
         Column("Params", field("params", count), spare=4),
+        Column("Layers", field("layers_converted", count), spare=2),
         Column("FLOPs fewer, layers", field("flop_ratio_all_in", fewer), spare=3),
         Column("FLOPs fewer, model", field("flop_ratio", fewer)),
         *pair("Perplexity", "perplexity", 2),
         *pair("Bits a byte", "bits", 3, spare=1),
         *pair("Cosine", "cosine", 3),
         *pair("Recall", "recall", 3),
+        Column("Validation loss", _mean("val_loss", 4), optional=True),
         Column("Time, s", field("train_seconds", lambda s: "–" if s is None else f"{s:.0f}"), spare=6),
     )
     return (*shown, Column("Epoch reached", "state", "left")) if state else shown
