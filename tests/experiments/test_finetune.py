@@ -94,7 +94,7 @@ def text(tmp_path_factory):
 def changes(model, text, **more):
     given = {
         "model": model, "data": text, "epochs": 1, "steps": 2, "batch_size": 2, "context": 16, "calibration": 6, "lr": 1e-3,
-        "held_out": 4, "tested_on": 6, "precision": "float32", **more,
+        "held_out": 4, "tested_on": 6, "precision": "float32", "jobs": 1, **more,
     }  # fmt: skip
     return [f"{key}={value}" for key, value in given.items()]
 

@@ -58,7 +58,7 @@ def run(
     world = ranks()
     if jobs > 1 and world.num_processes > 1:
         raise ConfigError(
-            f"jobs={jobs}: processes that torchrun started train together, one run at a time; leave jobs out"
+            f"jobs={jobs}: processes that torchrun started train together, one run at a time; give --jobs 1"
         )
     # Before anything is written: a folder under version control would make the commit look dirty.
     fixed = {**comparison.facts, **environment(device=world.device.type, world_size=world.num_processes)}
