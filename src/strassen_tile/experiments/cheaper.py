@@ -54,11 +54,14 @@ def try_methods(recipe: FinetuneRecipe) -> None:
     found = material(recipe)
     for one in recipe.roster():
         try:
-            tried = [_tried(method, found) for method in (one.method, *one.others)]
-            if recipe.fewer is not None and one.method.name != "dense" and _alike(found.model):
-                costs = [model_cost(model, conversion, found.unit) for model, conversion in tried]
-                of_block = max(sum(cost.saved.values()) for cost in costs)
-                check_reach(recipe.fewer, costs[0].dense_flops, len(blocks_of(found.model)) * of_block)
+            costs = []
+            for method in (one.method, *one.others):
+                model, conversion = _tried(method, found)
+                if recipe.fewer is not None and method.name != "dense" and _alike(found.model):
+                    costs.append(model_cost(model, conversion, found.unit))
+            if recipe.fewer is not None and costs:
+                most = len(blocks_of(found.model)) * max(sum(cost.saved.values()) for cost in costs)
+                check_reach(recipe.fewer, costs[0].dense_flops, most)
         except STLError as error:
             raise ConfigError(f"methods: {' '.join(filter(None, one.key))}: {error}") from error
 

@@ -15,6 +15,7 @@ from strassen_tile.data.text import TextSplits, load_text
 from strassen_tile.errors import ConfigError, DataError
 from strassen_tile.experiments import language
 from strassen_tile.experiments.cheaper import build
+from strassen_tile.experiments.entries import Compared
 from strassen_tile.experiments.finetune_recipe import FinetuneRecipe
 from strassen_tile.experiments.material import material
 from strassen_tile.experiments.settings import settings_of
@@ -97,20 +98,30 @@ def load_model(path: Path) -> SavedModel:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise DataError(f"{path} has no weights of a run of pretrain or finetune: {error!r}") from error
     try:
-        if isinstance(recipe, FinetuneRecipe):
-            model, _ = build(recipe, one, int(said["seed"]))
-            tokenizer = material(recipe).tokenizer
-        else:
-            assert isinstance(recipe, TextRecipe)
-            model, _ = language.build(recipe, _vocabulary(recipe, one.width, tensors), one, 0)
-            tokenizer = None if recipe.tokenizer == "bytes" else _tokenizer(recipe.tokenizer)
+        model, tokenizer = _untrained(recipe, one, int(said["seed"]), tensors)
+    except ConfigError as error:
+        raise _changed(path, said["recipe"], error) from error
+    try:
         model.load_state_dict(tensors)
-    except (ConfigError, RuntimeError) as error:  # RuntimeError: names or shapes that do not match
-        raise DataError(
-            f"{path} is not of what {said['recipe'].get('model')} on {recipe.data} now gives: the model or the text has "
-            f"changed since, or paths are meant from another folder ({' '.join(str(error).split())[:200]})"
-        ) from error
+    except RuntimeError as error:  # names or shapes that do not match
+        raise _changed(path, said["recipe"], error) from error
     return SavedModel(model.eval(), recipe, told, tokenizer)
+
+
+def _untrained(recipe: OnText, one: Compared, seed: int, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, Any]:
+    """The network of a run, made as it was before it was trained, and its tokenizer."""
+    if isinstance(recipe, FinetuneRecipe):
+        return build(recipe, one, seed)[0], material(recipe).tokenizer
+    assert isinstance(recipe, TextRecipe)
+    model, _ = language.build(recipe, _vocabulary(recipe, one.width, tensors), one, 0)
+    return model, None if recipe.tokenizer == "bytes" else _tokenizer(recipe.tokenizer)
+
+
+def _changed(path: Path, recipe: Mapping[str, Any], error: Exception) -> DataError:
+    return DataError(
+        f"{path} is not of what {recipe.get('model')} on {recipe.get('data')} now gives: the model or the text has changed "
+        f"since, or paths are meant from another folder ({' '.join(str(error).split())[:200]})"
+    )
 
 
 def _vocabulary(recipe: TextRecipe, width: int | None, tensors: Mapping[str, Tensor]) -> int:
