@@ -275,6 +275,16 @@ def test_fewer_that_a_method_cannot_reach_is_said_before_anything_is_trained(lla
     assert not any(tmp_path.iterdir())
 
 
+def test_rates_that_are_tried_say_what_they_come_to(llama, text, tmp_path):
+    assert main(command(llama, text, tmp_path, methods="dense", lr_grid="1e-4,1e-3")) == 0
+    tried = json.loads((tmp_path / "tuning" / "rows.json").read_text())
+    page = (tmp_path / "tuning" / "report.html").read_text()
+    assert len(tried) == 2
+    assert all(f"{row['val_loss']:.4f}" in page for row in tried)
+    assert "Validation loss" in page
+    assert "Validation loss" not in (tmp_path / "report.html").read_text()
+
+
 def test_every_block_takes_the_rank_that_costs_least_for_what_it_saves(llama, text):
     entry = "stl[tile=1x4x4,mixing=none,init=random,weight_start=fit,among=4/12,rounds=0]"
     how = recipe(llama, text, methods=entry, fewer=1.2)
