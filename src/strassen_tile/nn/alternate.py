@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from strassen_tile.errors import ConfigError, ShapeError, shape_text
-from strassen_tile.nn.alternating import Factors, Moments, error, round_of
+from strassen_tile.nn.alternating import Factors, Moments, rounds_of
 from strassen_tile.tiling import as_samples, to_tiles
 
 
@@ -79,16 +79,13 @@ def fit_factors(
     if shared:
         e, d = e.expand(x.shape[1], -1, -1, -1), d.expand(len(inside), -1, -1, -1)
     factors, moments = Factors(e.flatten(2), w, d.flatten(2) * inside[:, None], inside, shared), Moments.of(x, y)
-    errors = [error(moments, factors)]
-    for _ in range(rounds):
-        factors = round_of(moments, factors)
-        errors.append(error(moments, factors))
+    factors, errors = rounds_of(moments, factors, rounds)
     e, d = (part[0] if shared else part for part in (factors.e, factors.d))
     return Fitted(
         e.view(encoder.shape).to(encoder),
         factors.w.to(encoded_weight),
         d.view(decoder.shape).to(decoder),
-        tuple(errors),
+        errors,
     )
 
 

@@ -8,6 +8,7 @@ depend on no other D, while the E_J add up, so that each is fitted to what the o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from strassen_tile.nn import normal_equations
 from strassen_tile.nn.normal_equations import step
 
 _ITERATIONS = 6  # of conjugate gradients in a round; the next goes on from there, and more rounds of few reach more
+_TOGETHER = 64  # tiles whose equations are written down at once
 _ENOUGH = 1e-24  # of the squared residual
 
 
@@ -48,24 +50,30 @@ class Factors(NamedTuple):
     shared: bool
 
 
-def round_of(moments: Moments, factors: Factors) -> Factors:
-    """The factors after Ŵ, E and D, in that order, took their best for the others; the error does not rise."""
-    factors = factors._replace(w=_weight(moments, factors))
-    factors = factors._replace(e=_encoder(moments, factors))
-    return _level(factors._replace(d=_decoder(moments, factors)))
+def rounds_of(moments: Moments, factors: Factors, rounds: int) -> tuple[Factors, tuple[float, ...]]:
+    """The factors after so many rounds, and the relative squared error of the layer before them and after each.
 
-
-def error(moments: Moments, factors: Factors) -> float:
-    """The relative squared error of the layer."""
-    reached = _applied(_second(moments, factors.e), factors.d @ factors.d.mT, factors.w)
-    total = moments.energy + float((factors.w * (reached - 2 * _target(moments, factors))).sum())
-    return max(0.0, total) / moments.energy if moments.energy else 0.0
+    In a round Ŵ, E and D, in that order, take their best for the others; the error does not rise.
+    """
+    second = _second(moments, factors.e)
+    target, gram = _target(moments, factors), factors.d @ factors.d.mT
+    errors = [float((factors.w * (_applied(second, gram, factors.w) - 2 * target)).sum())]
+    for _ in range(rounds):
+        factors = factors._replace(w=_weight(moments, factors, second))
+        factors = _level(factors._replace(e=_encoder(moments, factors)))
+        second = _second(moments, factors.e)  # large, and the same until the next E
+        matrices, wanted = _of_decoder(moments, factors, second)
+        d = _decoder(factors, matrices, wanted)
+        errors.append(float((d * (matrices @ d - 2 * wanted)).sum()))
+        factors = factors._replace(d=d)
+    energy = moments.energy
+    return _level(factors), tuple(max(0.0, energy + one) / energy if energy else 0.0 for one in errors)
 
 
 def _second(moments: Moments, e: Tensor) -> Tensor:
-    """Σ_t X̂_tkJ X̂_tk'J': (r, r, J, J)."""
+    """Σ_t X̂_tkJ X̂_tk'J': (r, r, J, J), first k' and then k, so that what `_applied` takes of it lies together."""
     half = torch.einsum("jka,jaib->jkib", e, moments.inputs)
-    return torch.einsum("jkib,iob->koji", half, e).contiguous()
+    return torch.einsum("jkib,iob->okji", half, e).contiguous()
 
 
 def _target(moments: Moments, factors: Factors) -> Tensor:
@@ -78,17 +86,17 @@ def _applied(second: Tensor, gram: Tensor, w: Tensor) -> Tensor:
     """The normal equations' matrix of each column of Ŵ times it, Σ_k'J' second ⟨D_Lk, D_Lk'⟩ Ŵ_k'J'L: (r, J, L)."""
     total = torch.zeros_like(w)
     for at, term in enumerate(w):
-        total += gram[:, :, at].mT[:, None] * (second[:, at].flatten(0, 1) @ term).view(w.shape)
+        total.addcmul_(gram[:, :, at].mT[:, None], (second[at].flatten(0, 1) @ term).view(w.shape))
     return total
 
 
-def _weight(moments: Moments, factors: Factors) -> Tensor:
-    second, gram, target = _second(moments, factors.e), factors.d @ factors.d.mT, _target(moments, factors)
+def _weight(moments: Moments, factors: Factors, second: Tensor) -> Tensor:
+    gram, target = factors.d @ factors.d.mT, _target(moments, factors)
     if not factors.shared:
         return _by_gradients(second, gram, target, factors.w)
     found, whole = factors.w.clone(), factors.inside.bool().all(dim=1)
     for tiles in (at for at in (whole, ~whole) if at.any()):  # columns of Ŵ that have one matrix
-        matrix = (second * gram[tiles][0][:, :, None, None]).transpose(1, 2).flatten(2).flatten(0, 1)
+        matrix = (second * gram[tiles][0][:, :, None, None]).permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
         now = factors.w[:, :, tiles].flatten(0, 1)
         new = now + step(matrix, target[:, :, tiles].flatten(0, 1) - matrix @ now)
         found[:, :, tiles] = new.unflatten(0, found.shape[:2])
@@ -125,38 +133,44 @@ def _by_gradients(second: Tensor, gram: Tensor, target: Tensor, w: Tensor) -> Te
 
 
 def _encoder(moments: Moments, factors: Factors) -> Tensor:
-    gram, found, size = factors.d @ factors.d.mT, factors.e.clone(), factors.e[0].numel()
+    found, size = factors.e.clone(), factors.e[0].numel()
     if factors.shared:
         matrix, target = found.new_zeros(size, size), torch.zeros_like(found[0])
-        for at in range(len(found)):
-            weights, wanted = _of_encoder(moments, factors, gram, at)
-            matrix += torch.einsum("koi,aib->kaob", weights, moments.inputs[at]).reshape(size, size)
+        for at, (weights, wanted) in enumerate(_of_encoders(moments, factors)):
+            matrix += torch.einsum("oki,aib->kaob", weights, moments.inputs[at]).reshape(size, size)
             target += wanted
         now = found[0].reshape(-1, 1)
         new = now + step(matrix, target.reshape(-1, 1) - matrix @ now)
         return new.view(found[0].shape).expand_as(found)
-    for at in range(len(found)):
-        weights, wanted = _of_encoder(moments, factors, gram, at)
+    for at, (weights, wanted) in enumerate(_of_encoders(moments, factors)):
         seen = torch.einsum("aib,iob->aoi", moments.inputs[at], found)
-        rest = wanted - torch.einsum("koi,aoi->ka", weights, seen)
-        matrix = torch.einsum("ko,ab->kaob", weights[:, :, at], moments.inputs[at, :, at])
+        rest = wanted - torch.einsum("oki,aoi->ka", weights, seen)
+        matrix = torch.einsum("ok,ab->kaob", weights[:, :, at], moments.inputs[at, :, at])
         found[at] += step(matrix.reshape(size, size), rest.reshape(-1, 1)).view(rest.shape)
     return found
 
 
-def _of_encoder(moments: Moments, factors: Factors, gram: Tensor, at: int) -> tuple[Tensor, Tensor]:
-    """Σ_L Ŵ_kJL Ŵ_k'J'L ⟨D_Lk, D_Lk'⟩ (r, r, J') of a J, and what its encoders' normal equations should come to (r, A)."""
-    own = factors.w[:, at]
-    weights = torch.einsum("kl,lko,oil->koi", own, gram, factors.w)
-    return weights, torch.einsum("kl,alb,lkb->ka", own, moments.across[at], factors.d)
+def _of_encoders(moments: Moments, factors: Factors) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of J after J, Σ_L Ŵ_kJL Ŵ_k'J'L ⟨D_Lk, D_Lk'⟩ (r of k', r of k, J'), and what E_J's normal equations should come to."""
+    gram, across = (factors.d @ factors.d.mT).permute(2, 1, 0), moments.across
+    for own, here in zip(factors.w.split(_TOGETHER, dim=1), across.split(_TOGETHER), strict=True):
+        products = (own * gram[:, :, None]).flatten(1, 2) @ factors.w.mT
+        wanted = torch.einsum("kjl,jalk->jka", own, torch.einsum("jalb,lkb->jalk", here, factors.d))
+        yield from zip(products.unflatten(1, own.shape[:2]).unbind(2), wanted, strict=True)
 
 
-def _decoder(moments: Moments, factors: Factors) -> Tensor:
-    w, second, found = factors.w, _second(moments, factors.e), torch.empty_like(factors.d)
+def _of_decoder(moments: Moments, factors: Factors, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrices of the normal equations of D, (L, r, r), and what they should come to, (L, r, B)."""
     reached = torch.einsum("jka,jalb->kjlb", factors.e, moments.across)
-    across = [(second[:, at].flatten(0, 1) @ term).view(w.shape) for at, term in enumerate(w)]
-    matrices = torch.stack([torch.einsum("kjl,kjl->lk", w, one) for one in across], dim=2)  # (L, r, r)
-    wanted = torch.einsum("kjl,kjlb->lkb", w, reached)
+    rows = [
+        torch.einsum("kjl,kjl->lk", factors.w, (second[at].flatten(0, 1) @ term).view(factors.w.shape))
+        for at, term in enumerate(factors.w)
+    ]
+    return torch.stack(rows, dim=2), torch.einsum("kjl,kjlb->lkb", factors.w, reached)
+
+
+def _decoder(factors: Factors, matrices: Tensor, wanted: Tensor) -> Tensor:
+    found = torch.empty_like(factors.d)
     if factors.shared:  # a number of D has the equations of the tiles that it lies inside of
         for at, counts in enumerate(factors.inside.unbind(1)):
             matrix, now = (counts[:, None, None] * matrices).sum(dim=0), factors.d[0, :, at, None]
