@@ -5,8 +5,10 @@ import torch
 
 from strassen_tile import STLConfig, STLLinear, reference
 from strassen_tile.errors import ConfigError, ShapeError
-from strassen_tile.nn import alternating, normal_equations
+from strassen_tile.nn import alternating, alternating_apart, normal_equations
 from strassen_tile.nn.alternate import fit_factors
+from strassen_tile.nn.alternating_apart import Apart
+from strassen_tile.nn.alternating_shared import Shared
 
 K, M = 18, 13
 
@@ -41,25 +43,25 @@ def test_errors_fall(tile: tuple[int, int, int], rank: int, scope: str) -> None:
 
 
 @pytest.mark.parametrize("scope", ["layer", "tile"])
-@pytest.mark.parametrize("step,which", [("_weight", 1), ("_encoder", 0), ("_decoder", 2)])
+@pytest.mark.parametrize("step,which", [("weight", 1), ("encoder", 0), ("decoder", 2)])
 def test_each_step_is_a_minimum(step: str, which: int, scope: str, monkeypatch) -> None:
     """The gradient of its factor is zero after it, by autograd through the definition; of encoders of tiles the last's is."""
     monkeypatch.setattr(normal_equations, "RIDGE", 1e-13)
-    monkeypatch.setattr(alternating, "_ITERATIONS", 40)  # to their end, which a round of a fit does not wait for
+    monkeypatch.setattr(alternating_apart, "_ITERATIONS", 40)  # to their end, which a round of a fit does not wait for
     x, w, *factors = problem((2, 3, 5), 4, scope=scope)
-    for other in {"_weight", "_encoder", "_decoder"} - {step}:
-        field = {"_encoder": "e", "_weight": "w", "_decoder": "d"}[other]
-        monkeypatch.setattr(
-            alternating,
-            other,
-            lambda *given, field=field: next(getattr(one, field) for one in given if hasattr(one, field)),
-        )
+    steps = Apart if scope == "tile" else Shared
+    if step != "weight":
+        monkeypatch.setattr(steps, "weight", lambda self, factors: factors.w)
+    if step != "encoder":
+        monkeypatch.setattr(steps, "encoder", lambda self, factors: factors.e)
+    if step != "decoder":
+        monkeypatch.setattr(alternating, "_decoder", lambda factors, *equations: factors.d)
     found = list(fit_factors(x, w, *factors, rounds=1, damping=0.0)[:3])
     found[which] = found[which].detach().clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(x, w, *found), found[which])
     before = [factor.detach().clone().requires_grad_() for factor in factors]
     (first,) = torch.autograd.grad(loss(x, w, *before), before[which])
-    if scope == "tile" and step == "_encoder":
+    if scope == "tile" and step == "encoder":
         gradient, first = gradient[-1], first[-1]
     assert float(gradient.norm()) < 1e-6 * float(first.norm())
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from strassen_tile.errors import ConfigError, ShapeError, shape_text
-from strassen_tile.nn.alternating import Factors, Moments, rounds_of
+from strassen_tile.nn.alternating import rounds_of
+from strassen_tile.nn.moments import Factors, Moments
 from strassen_tile.tiling import as_samples, to_tiles
 
 

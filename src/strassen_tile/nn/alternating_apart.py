@@ -1,0 +1,95 @@
+"""The steps of `nn.alternating` where every tile has an encoder, and a decoder, of its own.
+
+Matrices are not written down, which would take r²J² numbers: what the factors come to is a weight (J·A, L·B), and the inputs'
+second moments are applied to that.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from strassen_tile.nn import normal_equations
+from strassen_tile.nn.moments import Factors, Moments
+from strassen_tile.nn.normal_equations import step
+
+_ITERATIONS = 6  # of conjugate gradients in a round; the next goes on from there, and more rounds of few reach more
+_TOGETHER = 32  # tiles to which the inputs are applied at once: products of few rows are slow
+_ENOUGH = 1e-24  # of the squared residual
+
+
+class Apart:
+    """`alternating.Steps` by products with the inputs' second moments (J·A, J·A)."""
+
+    def __init__(self, moments: Moments) -> None:
+        self.moments = moments
+        self.inputs = moments.inputs.flatten(2).flatten(0, 1)
+        self.across = moments.across.flatten(2)  # (J, A, L·B)
+        self.own = moments.inputs.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (J, A, A), of each tile by itself
+
+    def weight(self, factors: Factors) -> Tensor:
+        """Ŵ (r, J, L) by conjugate gradients, every column at once: to factorise the matrix of each takes minutes."""
+        e, d, w = factors.e, factors.d.transpose(0, 1), factors.w.transpose(0, 1)  # (r, L, B), (J, r, L)
+        terms, gram = e @ self.own @ e.mT, factors.d @ factors.d.mT
+        blocks = terms[:, None] * gram  # (J, L, r, r): what terms of a tile share
+        ridge = normal_equations.RIDGE * blocks.diagonal(dim1=2, dim2=3).mean(dim=(0, 2))  # (L,)
+        ridge = torch.where(ridge > 0, ridge, 1.0)
+        blocks.diagonal(dim1=2, dim2=3).add_(ridge[:, None])
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(blocks))
+
+        def conditioned(rest: Tensor) -> Tensor:
+            return (inverse @ rest.mT[..., None])[..., 0].mT
+
+        def encoded(rest: Tensor) -> Tensor:
+            parts: Tensor = (e @ rest).unflatten(2, d.shape[1:])  # (J, r, L, B)
+            return (parts * d).sum(dim=3)
+
+        found = w.clone()
+        rest = encoded(self.across - self._seen(e.mT @ _outputs(w, d)))
+        towards = conditioned(rest)
+        left = first = (rest * towards).sum(dim=(0, 1))  # of each column
+        for _ in range(_ITERATIONS):
+            going = left > _ENOUGH * first
+            if not bool(going.any()):
+                break
+            across = encoded(self._seen(e.mT @ _outputs(towards, d))) + ridge * towards
+            size = torch.where(going, left / (towards * across).sum(dim=(0, 1)), 0.0)
+            found += size * towards
+            rest = rest - size * across
+            direction = conditioned(rest)
+            before, left = left, torch.where(going, (rest * direction).sum(dim=(0, 1)), 0.0)
+            towards = direction + torch.where(going, left / before, 0.0) * towards
+        return found.transpose(0, 1).contiguous()
+
+    def encoder(self, factors: Factors) -> Tensor:
+        """E (J, r, A), tile after tile, each to what the others, as they are by then, leave."""
+        found, size = factors.e.clone(), factors.e[0].numel()
+        outputs = _outputs(factors.w.transpose(0, 1), factors.d.transpose(0, 1))
+        weight = found.mT @ outputs  # (J, A, L·B)
+        for here in torch.arange(len(found)).split(_TOGETHER):
+            rows = self.moments.inputs[here].flatten(2)  # (tiles here, A, J·A)
+            seen = rows @ weight.flatten(0, 1)
+            for at, own, seen_here in zip(here.tolist(), self.own[here], seen, strict=True):
+                out = outputs[at]
+                rest = out @ (self.across[at] - seen_here).mT  # (r, A)
+                matrix = torch.einsum("ko,ab->kaob", out @ out.mT, own).reshape(size, size)
+                change = step(matrix, rest.reshape(-1, 1)).view(rest.shape)
+                found[at] += change
+                weight[at] += change.mT @ out
+                seen += self.moments.inputs[here, :, at] @ (change.mT @ out)
+        return found
+
+    def of_decoder(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        """(L, r, r), (L, r, B): as in `alternating.Steps`."""
+        sums = torch.einsum("jka,kjl->ljak", factors.e, factors.w).flatten(1, 2)  # (L, J·A, r): X̂_tk before D_Lk
+        seen = (self.inputs @ sums.transpose(0, 1).flatten(1)).unflatten(1, sums.shape[::2])  # (J·A, L, r)
+        return sums.mT @ seen.transpose(0, 1), sums.mT @ self.moments.across.flatten(0, 1).transpose(0, 1)
+
+    def _seen(self, weight: Tensor) -> Tensor:
+        """The inputs' second moments times a weight (J, A, L·B)."""
+        return (self.inputs @ weight.flatten(0, 1)).view(weight.shape)
+
+
+def _outputs(w: Tensor, d: Tensor) -> Tensor:
+    """What of the outputs a term of a tile of inputs gives: (J, r, L·B) of Ŵ (J, r, L) and D (r, L, B)."""
+    return (w[..., None] * d).flatten(2)
