@@ -6,6 +6,8 @@ second moments are applied to that.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from strassen_tile.nn.normal_equations import step
 
 _ITERATIONS = 6  # of conjugate gradients in a round; the next goes on from there, and more rounds of few reach more
 _TOGETHER = 32  # tiles to which the inputs are applied at once: products of few rows are slow
-_ENOUGH = 1e-24  # of the squared residual
+_ENOUGH = 1e-16  # of the squared residual
 
 
 class Apart:
@@ -30,36 +32,15 @@ class Apart:
     def weight(self, factors: Factors) -> Tensor:
         """Ŵ (r, J, L) by conjugate gradients, every column at once: to factorise the matrix of each takes minutes."""
         e, d, w = factors.e, factors.d.transpose(0, 1), factors.w.transpose(0, 1)  # (r, L, B), (J, r, L)
-        terms, gram = e @ self.own @ e.mT, factors.d @ factors.d.mT
-        blocks = terms[:, None] * gram  # (J, L, r, r): what terms of a tile share
+        blocks = (e @ self.own @ e.mT)[:, None] * (factors.d @ factors.d.mT)  # (J, L, r, r): what terms of a tile share
         ridge = normal_equations.RIDGE * blocks.diagonal(dim1=2, dim2=3).mean(dim=(0, 2))  # (L,)
         ridge = torch.where(ridge > 0, ridge, 1.0)
         blocks.diagonal(dim1=2, dim2=3).add_(ridge[:, None])
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(blocks))
-
-        def conditioned(rest: Tensor) -> Tensor:
-            return (inverse @ rest.mT[..., None])[..., 0].mT
-
-        def encoded(rest: Tensor) -> Tensor:
-            parts: Tensor = (e @ rest).unflatten(2, d.shape[1:])  # (J, r, L, B)
-            return (parts * d).sum(dim=3)
-
-        found = w.clone()
-        rest = encoded(self.across - self._seen(e.mT @ _outputs(w, d)))
-        towards = conditioned(rest)
-        left = first = (rest * towards).sum(dim=(0, 1))  # of each column
-        for _ in range(_ITERATIONS):
-            going = left > _ENOUGH * first
-            if not bool(going.any()):
-                break
-            across = encoded(self._seen(e.mT @ _outputs(towards, d))) + ridge * towards
-            size = torch.where(going, left / (towards * across).sum(dim=(0, 1)), 0.0)
-            found += size * towards
-            rest = rest - size * across
-            direction = conditioned(rest)
-            before, left = left, torch.where(going, (rest * direction).sum(dim=(0, 1)), 0.0)
-            towards = direction + torch.where(going, left / before, 0.0) * towards
-        return found.transpose(0, 1).contiguous()
+        rest = _encoded(self.across - self._seen(_weight_of(e, w, d)), e, d)
+        size = rest.abs().amax().clamp_min(1e-30)
+        change = _Single(self.inputs.float(), e.float(), d.float(), ridge.float(), inverse.float()).solved(rest / size)
+        return (w + size * change).transpose(0, 1).contiguous()
 
     def encoder(self, factors: Factors) -> Tensor:
         """E (J, r, A), tile after tile, each to what the others, as they are by then, leave."""
@@ -88,6 +69,51 @@ class Apart:
     def _seen(self, weight: Tensor) -> Tensor:
         """The inputs' second moments times a weight (J, A, L·B)."""
         return (self.inputs @ weight.flatten(0, 1)).view(weight.shape)
+
+
+class _Single(NamedTuple):
+    """The normal equations of Ŵ in float32: what their solution is off by, the next round solves for."""
+
+    inputs: Tensor
+    e: Tensor
+    d: Tensor
+    ridge: Tensor
+    inverse: Tensor  # of each tile's block, for conditioning
+
+    def solved(self, wanted: Tensor) -> Tensor:
+        """Conjugate gradients from nothing: (J, r, L), float64 as it came."""
+        rest = wanted.float()
+        found, towards = torch.zeros_like(rest), self._conditioned(rest)
+        left = first = (rest * towards).sum(dim=(0, 1))  # of each column
+        for _ in range(_ITERATIONS):
+            going = left > _ENOUGH * first
+            if not bool(going.any()):
+                break
+            weight = _weight_of(self.e, towards, self.d)
+            seen = (self.inputs @ weight.flatten(0, 1)).view(weight.shape)
+            across = _encoded(seen, self.e, self.d) + self.ridge * towards
+            bent = (towards * across).sum(dim=(0, 1))
+            size = torch.where(going & (bent > 0), left / bent, 0.0)
+            found += size * towards
+            rest = rest - size * across
+            direction = self._conditioned(rest)
+            before, left = left, torch.where(going, (rest * direction).sum(dim=(0, 1)), 0.0)
+            towards = direction + torch.where(going, left / before, 0.0) * towards
+        return found.to(wanted.dtype)
+
+    def _conditioned(self, rest: Tensor) -> Tensor:
+        return (self.inverse @ rest.mT[..., None])[..., 0].mT
+
+
+def _weight_of(e: Tensor, w: Tensor, d: Tensor) -> Tensor:
+    """What the factors come to: (J, A, L·B)."""
+    return e.mT @ _outputs(w, d)
+
+
+def _encoded(weight: Tensor, e: Tensor, d: Tensor) -> Tensor:
+    """The transpose of `_weight_of`, of Ŵ: (J, r, L) of (J, A, L·B)."""
+    parts: Tensor = (e @ weight).unflatten(2, d.shape[1:])
+    return (parts * d).sum(dim=3)
 
 
 def _outputs(w: Tensor, d: Tensor) -> Tensor:
