@@ -115,6 +115,15 @@ def test_dtypes_and_inputs_stay() -> None:
     assert fit_factors(torch.zeros_like(x), w, *factors, rounds=1).errors == (0.0, 0.0)
 
 
+@pytest.mark.parametrize("scope", ["layer", "tile"])
+def test_scales_of_inputs(scope: str) -> None:
+    """Inputs whose squares are beyond float32, small or large, are fitted to as others are."""
+    x, w, *factors = problem((1, 4, 4), 6, scope=scope)
+    usual = fit_factors(x, w, *factors, rounds=3).errors
+    for scale in (1e-25, 1e25):
+        assert fit_factors(scale * x, w, *factors, rounds=3).errors == pytest.approx(usual, rel=1e-4)
+
+
 def test_bad_input() -> None:
     x, w, *factors = problem((4, 4, 4), 8)
     with pytest.raises(ShapeError, match="inputs must be"):

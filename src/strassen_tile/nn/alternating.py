@@ -34,7 +34,7 @@ class Steps(Protocol):
 def rounds_of(moments: Moments, factors: Factors, rounds: int) -> tuple[Factors, tuple[float, ...]]:
     """The factors after so many rounds, and the relative squared error of the layer before them and after each.
 
-    In a round Ŵ, E and D, in that order, take their best for the others; the error does not rise.
+    In a round Ŵ, E and D, in that order, take their best for the others; but for rounding the error does not rise.
     """
     steps: Steps = Shared(moments) if factors.shared else Apart(moments)
     errors = [_error(moments, factors.d, *steps.of_decoder(factors))]

@@ -26,6 +26,8 @@ class Apart:
     def __init__(self, moments: Moments) -> None:
         self.moments = moments
         self.inputs = moments.inputs.flatten(2).flatten(0, 1)
+        self.size = float(self.inputs.diagonal().mean()) or 1.0
+        self.single = (self.inputs / self.size).float()
         self.across = moments.across.flatten(2)  # (J, A, L·B)
         self.own = moments.inputs.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (J, A, A), of each tile by itself
 
@@ -34,13 +36,14 @@ class Apart:
         e, d, w = factors.e, factors.d.transpose(0, 1), factors.w.transpose(0, 1)  # (r, L, B), (J, r, L)
         blocks = (e @ self.own @ e.mT)[:, None] * (factors.d @ factors.d.mT)  # (J, L, r, r): what terms of a tile share
         ridge = normal_equations.RIDGE * blocks.diagonal(dim1=2, dim2=3).mean(dim=(0, 2))  # (L,)
-        ridge = torch.where(ridge > 0, ridge, 1.0)
+        ridge = torch.where(ridge > 0, ridge, self.size)
         blocks.diagonal(dim1=2, dim2=3).add_(ridge[:, None])
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(blocks))
         rest = _encoded(self.across - self._seen(_weight_of(e, w, d)), e, d)
-        size = rest.abs().amax().clamp_min(1e-30)
-        change = _Single(self.inputs.float(), e.float(), d.float(), ridge.float(), inverse.float()).solved(rest / size)
-        return (w + size * change).transpose(0, 1).contiguous()
+        size = rest.abs().amax().clamp_min(torch.finfo(rest.dtype).tiny)
+        single = _Single(self.single, e.float(), d.float(), (ridge / self.size).float(), (self.size * inverse).float())
+        change = single.solved(rest / size)
+        return (w + size / self.size * change).transpose(0, 1).contiguous()
 
     def encoder(self, factors: Factors) -> Tensor:
         """E (J, r, A), tile after tile, each to what the others, as they are by then, leave."""
@@ -72,7 +75,7 @@ class Apart:
 
 
 class _Single(NamedTuple):
-    """The normal equations of Ŵ in float32: what their solution is off by, the next round solves for."""
+    """The normal equations of Ŵ in float32, of inputs of size one: what their solution is off by, the next round solves for."""
 
     inputs: Tensor
     e: Tensor
