@@ -6,7 +6,7 @@ import torch
 from strassen_tile.baselines import fitted, quantised, roster, sketches
 from strassen_tile.baselines.roster import APPROXIMATIONS, ROSTER
 from strassen_tile.baselines.sparse24 import mask_24, refit
-from strassen_tile.errors import ConfigError
+from strassen_tile.errors import ConfigError, ShapeError
 from strassen_tile.experiments.verification import verify
 from strassen_tile.nn import STLConfig
 
@@ -101,17 +101,35 @@ def test_int8_in_every_dtype(k: int, dtype: torch.dtype) -> None:
     assert found.dtype == dtype and loss(found.double(), x.double(), w.double()) < 5e-4
 
 
-def test_refit_is_least_squares() -> None:
-    """Against a solver, column by column; what was zero stays so."""
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("scale", [1.0, 1e24, 1e-24])
+def test_refit_is_least_squares(scale: float, dtype: torch.dtype, near: float) -> None:
+    """Against a solver, column by column, with inputs whose squares are beyond float32 too; what was zero stays so."""
     _, w, rows = (matrix.double() for matrix in operands())
-    weight = w.mT.contiguous()
+    rows, weight = rows * scale, w.mT.contiguous().to(dtype)
     mask = mask_24(weight, rows)
     found = refit(weight, mask, rows, damping=0.0)
-    assert not found[~mask].any()
+    assert found.dtype == dtype and not found[~mask].any()
     for column in range(0, M, 7):
         kept = mask[column]
-        wanted = torch.linalg.lstsq(rows[:, kept], rows @ weight[column]).solution
-        torch.testing.assert_close(found[column, kept], wanted, rtol=1e-6, atol=1e-8)
+        wanted = torch.linalg.lstsq(rows[:, kept], rows @ weight[column].double()).solution
+        torch.testing.assert_close(found[column, kept].double(), wanted, rtol=near, atol=near)
+
+
+def test_refit_where_inputs_say_nothing() -> None:
+    """Features that are never on, fewer rows than weights, none at all: what is not said stays as it was pruned."""
+    _, w, rows = operands()
+    weight = w.mT.contiguous()
+    mask = mask_24(weight, rows)
+    dead = rows.clone()
+    dead[:, ::3] = 0
+    found = refit(weight, mask, dead, damping=0.0)
+    assert torch.equal(found[:, ::3], (weight * mask)[:, ::3])
+    few = rows[:5]
+    assert loss(few @ refit(weight, mask, few, damping=0.0).mT, few, w) < 1e-8
+    assert torch.equal(refit(weight, mask, rows[:0]), weight * mask)
+    with pytest.raises(ShapeError, match="NaN"):
+        refit(weight, mask, rows * torch.nan)
 
 
 def test_prototypes_are_near_what_they_stand_for() -> None:

@@ -19,7 +19,7 @@ from strassen_tile import cost
 from strassen_tile.errors import ShapeError, shape_text
 
 Criterion = Literal["magnitude", "wanda", "refit"]
-_AT_ONCE = 64  # output rows whose weights are fitted together
+_ENOUGH = {torch.float32: 1e-5, torch.float64: 1e-11}  # what a fit may leave of what it solves for
 SR_STE_DECAY = 2e-4  # λ_w of Zhou et al. 2021 (arXiv 2102.04010), for AdamW and SGD alike
 
 
@@ -52,18 +52,45 @@ def refit(weight: Tensor, mask: Tensor, inputs: Tensor, *, damping: float = 0.1)
         inputs: calibration rows.
         damping: added to their second moments, as a fraction of the mean of its diagonal.
             It keeps a fit to few rows from learning them by heart.
+
+    Raises:
+        ShapeError: inputs hold NaN or infinity.
     """
-    m, k = weight.shape
+    k = weight.shape[1]
     rows = inputs.detach().reshape(-1, k).double()
     moment = rows.mT @ rows
+    if not bool(moment.isfinite().all()):
+        raise ShapeError("inputs hold NaN, infinity, or numbers whose squares overflow float64: no weight fits them")
     moment.diagonal().add_(damping * moment.diagonal().mean())
-    kept = mask.nonzero()[:, 1].view(m, -1)  # (M, kept)
-    target = (weight.detach().double() @ moment).gather(1, kept)
-    solved = [
-        torch.cholesky_solve(wanted[:, :, None], torch.linalg.cholesky(moment[at[:, :, None], at[:, None, :]]))[:, :, 0]
-        for at, wanted in zip(kept.split(_AT_ONCE), target.split(_AT_ONCE), strict=True)
-    ]
-    return torch.zeros_like(weight).scatter_(1, kept, torch.cat(solved).to(weight))
+    energy = moment.diagonal()
+    unit = torch.where(energy > 0, energy, 1.0).rsqrt()  # inputs of one size: conditions the equations
+    pruned = weight.detach().double() * mask
+    wanted = ((weight.detach().double() - pruned) @ moment) * unit * mask
+    size = wanted.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(wanted.dtype).tiny)
+    single = torch.promote_types(weight.dtype, torch.float32)
+    change = _masked_solution((moment * unit * unit[:, None]).to(single), (wanted / size).to(single), mask.to(single))
+    return (pruned + change.double() * size * unit).to(weight.dtype)
+
+
+def _masked_solution(matrix: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
+    """In each row z of (M, K), zero outside the mask, what solves z · matrix = wanted inside it: conjugate gradients for all
+    rows at once, since a factorisation for each row takes many times as long.
+    """
+    found, rest, towards = torch.zeros_like(wanted), wanted, wanted
+    left = rest.square().sum(dim=1, keepdim=True)
+    enough = _ENOUGH[wanted.dtype] ** 2 * left
+    for _ in range(matrix.shape[0]):
+        going = left > enough
+        if not bool(going.any()):
+            break
+        across = (towards @ matrix) * mask
+        bent = (towards * across).sum(dim=1, keepdim=True)
+        step = torch.where(going & (bent > 0), left / bent, 0.0)
+        found = found + step * towards
+        rest = rest - step * across
+        before, left = left, rest.square().sum(dim=1, keepdim=True)
+        towards = rest + torch.where(going, left / before, 0.0) * towards
+    return found
 
 
 class _SparseRefined(Function):
