@@ -1,5 +1,6 @@
 """The protocol: rates chosen on validation images, the test set read once, runs spread over processes."""
 
+import atexit
 import math
 import os
 import signal
@@ -261,6 +262,17 @@ def test_what_stops_a_job_stops_all_and_is_said(task, error) -> None:
     with pytest.raises(error):
         spread(partial(_fails), ["fine", task], 2, seen.append)
     assert task != "raise" or set(seen) <= {"fine", "raise"}
+
+
+def _leaves_word(folder, task, send) -> None:
+    atexit.register((folder / f"{os.getpid()}").touch)
+
+
+@pytest.mark.slow
+def test_jobs_with_nothing_left_to_do_end_by_themselves(tmp_path) -> None:
+    """What libraries clean up at the end, as semaphores of progress bars, is cleaned up."""
+    spread(partial(_leaves_word, tmp_path), [1, 2, 3], 2, print)
+    assert 1 <= len(list(tmp_path.iterdir())) <= 2
 
 
 def test_a_narrow_network_is_compared_with_the_wide_one() -> None:

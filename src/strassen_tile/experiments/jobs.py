@@ -18,6 +18,7 @@ import torch
 from strassen_tile.errors import STLError
 
 _PATIENCE = 1.0  # seconds between looks at whether the others are alive
+_FAREWELL = 10.0  # seconds in which a process that has nothing left to do ends by itself
 
 
 class JobError(STLError):
@@ -46,7 +47,7 @@ def spread(work: Work, tasks: Sequence[Any], jobs: int, receive: Callable[[Any],
     context = multiprocessing.get_context("spawn")  # a fork would share the state of OpenMP and of CUDA
     waiting, inbox = context.Queue(), context.Queue()
     for task in tasks:
-        waiting.put(task)
+        waiting.put(("task", task))
     threads = threads_of(jobs)
     workers = [
         context.Process(target=_work, args=(work, waiting, inbox, threads)) for _ in range(min(jobs, len(tasks)))
@@ -56,6 +57,10 @@ def spread(work: Work, tasks: Sequence[Any], jobs: int, receive: Callable[[Any],
             worker.start()
         for _ in tasks:
             _until_done(inbox, workers, receive)
+        for _ in workers:  # one that is terminated leaves semaphores of its libraries behind
+            waiting.put(("end", None))
+        for worker in workers:
+            worker.join(_FAREWELL)
     finally:
         for worker in [one for one in workers if one.pid is not None]:  # others could not be started
             worker.terminate()
@@ -103,10 +108,12 @@ def _work(work: Work, waiting: Queue[Any], inbox: Queue[Any], threads: int) -> N
 
     while True:
         try:
-            task = waiting.get(timeout=_PATIENCE)
+            kind, task = waiting.get(timeout=_PATIENCE)
         except queue.Empty:
             end_with_parent()
             continue
+        if kind == "end":
+            return
         try:
             work(task, send)
         except Exception as error:
