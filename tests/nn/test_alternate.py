@@ -1,5 +1,7 @@
 """E, Ŵ and D fitted together: errors that only fall, what can be exact is, and each step a minimum of its factor."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from strassen_tile.nn import alternating, alternating_apart, normal_equations
 from strassen_tile.nn.alternate import fit_factors
 from strassen_tile.nn.alternating_apart import Apart
 from strassen_tile.nn.alternating_shared import Shared
+from strassen_tile.nn.fit import encode_weight
 
 K, M = 18, 13
 
@@ -74,6 +77,64 @@ def test_encoders_of_tiles_fit_no_worse_than_one_for_all() -> None:
     assert apart[-1] < 0.8 * shared[-1]
 
 
+@pytest.mark.parametrize("tile,rank", [((1, 4, 4), 6), ((2, 3, 5), 7), ((1, 4, 4), 15)])
+def test_the_start_of_low_rank_is_the_best_product_of_its_rank(tile: tuple[int, int, int], rank: int) -> None:
+    """By a truncated SVD of the outputs in float64; terms beyond the smaller side, or not one for each row, are put to use."""
+    x, w, *factors = problem(tile, rank, scope="tile")
+    values = torch.linalg.svdvals((x @ w).flatten(0, 1)).square()
+    found = fit_factors(x, w, *factors, rounds=1, damping=0.0, low_rank=True)
+    lost = float(values[rank // tile[0] :].sum() / values.sum())
+    assert found.errors[0] == pytest.approx(lost, rel=1e-9, abs=1e-12)
+    if rank % tile[0]:
+        assert float(found.encoded_weight[-1].abs().max()) > 1e-3 * float(found.encoded_weight.abs().max())
+    assert found.errors[1] < 0.7 * lost + 1e-12
+
+
+def test_a_start_that_is_nearer_than_low_rank_stays() -> None:
+    """So an exact basis does; and what is worse than low rank does not."""
+    x, w, *factors = problem((1, 4, 4), 6, scope="tile")
+    layer = STLLinear(K, M, config=STLConfig(tile=(1, 4, 4), rank=16, basis="naive", encoder_scope="tile")).double()
+    encoder, decoder = (f.detach() for f in (layer.encoder, layer.decoder))
+    exact = fit_factors(x, w, encoder, encode_weight(w, encoder, decoder), decoder, rounds=1, low_rank=True)
+    assert exact.errors[0] < 1e-12
+    given, low = (fit_factors(x, w, *factors, rounds=4, low_rank=low).errors for low in (False, True))
+    assert low[0] < given[0] and low[-1] < given[-1]
+    near = fit_factors(x, w, *factors, rounds=8)[:3]
+    assert fit_factors(x, w, *near, rounds=1, low_rank=True).errors == fit_factors(x, w, *near, rounds=1).errors
+
+
+@pytest.mark.parametrize("scope", ["layer", "tile"])
+@pytest.mark.parametrize("reach", [0.0, 30.0])
+def test_errors_fall_however_far_a_round_reaches(reach: float, scope: str, monkeypatch) -> None:
+    monkeypatch.setattr(alternating, "_REACH", reach)
+    x, w, *factors = problem((1, 4, 4), 6, scope=scope)
+    found = fit_factors(x, w, *factors, rounds=8, damping=0.0)
+    errors = found.errors
+    assert all(after <= before for before, after in pairwise(errors)) and errors[-1] < 0.9 * errors[2]
+    assert float(loss(x, w, *found[:3]) / (x @ w).square().sum()) == pytest.approx(errors[-1], rel=1e-6)
+
+
+def test_reaching_ahead_gets_further(monkeypatch) -> None:
+    x, w, *factors = problem((1, 4, 4), 6, scope="tile")
+    ended = []
+    for reach in (0.0, alternating._REACH):
+        monkeypatch.setattr(alternating, "_REACH", reach)
+        ended.append(fit_factors(x, w, *factors, rounds=12, damping=0.01).errors[-1])
+    assert ended[1] < ended[0]
+
+
+def test_equations_of_products_are_those_written_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(3, n, n - 1, dtype=torch.float64, generator=generator) for n in (5, 4))  # of less rank
+    left, right = one @ one.mT, other @ other.mT
+    left[2] = 0  # a tile that nothing is known of
+    rest = torch.randn(5, 4, dtype=torch.float64, generator=generator)
+    products = normal_equations.Products(left, right)
+    for at in range(3):
+        wanted = normal_equations.step(torch.kron(left[at], right[at]), rest.reshape(-1, 1)).view(5, 4)
+        torch.testing.assert_close(products.step(at, rest), wanted, rtol=1e-6, atol=1e-8 * float(wanted.abs().max()))
+
+
 def test_what_can_be_exact_is() -> None:
     """Inputs of few directions leave room: fewer unknowns than a product has are enough."""
     x, w, *factors = problem((1, 4, 4), 6)
@@ -134,3 +195,5 @@ def test_bad_input() -> None:
         fit_factors(x, w, *factors, rounds=0)
     with pytest.raises(ShapeError, match="or those of each tile"):
         fit_factors(x, w, factors[0].expand(5, -1, -1, -1), *factors[1:])
+    with pytest.raises(ConfigError, match="low_rank needs an encoder for each tile"):
+        fit_factors(x, w, *factors, low_rank=True)

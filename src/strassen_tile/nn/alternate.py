@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from strassen_tile.errors import ConfigError, ShapeError, shape_text
-from strassen_tile.nn.alternating import rounds_of
+from strassen_tile.nn.alternating import error_of, rounds_of
+from strassen_tile.nn.low_rank_start import from_low_rank
 from strassen_tile.nn.moments import Factors, Moments
 from strassen_tile.tiling import as_samples, to_tiles
 
@@ -36,6 +37,7 @@ def fit_factors(
     *,
     rounds: int = 20,
     damping: float = 0.1,
+    low_rank: bool = False,
 ) -> Fitted:
     """Factors that minimise ‖layer(x) − x @ weight‖ over calibration inputs, from those given.
 
@@ -48,10 +50,11 @@ def fit_factors(
         rounds: of Ŵ, E and D in turn.
         damping: white rows that are fitted to as well, as a fraction of the energy of the inputs: of few inputs far more is
             learnt by heart than is true of others.
+        low_rank: start from the product of low rank instead where that is nearer; needs an encoder for each tile.
 
     Raises:
         ShapeError: shapes that do not fit together, or samples of fewer rows than a tile.
-        ConfigError: rounds below 1, or damping below 0.
+        ConfigError: rounds below 1, damping below 0, or low rank of one encoder for all tiles.
     """
     if encoder.ndim not in (3, 4) or decoder.ndim != encoder.ndim:
         raise ShapeError(
@@ -64,6 +67,8 @@ def fit_factors(
         raise ConfigError(f"rounds must be positive; got {rounds}")
     if not 0 <= damping < float("inf"):
         raise ConfigError(f"damping must be 0 or more; got {damping}")
+    if low_rank and encoder.ndim == 3:
+        raise ConfigError("low_rank needs an encoder for each tile: one for all does not come to a product of low rank")
     (p, q), s = encoder.shape[-2:], decoder.shape[-1]
     e, w, d = (factor.detach().double() for factor in (encoder, encoded_weight, decoder))
     rows = as_samples(inputs.detach().double())
@@ -72,7 +77,8 @@ def fit_factors(
     rows = rows[:, :whole]  # of a tile over the edge fewer rows count
     rows = _with_white_rows(rows.unflatten(1, (-1, p)).flatten(0, 1), damping)
     x = to_tiles(rows, p, q).flatten(0, 1)  # (T, J, p, q)
-    y = to_tiles(rows @ weight.detach().double(), p, s).flatten(0, 1)  # (T, L, p, s)
+    matrix = weight.detach().double()
+    y = to_tiles(rows @ matrix, p, s).flatten(0, 1)  # (T, L, p, s)
     inside = to_tiles(torch.ones(p, weight.shape[1], dtype=torch.float64, device=d.device), p, s)[0].flatten(
         1
     )  # (L, B)
@@ -80,6 +86,9 @@ def fit_factors(
     if shared:
         e, d = e.expand(x.shape[1], -1, -1, -1), d.expand(len(inside), -1, -1, -1)
     factors, moments = Factors(e.flatten(2), w, d.flatten(2) * inside[:, None], inside, shared), Moments.of(x, y)
+    if low_rank:
+        other = from_low_rank(moments, matrix, factors, p)
+        factors = min(factors, other, key=lambda one: error_of(moments, one))  # an exact basis stays
     factors, errors = rounds_of(moments, factors, rounds)
     e, d = (part[0] if shared else part for part in (factors.e, factors.d))
     return Fitted(

@@ -17,6 +17,8 @@ from strassen_tile.nn.alternating_shared import Shared
 from strassen_tile.nn.moments import Factors, Moments
 from strassen_tile.nn.normal_equations import step
 
+_REACH = 0.7  # of how far a round came
+
 
 class Steps(Protocol):
     """The least squares of a layer's factors, each for the other two."""
@@ -34,17 +36,42 @@ class Steps(Protocol):
 def rounds_of(moments: Moments, factors: Factors, rounds: int) -> tuple[Factors, tuple[float, ...]]:
     """The factors after so many rounds, and the relative squared error of the layer before them and after each.
 
-    In a round Ŵ, E and D, in that order, take their best for the others; but for rounding the error does not rise.
+    In a round Ŵ, E and D, in that order, take their best for the others, from factors as far beyond the last ones as those had
+    come: in a long valley that halves the rounds (extrapolation, as of Ang et al. 2020, arXiv 1911.05204, for tensors). A
+    round from which the error would rise is not counted in, and the next one starts from where the last one ended.
     """
     steps: Steps = Shared(moments) if factors.shared else Apart(moments)
-    errors = [_error(moments, factors.d, *steps.of_decoder(factors))]
+    errors, ahead, ended = [_error(moments, factors.d, *steps.of_decoder(factors))], factors, False
     for _ in range(rounds):
-        factors = factors._replace(w=steps.weight(factors))
-        factors = _level(factors._replace(e=steps.encoder(factors)))
-        matrices, wanted = steps.of_decoder(factors)
-        factors = factors._replace(d=_decoder(factors, matrices, wanted))
-        errors.append(_error(moments, factors.d, matrices, wanted))
-    return _level(factors), tuple(errors)
+        found, error = _round(moments, steps, ahead)
+        if error > errors[-1]:
+            ahead, error = factors, errors[-1]
+        elif ended:
+            ahead, factors = _beyond(factors, found), found
+        else:  # what a fit starts from is not levelled, so that nothing can be told from how far it came
+            ahead, factors, ended = found, found, True
+        errors.append(error)
+    return factors, tuple(errors)
+
+
+def _round(moments: Moments, steps: Steps, factors: Factors) -> tuple[Factors, float]:
+    factors = factors._replace(w=steps.weight(factors))
+    factors = _level(factors._replace(e=steps.encoder(factors)))
+    matrices, wanted = steps.of_decoder(factors)
+    factors = factors._replace(d=_decoder(factors, matrices, wanted))
+    return _level(factors), _error(moments, factors.d, matrices, wanted)
+
+
+def _beyond(before: Factors, now: Factors) -> Factors:
+    """As far beyond those of now as these are from those before."""
+    e, w, d = (new + _REACH * (new - old) for new, old in zip(now[:3], before[:3], strict=True))
+    return now._replace(e=e, w=w, d=d)
+
+
+def error_of(moments: Moments, factors: Factors) -> float:
+    """The relative squared error of the layer."""
+    steps: Steps = Shared(moments) if factors.shared else Apart(moments)
+    return _error(moments, factors.d, *steps.of_decoder(factors))
 
 
 def _error(moments: Moments, d: Tensor, matrices: Tensor, wanted: Tensor) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from strassen_tile.nn import normal_equations
 from strassen_tile.nn.moments import Factors, Moments
-from strassen_tile.nn.normal_equations import step
+from strassen_tile.nn.normal_equations import Products
 
 _ITERATIONS = 6  # of conjugate gradients in a round; the next goes on from there, and more rounds of few reach more
 _TOGETHER = 32  # tiles to which the inputs are applied at once: products of few rows are slow
@@ -47,17 +47,16 @@ class Apart:
 
     def encoder(self, factors: Factors) -> Tensor:
         """E (J, r, A), tile after tile, each to what the others, as they are by then, leave."""
-        found, size = factors.e.clone(), factors.e[0].numel()
+        found = factors.e.clone()
         outputs = _outputs(factors.w.transpose(0, 1), factors.d.transpose(0, 1))
         weight = found.mT @ outputs  # (J, A, L·B)
+        equations = Products(outputs @ outputs.mT, self.own)
         for here in torch.arange(len(found)).split(_TOGETHER):
             rows = self.moments.inputs[here].flatten(2)  # (tiles here, A, J·A)
             seen = rows @ weight.flatten(0, 1)
-            for at, own, seen_here in zip(here.tolist(), self.own[here], seen, strict=True):
+            for at, seen_here in zip(here.tolist(), seen, strict=True):
                 out = outputs[at]
-                rest = out @ (self.across[at] - seen_here).mT  # (r, A)
-                matrix = torch.einsum("ko,ab->kaob", out @ out.mT, own).reshape(size, size)
-                change = step(matrix, rest.reshape(-1, 1)).view(rest.shape)
+                change = equations.step(at, out @ (self.across[at] - seen_here).mT)  # (r, A)
                 found[at] += change
                 weight[at] += change.mT @ out
                 seen += self.moments.inputs[here, :, at] @ (change.mT @ out)

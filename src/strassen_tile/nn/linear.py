@@ -117,7 +117,10 @@ class STLLinear(TileLayer):
             start, dense = (t.to(device, torch.float64) for t in (self.encoded_weight, weight))
             x = inputs.detach().to(device, torch.float64)
             if rounds and self.config.fits_factors:
-                encoder, fitted, decoder, _ = fit_factors(x, dense, encoder, start, decoder, rounds=rounds)
+                apart = encoder.ndim == 4
+                encoder, fitted, decoder, _ = fit_factors(
+                    x, dense, encoder, start, decoder, rounds=rounds, low_rank=apart
+                )
                 self.encoder.copy_(encoder)
                 self.decoder.copy_(decoder)
             else:
