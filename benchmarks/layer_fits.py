@@ -46,14 +46,14 @@ class Layer:
         return cost.linear(N, self.k, self.m, tile, rank).flop_ratio
 
 
-def fitted(rows, x, w, basis, rounds, scope):
+def fitted(rows, x, w, basis, rounds, scope, low_rank=False):
     """What STL fitted to `rows` makes of x and of the rows."""
     encoder, decoder, (p, q, s) = basis.encoder.double(), basis.decoder.double(), basis.tile
     if scope == "tile":
         encoder = encoder.expand(-(-w.shape[0] // q), -1, -1, -1)
         decoder = decoder.expand(-(-w.shape[1] // s), -1, -1, -1)
     start = encode_weight(w, encoder, decoder)
-    made = fit_factors(rows[None], w, encoder, start, decoder, rounds=rounds)
+    made = fit_factors(rows[None], w, encoder, start, decoder, rounds=rounds, low_rank=low_rank)
 
     def product(x):
         x = x[: len(x) // p * p]
@@ -81,10 +81,10 @@ def ways(layer, rounds):
         a, b = aware_svd(layer.w, layer.moment, max(1, int(ratio * layer.k * layer.m / (layer.k + layer.m))))
         return a @ b
 
-    def stl(basis, turn=identity, columns=None, w=layer.w, scope="layer", rounds=rounds):
+    def stl(basis, turn=identity, columns=None, w=layer.w, scope="layer", rounds=rounds, low_rank=False):
         columns = torch.arange(layer.m) if columns is None else columns
         back = columns.argsort()
-        found = fitted(layer.rows @ turn, layer.x @ turn, (turn.mT @ w)[:, columns], basis, rounds, scope)
+        found = fitted(layer.rows @ turn, layer.x @ turn, (turn.mT @ w)[:, columns], basis, rounds, scope, low_rank)
         return tuple(part[:, back] for part in found)
 
     def with_low_rank(rank, ratio):
@@ -131,6 +131,12 @@ def ways(layer, rounds):
         ("of each tile of 1×8×8, four times the rounds", *larger(8, rounds=4 * rounds)),
         ("of each tile of 1×8×8, turned, four times the rounds", *larger(8, rounds=4 * rounds, turn=turned, columns=outward)),
         ("of each tile of 1×16×16, four times the rounds", *larger(16, rounds=4 * rounds)),
+        ("of each tile, from low rank", apart, lambda: alone(scope="tile", low_rank=True)),
+        ("of each tile of 1×8×8, from low rank", *larger(8, low_rank=True)),
+        ("of each tile of 1×16×16, from low rank", *larger(16, low_rank=True)),
+        ("of each tile of 1×32×32, from low rank", *larger(32, low_rank=True)),
+        ("of each tile of 1×64×64, from low rank", *larger(64, low_rank=True)),
+        ("of each tile of 1×32×32, from low rank, turned", *larger(32, low_rank=True, turn=turned, columns=outward)),
     ]  # fmt: skip
 
 
