@@ -545,5 +545,14 @@ def test_two_processes_train_what_one_trains(llama, bert, text, tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.toml")))
-def test_recipes_can_be_read(name):
-    assert finetune_recipe_of(name).roster()
+@pytest.mark.filterwarnings("ignore:.*saves nothing")
+def test_recipes_can_be_read_and_their_methods_made(name):
+    """On one small block: what a method takes of a basis, a mixing and calibration goes together."""
+    recipe = finetune_recipe_of(name)
+    config, kind = (hf.BertConfig, hf.BertModel) if name == "encoder" else (hf.LlamaConfig, hf.LlamaForCausalLM)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"input_ids": torch.arange(32).view(2, 16)}
+    for one in recipe.roster():
+        model = kind(config(**sizes, vocab_size=50)).eval()
+        one.method.apply(model, tokens, None, tokens if recipe.calibration else None)
+        assert model(**tokens)[0].isfinite().all()
