@@ -17,7 +17,7 @@ from strassen_tile.nn.alternating_shared import Shared
 from strassen_tile.nn.moments import Factors, Moments
 from strassen_tile.nn.normal_equations import step
 
-_REACH = 0.7  # of how far a round came
+_REACH = 0.7  # of the way of a round; from 0.5 to 1.3 it makes little difference
 
 
 class Steps(Protocol):
@@ -36,9 +36,10 @@ class Steps(Protocol):
 def rounds_of(moments: Moments, factors: Factors, rounds: int) -> tuple[Factors, tuple[float, ...]]:
     """The factors after so many rounds, and the relative squared error of the layer before them and after each.
 
-    In a round Ŵ, E and D, in that order, take their best for the others, from factors as far beyond the last ones as those had
-    come: in a long valley that halves the rounds (extrapolation, as of Ang et al. 2020, arXiv 1911.05204, for tensors). A
-    round from which the error would rise is not counted in, and the next one starts from where the last one ended.
+    In a round Ŵ, E and D, in that order, take their best for the others, from factors that lie beyond the last ones in the
+    direction those had come: in a long valley that halves the rounds (extrapolation, as of Ang, Cohen, Hien and Gillis for
+    tensors, ICASSP 2020, doi 10.1109/ICASSP40776.2020.9053849). Of a round from which the error would rise nothing is kept, and
+    the next one starts from where the last one ended.
     """
     steps: Steps = Shared(moments) if factors.shared else Apart(moments)
     errors, ahead, ended = [_error(moments, factors.d, *steps.of_decoder(factors))], factors, False
@@ -63,7 +64,7 @@ def _round(moments: Moments, steps: Steps, factors: Factors) -> tuple[Factors, f
 
 
 def _beyond(before: Factors, now: Factors) -> Factors:
-    """As far beyond those of now as these are from those before."""
+    """Beyond those of now by `_REACH` of their way from those before."""
     e, w, d = (new + _REACH * (new - old) for new, old in zip(now[:3], before[:3], strict=True))
     return now._replace(e=e, w=w, d=d)
 
