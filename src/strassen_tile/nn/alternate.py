@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from strassen_tile.errors import ConfigError, ShapeError, shape_text
-from strassen_tile.nn.alternating import error_of, rounds_of
+from strassen_tile.nn.alternating import rounds_of
 from strassen_tile.nn.low_rank_start import from_low_rank
 from strassen_tile.nn.moments import Factors, Moments
 from strassen_tile.tiling import as_samples, to_tiles
@@ -86,10 +86,8 @@ def fit_factors(
     if shared:
         e, d = e.expand(x.shape[1], -1, -1, -1), d.expand(len(inside), -1, -1, -1)
     factors, moments = Factors(e.flatten(2), w, d.flatten(2) * inside[:, None], inside, shared), Moments.of(x, y)
-    if low_rank:
-        other = from_low_rank(moments, matrix, factors, p)
-        factors = min(factors, other, key=lambda one: error_of(moments, one))  # an exact basis stays
-    factors, errors = rounds_of(moments, factors, rounds)
+    starts = [factors, *([from_low_rank(moments, matrix, factors, p)] if low_rank else [])]  # an exact basis stays
+    factors, errors = rounds_of(moments, starts, rounds)
     e, d = (part[0] if shared else part for part in (factors.e, factors.d))
     return Fitted(
         e.view(encoder.shape).to(encoder),

@@ -7,6 +7,7 @@ what the others leave (`nn.alternating_apart`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -33,16 +34,20 @@ class Steps(Protocol):
         """The matrices of the normal equations of D, (L, r, r), and what they should come to, (L, r, B)."""
 
 
-def rounds_of(moments: Moments, factors: Factors, rounds: int) -> tuple[Factors, tuple[float, ...]]:
-    """The factors after so many rounds, and the relative squared error of the layer before them and after each.
+def rounds_of(moments: Moments, starts: Sequence[Factors], rounds: int) -> tuple[Factors, tuple[float, ...]]:
+    """The factors after so many rounds from the nearest of the starts, the first of equals.
+
+    With them the relative squared error of the layer before the rounds and after each.
 
     In a round Ŵ, E and D, in that order, take their best for the others, from factors that lie beyond the last ones in the
-    direction those had come: in a long valley that halves the rounds (extrapolation, as of Ang, Cohen, Hien and Gillis for
+    direction those had come: in a long valley that gets further (extrapolation, as of Ang, Cohen, Hien and Gillis for
     tensors, ICASSP 2020, doi 10.1109/ICASSP40776.2020.9053849). Of a round from which the error would rise nothing is kept, and
     the next one starts from where the last one ended.
     """
-    steps: Steps = Shared(moments) if factors.shared else Apart(moments)
-    errors, ahead, ended = [_error(moments, factors.d, *steps.of_decoder(factors))], factors, False
+    steps: Steps = Shared(moments) if starts[0].shared else Apart(moments)
+    lost = [_error(moments, start.d, *steps.of_decoder(start)) for start in starts]
+    factors, errors = starts[lost.index(min(lost))], [min(lost)]
+    ahead, ended = factors, False
     for _ in range(rounds):
         found, error = _round(moments, steps, ahead)
         if error > errors[-1]:
@@ -67,12 +72,6 @@ def _beyond(before: Factors, now: Factors) -> Factors:
     """Beyond those of now by `_REACH` of their way from those before."""
     e, w, d = (new + _REACH * (new - old) for new, old in zip(now[:3], before[:3], strict=True))
     return now._replace(e=e, w=w, d=d)
-
-
-def error_of(moments: Moments, factors: Factors) -> float:
-    """The relative squared error of the layer."""
-    steps: Steps = Shared(moments) if factors.shared else Apart(moments)
-    return _error(moments, factors.d, *steps.of_decoder(factors))
 
 
 def _error(moments: Moments, d: Tensor, matrices: Tensor, wanted: Tensor) -> float:

@@ -26,7 +26,7 @@ def from_low_rank(moments: Moments, weight: Tensor, factors: Factors, rows: int)
     padded = weight.new_zeros(j * q, outputs * s)
     padded[: weight.shape[0], : weight.shape[1]] = weight
     across = moments.across.view(j, rows, q, outputs, rows, s).diagonal(dim1=1, dim2=4).sum(dim=-1)  # (J, q, L, s)
-    directions = torch.linalg.eigh(padded.mT @ across.reshape(padded.shape)).eigenvectors[:, -rank:]  # rising
+    directions = torch.linalg.eigh(padded.mT @ across.reshape(padded.shape)).eigenvectors.flip(1)[:, :rank]
     of_e = (padded @ directions).view(j, q, rank).mT
     of_d = directions.view(outputs, s, rank).mT
     e, d, w = factors.e.clone(), factors.d.clone(), torch.zeros_like(factors.w)
